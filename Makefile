@@ -1,0 +1,47 @@
+# Main targets: quickstart, test. Everything runs in .venv inside this folder.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+# On a machine without an NVIDIA GPU, torch's CPU build (a tenth of the size) comes from torch's own index.
+TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "--extra-index-url https://download.pytorch.org/whl/cpu")
+
+.PHONY: quickstart quickstart-smoke test check install install-use clean
+
+quickstart: install-use
+	@if [ -f runs/quickstart/stages/write_report.json ]; then echo "runs/quickstart is there; checking that it is complete."; fi
+	$(BIN)/puzzle run recipes/quickstart.yaml
+
+quickstart-smoke: install-use
+	$(BIN)/puzzle run recipes/quickstart-smoke.yaml
+	$(BIN)/puzzle show runs/quickstart-smoke --json > /dev/null
+	$(BIN)/puzzle generate runs/quickstart-smoke "What is the capital of France?" --max-new-tokens 16
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+# For use and development.
+install: $(VENV)/.installed-dev
+# For use only.
+install-use: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "puzzle-nas needs Python 3.11 or newer; say which with: make quickstart PYTHON=python3.12"; exit 2; }
+	@echo "Installing into $(VENV), torch first (about a minute, 1.6 GB)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --retries 1 $(TORCH_INDEX) "$(TORCH)"
+	@$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@$(BIN)/python -m pip install -q -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs

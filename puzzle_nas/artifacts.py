@@ -1,0 +1,252 @@
+"""The run folder: names, atomic writes, fingerprints, integrity. No torch.
+
+A file with its final name is complete: it is written beside, flushed and renamed. Every stage leaves a record,
+`stages/NAME.json`, that says what it was made from and the checksum of each file it made; a stage whose record
+still matches is done. Measured seconds live apart, in `seconds/`, so that equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from puzzle_nas.errors import ArtifactError
+
+
+def fingerprint(value: Any) -> str:
+    """A short hash of any JSON value; equal values give equal fingerprints."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()[:32]
+
+
+@contextmanager
+def explained_disk_errors(path: Path):
+    """Turn a full or read-only disk into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ArtifactError(
+                f"The disk is full: {path} could not be written. Free some space and run the same command again; "
+                "what is done is kept."
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise ArtifactError(f"{path} cannot be written: {error.strerror}. Choose another --run-dir.") from error
+        raise
+    except Exception as error:
+        # safetensors reports I/O trouble with an exception of its own.
+        if "os error 28" in str(error) or "No space left" in str(error):
+            raise ArtifactError(
+                f"The disk is full: {path} could not be written. Free some space and run the same command again; "
+                "what is done is kept."
+            ) from error
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that its final name only ever names the whole of it."""
+    with explained_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` of readable JSON."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path, made_by: str | None = None) -> Any:
+    """Read JSON.
+
+    Raises:
+        ArtifactError: missing (naming the command that makes it) or not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        way_out = f" Make it with: puzzle {made_by} {path.parent}" if made_by else ""
+        raise ArtifactError(f"{path} is missing.{way_out}") from None
+    except (ValueError, UnicodeDecodeError):
+        raise ArtifactError(f"{path} is corrupted. Delete it and run the same command again.") from None
+
+
+@contextmanager
+def complete_folder(path: Path):
+    """Yield a folder to fill; it gets its final name, replacing an older one, only if nothing was raised."""
+    partial = path.with_name(path.name + ".partial")
+    with explained_disk_errors(path):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+
+
+class RunFolder:
+    """Names and records inside one run folder."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    # names
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self / "recipe.yaml"
+
+    @property
+    def parent(self) -> Path:
+        """What the parent is: checkpoint, family, sizes."""
+        return self / "parent.json"
+
+    def split(self, name: str) -> Path:
+        """Packed tokens of one split."""
+        return self / "data" / f"{name}.safetensors"
+
+    def variant(self, layer: int, variant_id: str, library: str = "main") -> Path:
+        """Weights of one trained variant; its facts lie beside it with the suffix .json."""
+        return self / "library" / library / f"layer_{layer:02d}" / f"{variant_id}.safetensors"
+
+    def initial_variant(self, layer: int, variant_id: str) -> Path:
+        """Weights of one variant as initialised, before BLD."""
+        return self.variant(layer, variant_id, "initial")
+
+    def score(self, layer: int, variant_id: str, library: str = "main", metric: str = "kl") -> Path:
+        """Replace-1-block score of one variant."""
+        return self / "scores" / library / metric / f"layer_{layer:02d}.{variant_id}.json"
+
+    def costs(self, engine: str) -> Path:
+        """Cost table of one engine."""
+        return self / "costs" / f"{engine}.json"
+
+    def architecture(self, name: str = "main") -> Path:
+        """A search's result."""
+        return self / "search" / name / "architecture.json"
+
+    @property
+    def summary(self) -> Path:
+        """Everything that `puzzle show` prints."""
+        return self / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self / "report.html"
+
+    def relative(self, path: Path) -> str:
+        """`path` as written in summaries: relative to the run folder when inside it."""
+        try:
+            return str(path.resolve().relative_to(self.path.resolve()))
+        except ValueError:
+            return os.path.relpath(path.resolve(), self.path.resolve())
+
+    # records
+    def record_path(self, stage: str) -> Path:
+        """Where a stage says that it is done."""
+        return self / "stages" / f"{stage}.json"
+
+    def record(self, stage: str) -> dict[str, Any] | None:
+        """A stage's record, or None when it has not finished yet."""
+        path = self.record_path(stage)
+        return read_json(path) if path.exists() else None
+
+    def files(self, patterns: Iterable[str]) -> dict[str, str]:
+        """Checksums of the finished files that match glob patterns, by relative name."""
+        found = sorted({p for pattern in patterns for p in self.path.glob(pattern) if p.is_file()})
+        return {str(p.relative_to(self.path)): file_checksum(p) for p in found if not p.name.endswith(".partial")}
+
+    def scratch(self, stage: str) -> Path:
+        """Where a stage keeps what it needs to resume; deleted when the stage is done."""
+        return self / "scratch" / stage
+
+    def begin(self, stage: str, made_from: str, outputs: Iterable[str]) -> None:
+        """Before a stage runs: keep what an interrupted run of it left, unless that was made from something else."""
+        marker = self / "stages" / f"{stage}.begun.json"
+        if not marker.exists() or read_json(marker) != {"made_from": made_from}:
+            self.discard(stage, outputs)
+            write_json(marker, {"made_from": made_from})
+        self.record_path(stage).unlink(missing_ok=True)
+
+    def discard(self, stage: str, outputs: Iterable[str]) -> None:
+        """Delete what a stage has made."""
+        self.record_path(stage).unlink(missing_ok=True)
+        (self / "stages" / f"{stage}.begun.json").unlink(missing_ok=True)
+        (self / "seconds" / f"{stage}.json").unlink(missing_ok=True)
+        shutil.rmtree(self.scratch(stage), ignore_errors=True)
+        for name in self.files(outputs):
+            (self.path / name).unlink()
+
+    def finish(self, stage: str, made_from: str, outputs: Iterable[str]) -> None:
+        """After a stage: write its record, delete its scratch."""
+        shutil.rmtree(self.scratch(stage), ignore_errors=True)
+        self.write_record(stage, made_from, self.files(outputs))
+
+    def write_record(self, stage: str, made_from: str, outputs: Mapping[str, str]) -> None:
+        """Say that `stage` is done."""
+        write_json(
+            self.record_path(stage),
+            {"made_from": made_from, "outputs_fingerprint": fingerprint(outputs), "outputs": dict(outputs)},
+        )
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Add wall time to a stage's account (sums over interrupted tries)."""
+        path = self / "seconds" / f"{stage}.json"
+        before = read_json(path)["seconds"] if path.exists() else 0.0
+        write_json(path, {"seconds": before + seconds})
+
+    def seconds(self) -> dict[str, float]:
+        """Wall time by stage."""
+        return {p.stem: read_json(p)["seconds"] for p in sorted((self / "seconds").glob("*.json"))}
+
+    def verify_outputs(self, stage: str, command: str) -> None:
+        """Check that a finished stage's files are still what it made.
+
+        Raises:
+            ArtifactError: the stage has not finished, or a file is missing or changed.
+        """
+        record = self.record(stage)
+        if record is None:
+            raise ArtifactError(f"{self.path} has no finished {stage} yet. Make it with: puzzle {command} {self.path}")
+        for name, checksum in record["outputs"].items():
+            path = self.path / name
+            if not path.exists() or file_checksum(path) != checksum:
+                state = "corrupted" if path.exists() else "missing"
+                raise ArtifactError(
+                    f"{path} is {state}. Make it anew with: puzzle {command} {self.path} --again"
+                )

@@ -1,0 +1,281 @@
+"""The command `puzzle`: parse arguments, call the pipeline, print results and errors; nothing else."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from puzzle_nas.errors import PuzzleError
+
+app = typer.Typer(
+    name="puzzle",
+    help="Turn a trained LLM into a smaller, faster child that meets your limits, measured on your machine.\n\n"
+    "Start with: puzzle run recipes/quickstart.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as gkd.tokens=100000.")
+]
+Again = Annotated[bool, typer.Option("--again", help="Discard what this stage has made and make it anew.")]
+
+
+@app.command("run")
+def run_command(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see recipes/ and docs/recipe.md.")],
+    overrides: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where results go. Default: runs/RECIPE.")] = None,
+    first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Start with this stage.")] = None,
+    last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Stop after this stage.")] = None,
+) -> None:
+    """Make a child: every stage in order, skipping what is done."""
+    from puzzle_nas import pipeline
+    from puzzle_nas.artifacts import RunFolder
+    from puzzle_nas.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    run = RunFolder(run_dir or Path("runs") / recipe.stem)
+    pipeline.run_stages(settings, run, first, last)
+    if last is None:
+        _print_summary(run.path)
+        print(f"Report: {run.report}\nTry the child: puzzle generate {run} \"Why is the sky blue?\"")
+
+
+def _add_stage(command: str, text: str) -> None:
+    @app.command(command, help=text)
+    def stage_command(run_dir: RunArgument, overrides: Overrides = None, again: Again = False) -> None:
+        _run_stage(command, run_dir, overrides or [], again)
+
+
+def _run_stage(command: str, run_dir: Path, overrides: list[str], again: bool) -> None:
+    from puzzle_nas import pipeline
+    from puzzle_nas.artifacts import RunFolder
+    from puzzle_nas.recipe import parse_recipe
+
+    run = RunFolder(run_dir)
+    recipe = pipeline.open_run(run)
+    if overrides:
+        recipe = parse_recipe(run.recipe.read_text(), overrides, str(run.recipe))
+        pipeline.claim_run(recipe, run)
+    pipeline.run_stage(pipeline.stage_named(command), recipe, run, again)
+
+
+for _command, _text in (
+    ("prepare-parent", "Find the parent; convert it to a transformers checkpoint where it is none."),
+    ("prepare-data", "Text to packed token blocks of the five splits."),
+    ("measure-costs", "Memory and runtime of every variant on this machine."),
+    ("build-library", "Every variant of every layer, initialised from the parent."),
+    ("distill-blocks", "Train every variant to imitate its parent block (BLD)."),
+    ("score-blocks", "Damage of every variant when it alone replaces its parent block."),
+    ("assemble", "The chosen variants as one checkpoint."),
+    ("refit", "Correct the assembled child in closed form."),
+    ("distill-child", "Train the whole child against the parent (GKD)."),
+    ("evaluate", "Child against parent: quality and measured speed."),
+    ("report", "Write summary.json and report.html."),
+):
+    _add_stage(_command, _text)
+
+
+@app.command("search")
+def search_command(
+    run_dir: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder, unless --table is given.")] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--limit",
+            metavar="NAME=VALUE",
+            help="For a run: speedup=1.5, memory_bytes=2e8, latency_ms=900, throughput_tokens_per_second=80, "
+            "parameters=1e8. For a table: COLUMN=MAX or COLUMN=MIN:MAX. Repeatable.",
+        ),
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="A CSV, Parquet or JSON-lines table instead of a run.")] = None,
+    minimize: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the table to minimise.")] = None,
+    maximize: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the table to maximise.")] = None,
+    solutions: Annotated[int, typer.Option(help="How many solutions, for a table.")] = 1,
+    min_different: Annotated[int, typer.Option(help="Layers in which each must differ from every earlier one.")] = 1,
+    gap: Annotated[float, typer.Option(help="Relative optimality gap at which to stop.")] = 1e-4,
+    time_limit_seconds: Annotated[float, typer.Option(help="Longest time for one solve.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    again: Again = False,
+) -> None:
+    """The best architecture within limits, for a run or for any table.
+
+    Limits given here leave the run's own child alone: the result goes to RUN/search/LIMITS/architecture.json.
+    """
+    from puzzle_nas.errors import RecipeError
+
+    if table is not None:
+        _search_table(table, limit or [], minimize, maximize, solutions, min_different, gap, time_limit_seconds, as_json)
+        return
+    if run_dir is None:
+        raise RecipeError("Name a run folder, or a table with --table.")
+    if not limit:
+        _run_stage("search", run_dir, [], again)
+        return
+    from puzzle_nas import pipeline
+    from puzzle_nas.artifacts import RunFolder, write_json
+    from puzzle_nas.stages.search_architecture import ArchitectureSearch, search
+
+    limits = dict(_named_number(text) for text in limit)
+    run = RunFolder(run_dir)
+    recipe = pipeline.open_run(run)
+    result = search(ArchitectureSearch.load(recipe, run), limits, gap, time_limit_seconds)
+    path = run.architecture(",".join(f"{name}={value:g}" for name, value in limits.items()))
+    write_json(path, result)
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    for row in result["architecture"]:
+        print(f"{row['layer']:3d}  {_spec_id(row['attention']):18s} {_spec_id(row['ffn'])}")
+    print(f"{'':16s} score sum  predicted speed-up")
+    for name, found in {"child": result, **result["baselines"]}.items():
+        if "infeasible" in found:
+            print(f"{name:16s} {found['infeasible']}")
+        else:
+            print(f"{name:16s} {found['score_sum']:9.4f}  {found['speedup_predicted']:.3f}x")
+    print(f"Written to {path}. Make that child with: puzzle run RECIPE search.limits=... --run-dir {run}")
+
+
+def _spec_id(data: dict[str, Any]) -> str:
+    from puzzle_nas.architecture import spec_from_dict
+
+    return spec_from_dict(data).id
+
+
+def _named_number(text: str) -> tuple[str, float]:
+    from puzzle_nas.errors import RecipeError
+
+    name, sign, value = text.partition("=")
+    try:
+        return (name, float(value)) if sign else _fail(text)
+    except ValueError:
+        raise RecipeError(f"'{text}' is not a limit; write NAME=NUMBER, such as speedup=1.5.") from None
+
+
+def _fail(text: str) -> Any:
+    raise ValueError(text)
+
+
+def _search_table(path, limits, minimize, maximize, solutions, min_different, gap, seconds, as_json) -> None:
+    import time
+
+    from puzzle_nas.errors import RecipeError
+    from puzzle_nas.search import Limit, Problem, read_table, solve
+
+    if (minimize is None) == (maximize is None):
+        raise RecipeError("Say what to optimise with exactly one of --minimize COLUMN and --maximize COLUMN.")
+    bounds = []
+    for text in limits:
+        column, _, value = text.partition("=")
+        low, colon, high = value.rpartition(":")
+        try:
+            bounds.append(Limit(column, float(low) if colon and low else None, float(high) if high else None))
+        except ValueError:
+            raise RecipeError(f"'{text}' is not a limit; write COLUMN=MAX or COLUMN=MIN:MAX.") from None
+    start = time.perf_counter()
+    sense: Literal["minimise", "maximise"] = "minimise" if minimize else "maximise"
+    problem = Problem(read_table(path), minimize or maximize or "", sense, tuple(bounds))
+    found = solve(problem, gap, seconds, solutions, min_different)
+    result = {
+        "solutions": [
+            {
+                "choices": {str(k): v for k, v in s.choices.items()},
+                "score": s.score,
+                "bound": s.bound,
+                "gap": s.gap,
+                "costs": s.costs,
+                "status": s.status,
+            }
+            for s in found
+        ],
+        "seconds": time.perf_counter() - start,
+    }
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    for number, s in enumerate(found, start=1):
+        print(f"solution {number}: score {s.score:.6g} (bound {s.bound:.6g}, {s.status})")
+        for layer, variant in s.choices.items():
+            print(f"  {layer}: {variant}")
+        print("  totals: " + ", ".join(f"{name}={value:.6g}" for name, value in s.costs.items()))
+
+
+def _print_summary(run_dir: Path, as_json: bool = False) -> None:
+    from puzzle_nas.artifacts import RunFolder, read_json
+    from puzzle_nas.progress import console
+    from puzzle_nas.report.tables import show
+
+    summary = read_json(RunFolder(run_dir).summary, "report")
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    else:
+        console.print(show(summary))
+
+
+@app.command("show")
+def show_command(
+    run_dir: RunArgument, as_json: Annotated[bool, typer.Option("--json", help="Print summary.json.")] = False
+) -> None:
+    """The child layer by layer, and the summary table."""
+    _print_summary(run_dir, as_json)
+
+
+@app.command("generate")
+def generate_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint, or a run folder for its child.")],
+    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    plain: Annotated[bool, typer.Option("--plain", help="Continue the text; no chat template.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+) -> None:
+    """Let a parent or child answer."""
+    from puzzle_nas.families.generation import generate
+
+    checkpoint = model / "child-gkd" if (model / "recipe.yaml").is_file() else model
+    for piece in generate(checkpoint, prompt, max_new_tokens, not plain, temperature):
+        print(piece, end="", flush=True)
+    print()
+
+
+def main() -> None:
+    """Entry point: users' mistakes become one sentence and exit code 2."""
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        _quiet_libraries()
+        app(standalone_mode=False)
+    except PuzzleError as error:
+        print(f"puzzle: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nStopped. What is done is kept; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            print(f"puzzle: {error.format_message()}", file=sys.stderr)
+            sys.exit(2)
+        raise
+
+
+def _quiet_libraries() -> None:
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_TQDM", "1")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""Documents -> fixed blocks of tokens for the five splits. No document is in two splits, and none comes twice.
+
+Which split a document goes to and where it stands there follow from a hash of its content and the seed, so each
+split is spread over all the text that was read. Only as much text is read as the splits need.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from puzzle_nas.errors import DataError
+from puzzle_nas.recipe import DataSettings
+
+SMALL_SPLITS = ("validation", "selection", "scoring", "calibration")
+"""These must be full; they are filled before `train`."""
+SPLITS = ("train", *reversed(SMALL_SPLITS))
+
+BATCH_CHARACTERS = 200_000
+"""Text tokenised in one call."""
+LARGEST_PARTS = (8, 1)
+"""No document gives more than this part of a split (an eighth), unless the text does not suffice otherwise."""
+
+Document = str | Sequence[int]
+"""Text, or tokens where text would lose control tokens."""
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """One source of documents, already in an order that is spread over the source."""
+
+    name: str
+    weight: float
+    documents: Iterable[Document]
+    more: str = "name more text in data.sources"
+    """What a user can do who needs more tokens of it."""
+
+
+@dataclass(frozen=True)
+class PackedSplit:
+    """Blocks of one split."""
+
+    tokens: np.ndarray
+    """int32, [blocks, sequence_length]"""
+    documents: int
+    tokens_by_source: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A document's tokens, or its beginning."""
+
+    key: bytes
+    """Hash of seed and content."""
+    tokens: np.ndarray
+    """int32, [tokens], ends with the separator"""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def cut(self, length: int) -> _Piece:
+        """At most the first `length` tokens, the last of them the separator."""
+        if length >= len(self):
+            return self
+        tokens = self.tokens[:length].copy()
+        tokens[-1] = self.tokens[-1]
+        return _Piece(self.key, tokens)
+
+
+def separator_id(tokenizer: Any) -> int:
+    """The token after each document: the tokenizer's end of text.
+
+    Raises:
+        DataError: it has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            "The parent's tokenizer has no end-of-text token to put between documents; set eos_token in the "
+            "checkpoint's tokenizer_config.json."
+        )
+    return tokenizer.eos_token_id
+
+
+def block_count(settings: DataSettings, split: str) -> int:
+    """Blocks of one split: its tokens, rounded up to whole blocks."""
+    return -(-getattr(settings, f"{split}_tokens") // settings.sequence_length)
+
+
+def shares(total: int, weights: Sequence[float]) -> list[int]:
+    """Whole numbers in proportion to `weights` that add up to `total`."""
+    edges = np.cumsum([0.0, *weights]) / sum(weights) * total
+    return [int(share) for share in np.diff(np.rint(edges))]
+
+
+def pack(
+    sources: Sequence[TextSource],
+    tokenizer: Any,
+    vocab_size: int,
+    settings: DataSettings,
+    seed: int,
+    on_progress: Callable[[int], object] = lambda tokens: None,
+) -> dict[str, PackedSplit]:
+    """Tokenise, deal out to the five splits, and cut into blocks.
+
+    Sources are mixed by weight, in tokens. A source with too little text for its share of `train` gives what it
+    has and the others fill its place; when all run out, `train` is shorter.
+
+    Args:
+        vocab_size: entries of the parent's vocabulary.
+        on_progress: called with the tokens that were read since the last call.
+
+    Returns:
+        By split: tokens int32 [blocks, sequence_length].
+
+    Raises:
+        DataError: too little text for one of the splits, or a tokenizer of another model.
+    """
+    reader = _Tokenised(tokenizer, vocab_size, seed, on_progress)
+    streams = [_Stream(source, reader) for source in sources]
+    weights = [source.weight for source in sources]
+    length = settings.sequence_length
+    by_split = {split: shares(block_count(settings, split) * length, weights) for split in SPLITS}
+    quotas = [{split: by_split[split][i] for split in SPLITS} for i in range(len(streams))]
+    dealt = [_deal(stream, quota, length) for stream, quota in zip(streams, quotas, strict=True)]
+    for stream, pieces in zip(streams, dealt, strict=True):
+        used = {piece.key for split in SMALL_SPLITS for piece in pieces[split]}
+        stream.pieces = [piece for piece in stream.pieces if piece.key not in used]
+    train = _train_quotas(streams, weights, by_split["train"], length)
+    if not any(train):
+        names = ", ".join(source.name for source in sources)
+        raise DataError(
+            f"After the other splits, {names} left less than one block of {length} tokens for training; "
+            f"{sources[0].more}, or lower data.calibration_tokens."
+        )
+    for stream, pieces, quota in zip(streams, dealt, train, strict=True):
+        pieces["train"] = _take(iter(stream.pieces), quota, quota)
+    return {
+        split: _join({source.name: pieces[split] for source, pieces in zip(sources, dealt, strict=True)}, length)
+        for split in SPLITS
+    }
+
+
+@dataclass
+class _Tokenised:
+    """Tokenises documents of all sources, each content only once."""
+
+    tokenizer: Any
+    vocab_size: int
+    seed: int
+    on_progress: Callable[[int], object]
+    seen: set[bytes] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.separator = separator_id(self.tokenizer)
+        self._check(self.separator)
+        self.salt = hashlib.blake2b(str(self.seed).encode(), digest_size=16).digest()
+
+    def _check(self, token: int) -> None:
+        if not 0 <= token < self.vocab_size:
+            raise DataError(
+                f"The tokenizer gives id {token} but the parent's vocabulary has {self.vocab_size} entries: it belongs "
+                "to another model; put the parent's own tokenizer into its checkpoint."
+            )
+
+    def __call__(self, documents: Iterable[Document]) -> Iterator[list[_Piece]]:
+        batch: list[tuple[bytes, Document]] = []
+        size = 0
+        for document in documents:
+            content = document
+            if isinstance(document, str):
+                # JSON can hold halves of surrogate pairs, which no encoding can.
+                content = document.encode("utf-8", "replace")
+                document = content.decode()
+            else:
+                content = b"\0tokens" + np.asarray(document, np.int64).tobytes()
+            key = hashlib.blake2b(content, digest_size=16, key=self.salt).digest()
+            if key in self.seen or not len(document):
+                continue
+            self.seen.add(key)
+            batch.append((key, document))
+            size += len(document)
+            if size >= BATCH_CHARACTERS:
+                yield self._pieces(batch)
+                batch, size = [], 0
+        if batch:
+            yield self._pieces(batch)
+
+    def _pieces(self, batch: list[tuple[bytes, Document]]) -> list[_Piece]:
+        texts = [document for _, document in batch if isinstance(document, str)]
+        encoded: Iterator[list[int]] = iter(())
+        if texts:
+            options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+            encoded = iter(self.tokenizer(texts, **options)["input_ids"])
+        pieces = []
+        for key, document in batch:
+            ids = next(encoded) if isinstance(document, str) else list(document)
+            if not ids:
+                continue
+            if ids[-1] != self.separator:
+                ids.append(self.separator)
+            tokens = np.asarray(ids, np.int64)
+            self._check(int(tokens.max()))
+            self._check(int(tokens.min()))
+            pieces.append(_Piece(key, tokens.astype(np.int32)))
+        self.on_progress(sum(map(len, pieces)))
+        return pieces
+
+
+class _Stream:
+    """What was read of one source, and what is still to come."""
+
+    def __init__(self, source: TextSource, reader: _Tokenised):
+        self.source = source
+        self.pieces: list[_Piece] = []
+        self.exhausted = False
+        self._batches = reader(source.documents)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read and not yet dealt out."""
+        return sum(map(len, self.pieces))
+
+    def read(self, num_tokens: int) -> None:
+        """Read until `num_tokens` are there, or the source runs out."""
+        missing = num_tokens - self.tokens
+        while missing > 0 and not self.exhausted:
+            batch = next(self._batches, None)
+            self.exhausted = batch is None
+            self.pieces += batch or []
+            missing -= sum(map(len, batch or []))
+
+
+def _deal(stream: _Stream, quota: Mapping[str, int], length: int) -> dict[str, list[_Piece]]:
+    """Fill a source's share of the small splits; `stream.pieces` end up in the order of their hashes."""
+    wanted = sum(quota.values())
+    while True:
+        stream.read(wanted)
+        stream.pieces.sort(key=lambda piece: piece.key)
+        for part in LARGEST_PARTS if stream.exhausted else LARGEST_PARTS[:1]:
+            pieces = iter(stream.pieces)
+            dealt = {
+                split: _take(pieces, quota[split], max(length, quota[split] // part)) for split in SMALL_SPLITS
+            }
+            if all(sum(map(len, dealt[split])) == quota[split] for split in SMALL_SPLITS):
+                return dealt
+        if stream.exhausted:
+            break
+        wanted = 2 * max(wanted, stream.tokens)
+    needed = sum(quota[split] for split in SMALL_SPLITS)
+    largest = max(SMALL_SPLITS, key=lambda split: quota[split])
+    raise DataError(
+        f"The source {stream.source.name} gave {stream.tokens} tokens in {len(stream.pieces)} documents, but its "
+        f"share of the {', '.join(SMALL_SPLITS[:-1])} and {SMALL_SPLITS[-1]} splits is {needed} tokens, and no "
+        f"document may be in two splits; {stream.source.more}, or lower data.{largest}_tokens."
+    )
+
+
+def _take(pieces: Iterator[_Piece], quota: int, largest: int) -> list[_Piece]:
+    """Pieces of up to `largest` tokens that add up to `quota`, or to less when they run out."""
+    taken: list[_Piece] = []
+    while quota > 0 and (piece := next(pieces, None)) is not None:
+        taken.append(piece.cut(min(largest, quota)))
+        quota -= len(taken[-1])
+    return taken
+
+
+def _train_quotas(
+    streams: Sequence[_Stream], weights: Sequence[float], quotas: Sequence[int], length: int
+) -> list[int]:
+    """Tokens of `train` by source: by weight, but no more than a source has; the sum is whole blocks."""
+    total = sum(quotas)
+    quotas = list(quotas)
+    short: set[int] = set()
+    while True:
+        for stream, quota in zip(streams, quotas, strict=True):
+            stream.read(quota)
+        newly_short = {i for i, stream in enumerate(streams) if i not in short and stream.tokens < quotas[i]}
+        short |= newly_short
+        for i in newly_short:
+            quotas[i] = streams[i].tokens
+        ample = [i for i in range(len(streams)) if i not in short]
+        if not newly_short or not ample:
+            break
+        remaining = shares(total - sum(quotas[i] for i in short), [weights[i] for i in ample])
+        for i, quota in zip(ample, remaining, strict=True):
+            quotas[i] = quota
+    excess = sum(quotas) % length
+    for i in sorted(range(len(quotas)), key=lambda i: -quotas[i]):
+        cut = min(excess, quotas[i])
+        quotas[i] -= cut
+        excess -= cut
+    return quotas
+
+
+def _join(pieces_by_source: Mapping[str, list[_Piece]], length: int) -> PackedSplit:
+    """One split's blocks, its documents in the order of their hashes read backwards (forwards they chose the split)."""
+    pieces = sorted((piece for pieces in pieces_by_source.values() for piece in pieces), key=lambda p: p.key[::-1])
+    return PackedSplit(
+        tokens=np.concatenate([piece.tokens for piece in pieces]).reshape(-1, length),
+        documents=len(pieces),
+        tokens_by_source={name: sum(map(len, pieces)) for name, pieces in pieces_by_source.items()},
+    )

@@ -1,0 +1,240 @@
+"""Text that the parent writes itself: plain documents, and conversations through its chat template.
+
+Every row of a batch starts with the same few tokens and is sampled to its full length, so nothing is padded and no
+step is wasted: where a document or a turn ends, the next one begins. Documents are tokens, not text, so that the
+control tokens of a conversation stay what they are.
+"""
+
+# B rows, K kept tokens, S special tokens, V vocabulary
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from puzzle_nas.errors import DataError
+
+TEMPERATURE = 1.0
+TOP_P = 0.95
+TOP_K = 256
+"""The nucleus is looked for among this many tokens."""
+SHORTEST_DOCUMENT = 8
+"""Tokens; anything shorter is no document."""
+PLAIN_START = "<|endoftext|>"
+"""Start of plain text for chat models whose own start and end tokens stand for turns."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Who writes until when: the parent samples until a token of `ends`; then `forced` is put in for it."""
+
+    ends: frozenset[int]
+    forced: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a row starts with, and the turns that follow one another, from the first again after the last."""
+
+    start: tuple[int, ...]
+    turns: tuple[Turn, ...]
+    keeps_turns: bool
+    """One document with all its turns (a conversation), or one document for each turn."""
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Control tokens, which are not text."""
+    added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def conversation_script(tokenizer: Any) -> Script | None:
+    """User and assistant in turns, as the chat template writes them.
+
+    None where there is no chat template, or one whose turns do not end with a control token.
+    """
+    if not tokenizer.chat_template:
+        return None
+    marks = ["QUESTIONONE", "ANSWERONE", "QUESTIONTWO"]
+    roles = ["user", "assistant", "user"]
+    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    # Some templates write today's date; ours stands still, so that the same recipe gives the same text tomorrow.
+    rest = tokenizer.apply_chat_template(
+        messages,
+        tokenize=False,
+        add_generation_prompt=True,
+        strftime_now=lambda form: datetime.date(2025, 1, 1).strftime(form),
+    )
+    parts = []
+    for mark in marks:
+        before, found, rest = rest.partition(mark)
+        if not found:
+            return None
+        parts.append(before)
+    start, after_answer, after_question = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (parts[0], parts[2], rest)
+    )
+    special = special_ids(tokenizer)
+    turns = []
+    for tokens in (after_question, after_answer):
+        end = next((place for place, token in enumerate(tokens) if token in special), None)
+        if end is None:
+            return None
+        turns.append(Turn(frozenset([tokens[end]]), tuple(tokens[end + 1 :])))
+    return Script(tuple(start), tuple(turns), keeps_turns=True) if start else None
+
+
+def plain_script(tokenizer: Any, conversation: Script | None) -> Script:
+    """Documents one after another: any control token that is not for turns ends one.
+
+    Raises:
+        DataError: the tokenizer has no token that a text could start with.
+    """
+    turns = conversation.turns if conversation else ()
+    turn_tokens = {token for turn in turns for token in (*turn.ends, *turn.forced)}
+    known = tokenizer.get_vocab()
+    candidates = [tokenizer.bos_token_id, tokenizer.eos_token_id, known.get(PLAIN_START)]
+    candidates = [token for token in candidates if token is not None]
+    if not candidates:
+        raise DataError(
+            "The parent's tokenizer has neither a token that begins a text nor one that ends it, so the parent cannot "
+            "write; take parent-samples out of data.sources."
+        )
+    start = next((token for token in candidates if token not in turn_tokens), candidates[-1])
+    ends = frozenset((special_ids(tokenizer) - turn_tokens) | {start})
+    return Script((start,), (Turn(ends, (start,) if len(ends) > 1 else ()),), keeps_turns=False)
+
+
+def sample_documents(
+    model: Any,
+    tokenizer: Any,
+    num_tokens: int,
+    seed: int,
+    sequence_length: int,
+    batch_size: int = 64,
+    on_progress: Callable[[int], object] = lambda tokens: None,
+) -> list[list[int]]:
+    """Documents of together at least `num_tokens` tokens, half of them plain, half conversations where it can.
+
+    Args:
+        model: a causal language model in eval mode, on any device.
+        sequence_length: longest document, in tokens.
+        batch_size: rows that are sampled together.
+        on_progress: called with the tokens that were sampled since the last call.
+
+    Returns:
+        Token ids of each document, without a separator at its end. The same seed gives the same documents.
+
+    Raises:
+        DataError: the parent writes nothing that could be used.
+    """
+    conversation = conversation_script(tokenizer)
+    if conversation and len(conversation.start) > sequence_length // 2:
+        conversation = None
+    scripts = [plain_script(tokenizer, conversation), *([conversation] if conversation else [])]
+    generator = torch.Generator(model.device).manual_seed(seed % 2**63)
+    documents: list[list[int]] = []
+    for place, script in enumerate(scripts):
+        wanted = num_tokens * (place + 1) // len(scripts) - num_tokens * place // len(scripts)
+        fruitless = 0
+        while wanted > 0:
+            rows = min(batch_size, -(-wanted // sequence_length))
+            sampled = _sample_rows(model, tokenizer, script, rows, sequence_length, generator, on_progress)
+            useful = [document for row in sampled for document in row if not is_degenerate(document)]
+            documents += useful
+            wanted -= sum(map(len, useful))
+            fruitless = 0 if useful else fruitless + 1
+            if fruitless == 3:
+                raise DataError(
+                    "The parent writes nothing but empty or repeated text; take parent-samples out of data.sources."
+                )
+    return documents
+
+
+def is_degenerate(document: list[int]) -> bool:
+    """Too short to learn from, or one token for most of it."""
+    return len(document) < SHORTEST_DOCUMENT or Counter(document).most_common(1)[0][1] > len(document) / 2
+
+
+@torch.inference_mode()
+def _sample_rows(
+    model: Any,
+    tokenizer: Any,
+    script: Script,
+    rows: int,
+    sequence_length: int,
+    generator: torch.Generator,
+    on_progress: Callable[[int], object],
+) -> list[list[list[int]]]:
+    """The documents of each row."""
+    states = [_Row(script) for _ in range(rows)]
+    special_S = sorted(special_ids(tokenizer) | {token for turn in script.turns for token in turn.ends})
+    special_S = [token for token in special_S if token < model.config.vocab_size]
+    columns_S = torch.tensor(special_S, device=model.device)
+    tokens_BT = torch.tensor([script.start] * rows, device=model.device)
+    cache = None
+    for length in range(len(script.start), sequence_length):
+        output = model(input_ids=tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        logits_BV = output.logits[:, -1].float() / TEMPERATURE
+        refused_BS = torch.tensor([[token not in state.allowed for token in special_S] for state in states])
+        logits_BV[:, columns_S] = logits_BV[:, columns_S].masked_fill(refused_BS.to(model.device), -torch.inf)
+        chosen = _sample_nucleus(logits_BV, generator).tolist()
+        tokens_BT = torch.tensor([[state.add(token)] for state, token in zip(states, chosen, strict=True)])
+        tokens_BT = tokens_BT.to(model.device)
+        on_progress(rows if length > len(script.start) else rows * (len(script.start) + 1))
+    return [state.documents() for state in states]
+
+
+def _sample_nucleus(logits_BV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One token of each row, from the smallest set of likeliest tokens that holds TOP_P of the probability."""
+    top_BK, ids_BK = logits_BV.topk(min(TOP_K, logits_BV.shape[-1]), dim=-1)
+    probability_BK = (top_BK - logits_BV.logsumexp(-1, keepdim=True)).exp()
+    before_BK = probability_BK.cumsum(-1) - probability_BK
+    probability_BK = probability_BK.masked_fill(before_BK >= TOP_P, 0.0)
+    return ids_BK.gather(-1, torch.multinomial(probability_BK, 1, generator=generator)).squeeze(-1)
+
+
+class _Row:
+    """One row while it is written."""
+
+    def __init__(self, script: Script):
+        self.script = script
+        self.tokens = list(script.start)
+        self.waiting: list[int] = []
+        self.turn = 0
+        self.begins: list[int] = []
+        """Place of the first token of each turn."""
+        self.ends: list[int] = []
+        """Place of the token that ended each turn."""
+
+    @property
+    def allowed(self) -> frozenset[int]:
+        """Special tokens that may be sampled now: no turn is empty."""
+        in_turn = len(self.begins) > len(self.ends)
+        return self.script.turns[self.turn].ends if in_turn else frozenset()
+
+    def add(self, token: int) -> int:
+        """Take a sampled token, or the forced one that stands here instead; returns what was taken."""
+        if self.waiting:
+            token = self.waiting.pop(0)
+        elif token in self.allowed:
+            self.ends.append(len(self.tokens))
+            self.waiting = list(self.script.turns[self.turn].forced)
+            self.turn = (self.turn + 1) % len(self.script.turns)
+        elif len(self.begins) == len(self.ends):
+            self.begins.append(len(self.tokens))
+        self.tokens.append(token)
+        return token
+
+    def documents(self) -> list[list[int]]:
+        """A conversation whole, with its control tokens; plain documents apart, without them."""
+        if self.script.keeps_turns:
+            return [self.tokens]
+        ends = [*self.ends, len(self.tokens)]
+        return [self.tokens[begin:end] for begin, end in zip(self.begins, ends, strict=False)]

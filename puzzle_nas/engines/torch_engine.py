@@ -1,0 +1,124 @@
+"""Time models in torch, by transformers' own forward pass and dynamic cache."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from puzzle_nas.architecture import Scenario
+from puzzle_nas.modeling import PuzzleForCausalLM
+
+
+@dataclass(frozen=True)
+class RequestTime:
+    """Milliseconds of one request batch."""
+
+    prefill_ms: float
+    """All prompt tokens, logits of the last position only."""
+    decode_step_ms: float
+    """One token for every request of the batch."""
+
+    def total_ms(self, scenario: Scenario) -> float:
+        """Prefill and every decode step."""
+        return self.prefill_ms + scenario.decode_steps * self.decode_step_ms
+
+
+class TorchEngine:
+    """Wall times on the model's own device and precision."""
+
+    name = "torch"
+
+    def prepare(self, model: PuzzleForCausalLM) -> None:
+        """Run once, so that kernels are chosen and memory is touched."""
+        self._request(model, Scenario("warm-up", 1, 8, 3))
+
+    @torch.inference_mode()
+    def time_request(self, model: PuzzleForCausalLM, scenario: Scenario) -> RequestTime:
+        """A whole request batch, every decode step included."""
+        return self._request(model, scenario)
+
+    @torch.inference_mode()
+    def time_parts(self, model: PuzzleForCausalLM, scenario: Scenario, decode_steps: int) -> RequestTime:
+        """A whole prefill, and some decode steps around the middle of the decode."""
+        prompt = self._tokens(model, scenario, scenario.prefill_tokens)
+        prefill = self._clock(model, lambda: model(prompt, use_cache=True, logits_to_keep=1))
+        steps = min(decode_steps, scenario.decode_steps)
+        if steps == 0:
+            return RequestTime(prefill, 0.0)
+        length = scenario.prefill_tokens + (scenario.decode_steps - steps) // 2
+        cache = self._filled_cache(model, scenario.batch_size, length)
+        decode = self._clock(model, lambda: self._decode(model, cache, scenario.batch_size, steps))
+        return RequestTime(prefill, decode / steps)
+
+    def _request(self, model: PuzzleForCausalLM, scenario: Scenario) -> RequestTime:
+        prompt = self._tokens(model, scenario, scenario.prefill_tokens)
+        cache = DynamicCache(config=model.config)
+        prefill = self._clock(model, lambda: model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1))
+        steps = scenario.decode_steps
+        decode = self._clock(model, lambda: self._decode(model, cache, scenario.batch_size, steps))
+        return RequestTime(prefill, decode / max(1, steps))
+
+    @staticmethod
+    def _decode(model: PuzzleForCausalLM, cache: DynamicCache, batch_size: int, steps: int) -> None:
+        token = torch.zeros(batch_size, 1, dtype=torch.long, device=model.device)
+        for _ in range(steps):
+            logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            token = logits[:, -1].argmax(-1, keepdim=True)
+
+    @staticmethod
+    def _tokens(model: PuzzleForCausalLM, scenario: Scenario, length: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        shape = (scenario.batch_size, length)
+        return torch.randint(0, model.config.vocab_size, shape, generator=generator).to(model.device)
+
+    @staticmethod
+    def _filled_cache(model: PuzzleForCausalLM, batch_size: int, length: int) -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        model.model.drop_unused_cache_layers(cache)
+        for layer in model.model.layers:
+            if layer.caches:
+                heads = layer.self_attn.config.num_key_value_heads
+                shape = (batch_size, heads, length, model.config.head_dim)
+                states = torch.randn(shape, device=model.device).to(model.dtype)
+                cache.update(states, states.clone(), layer.self_attn.cache_slot)
+        return cache
+
+    @staticmethod
+    def _clock(model: PuzzleForCausalLM, work: Callable[[], object]) -> float:
+        synchronise = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+        synchronise()
+        start = time.perf_counter()
+        work()
+        synchronise()
+        return 1e3 * (time.perf_counter() - start)
+
+
+def interleaved_medians(
+    models: Sequence[str],
+    scenarios: Mapping[str, Scenario],
+    measure: Callable[[str, Scenario], RequestTime],
+    repeats: int,
+    on_repeat: Callable[[], None],
+) -> dict[str, dict[str, RequestTime]]:
+    """Median times by model, then scenario; every repeat measures every model, so that drift hits all alike."""
+    samples: dict[tuple[str, str], list[RequestTime]] = {}
+    for _ in range(repeats):
+        for model in models:
+            for name, scenario in scenarios.items():
+                samples.setdefault((model, name), []).append(measure(model, scenario))
+        on_repeat()
+    return {
+        model: {
+            name: RequestTime(
+                statistics.median(t.prefill_ms for t in samples[model, name]),
+                statistics.median(t.decode_step_ms for t in samples[model, name]),
+            )
+            for name in scenarios
+        }
+        for model in models
+    }

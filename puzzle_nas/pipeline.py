@@ -1,0 +1,143 @@
+"""The stages in order; run a range of them; skip what is already done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from types import ModuleType
+
+import torch
+import transformers
+
+from puzzle_nas import __version__
+from puzzle_nas.artifacts import RunFolder, fingerprint, write_bytes
+from puzzle_nas.errors import ArtifactError, RecipeError
+from puzzle_nas.progress import console
+from puzzle_nas.recipe import Recipe, parse_recipe
+from puzzle_nas.stages import (
+    assemble_child,
+    build_library,
+    distill_blocks,
+    distill_child,
+    evaluate_child,
+    measure_costs,
+    prepare_data,
+    prepare_parent,
+    refit_child,
+    score_blocks,
+    search_architecture,
+    write_report,
+)
+
+STAGES: tuple[ModuleType, ...] = (
+    prepare_parent,
+    prepare_data,
+    measure_costs,
+    build_library,
+    distill_blocks,
+    score_blocks,
+    search_architecture,
+    assemble_child,
+    refit_child,
+    distill_child,
+    evaluate_child,
+    write_report,
+)
+"""Each has NAME, COMMAND, NEEDS (stages whose outputs it reads), SETTINGS (recipe fields), OUTPUTS (globs), run."""
+
+
+def stage_named(command: str) -> ModuleType:
+    """The stage of a command name (`distill-blocks`).
+
+    Raises:
+        RecipeError: there is none.
+    """
+    for stage in STAGES:
+        if command in (stage.COMMAND, stage.NAME):
+            return stage
+    raise RecipeError(f"There is no stage '{command}'; stages: {', '.join(s.COMMAND for s in STAGES)}.")
+
+
+def open_run(run: RunFolder) -> Recipe:
+    """The recipe of an existing run folder.
+
+    Raises:
+        ArtifactError: the folder is none.
+    """
+    if not run.recipe.is_file():
+        raise ArtifactError(f"{run} is no run folder: it has no recipe.yaml. Make one with: puzzle run RECIPE --run-dir {run}")
+    return parse_recipe(run.recipe.read_text(), name=str(run.recipe))
+
+
+def claim_run(recipe: Recipe, run: RunFolder) -> None:
+    """Make `run` the folder of this recipe.
+
+    Raises:
+        ArtifactError: it belongs to a recipe with another parent or other data.
+    """
+    if run.recipe.is_file():
+        before = open_run(run)
+        for part in ("parent", "data"):
+            if getattr(before, part) != getattr(recipe, part):
+                raise ArtifactError(
+                    f"{run} belongs to another recipe: its {part} differs. Name another folder with --run-dir, or delete it."
+                )
+    versions = f"# puzzle-nas {__version__}, torch {torch.__version__}, transformers {transformers.__version__}\n"
+    write_bytes(run.recipe, (versions + recipe.to_yaml()).encode())
+
+
+def made_from(stage: ModuleType, recipe: Recipe, run: RunFolder) -> str:
+    """Fingerprint of everything that a stage's outputs depend on.
+
+    Raises:
+        ArtifactError: a stage that it needs has not finished.
+    """
+    settings = recipe.model_dump(mode="json", include=set(stage.SETTINGS))
+    inputs = {}
+    for name in stage.NEEDS:
+        record = run.record(name)
+        if record is None:
+            command = stage_named(name).COMMAND
+            raise ArtifactError(f"{run} has no finished {command} yet. Make it with: puzzle {command} {run}")
+        inputs[name] = record["outputs_fingerprint"]
+    if "costs" in settings and recipe.costs.file is not None and recipe.costs.file.is_file():
+        inputs["cost_file"] = recipe.costs.file.read_text()
+    return fingerprint([settings, inputs])
+
+
+def run_stage(stage: ModuleType, recipe: Recipe, run: RunFolder, again: bool = False, label: str = "") -> None:
+    """Run one stage, unless it is done. An interrupted stage goes on where it stopped."""
+    source = made_from(stage, recipe, run)
+    record = run.record(stage.NAME)
+    if again:
+        run.discard(stage.NAME, stage.OUTPUTS)
+    elif record is not None and record["made_from"] == source:
+        run.verify_outputs(stage.NAME, stage.COMMAND)
+        console.print(f"{label}{stage.COMMAND}: already done")
+        return
+    console.print(f"{label}{stage.COMMAND}: {(stage.__doc__ or '').splitlines()[0]}")
+    run.begin(stage.NAME, source, stage.OUTPUTS)
+    begin = time.perf_counter()
+    try:
+        stage.run(recipe, run)
+    finally:
+        run.add_seconds(stage.NAME, time.perf_counter() - begin)
+    run.finish(stage.NAME, source, stage.OUTPUTS)
+    console.print(f"  {time.perf_counter() - begin:.0f} s")
+
+
+def run_stages(recipe: Recipe, run: RunFolder, first: str | None = None, last: str | None = None) -> None:
+    """Run the stages from `first` to `last` (command names), both included."""
+    commands = [stage.COMMAND for stage in STAGES]
+    begin = commands.index(stage_named(first).COMMAND) if first else 0
+    end = commands.index(stage_named(last).COMMAND) if last else len(STAGES) - 1
+    if begin > end:
+        raise RecipeError(f"--from {first} comes after --to {last}; the order is {', '.join(commands)}.")
+    claim_run(recipe, run)
+    for number, stage in enumerate(STAGES[begin : end + 1], start=begin + 1):
+        run_stage(stage, recipe, run, label=f"[{number}/{len(STAGES)}] ")
+
+
+def finished(run: RunFolder, stages: Iterable[ModuleType] = STAGES) -> bool:
+    """Whether every stage has a record."""
+    return all(run.record(stage.NAME) is not None for stage in stages)

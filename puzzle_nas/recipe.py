@@ -1,0 +1,322 @@
+"""Every setting of a run, validated. YAML in and out, dotted overrides, "did you mean". No torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from puzzle_nas.architecture import Scenario
+from puzzle_nas.errors import RecipeError
+
+
+class Settings(BaseModel):
+    """A part of a recipe. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceSettings(Settings):
+    """One source of text."""
+
+    source: str
+    """`python-stdlib`, `parent-samples`, a file (.txt, .jsonl, .jsonl.gz, .parquet), a glob, or a hub data set."""
+    weight: float = Field(1.0, gt=0)
+    """Share of each split's tokens, relative to the other sources."""
+    text_field: str = "text"
+    """Column that holds the text of a document, for JSON lines, Parquet and hub data sets."""
+
+
+class DataSettings(Settings):
+    """Text, and how much of it each split holds."""
+
+    sources: list[SourceSettings] = Field(min_length=1)
+    """Where text comes from."""
+    sequence_length: int = Field(256, ge=8)
+    """Tokens in a packed block."""
+    train_tokens: int = Field(1_000_000, ge=1)
+    """Text for BLD and GKD; they start over when they need more."""
+    calibration_tokens: int = Field(32_768, ge=1)
+    """Text for closed-form initialisation and refit. A quarter is held back to choose between initialisations."""
+    scoring_tokens: int = Field(8_192, ge=1)
+    """Text for replace-1-block scores."""
+    selection_tokens: int = Field(8_192, ge=1)
+    """Text on which checkpoints are chosen."""
+    validation_tokens: int = Field(16_384, ge=1)
+    """Text on which results are reported, and nothing else."""
+    sample_tokens: int = Field(65_536, ge=1)
+    """Tokens that the parent writes for the source `parent-samples`, all splits together."""
+
+
+class SearchSpaceSettings(Settings):
+    """Which variants each layer may become (Puzzle, section 2)."""
+
+    kv_heads: list[int] | None = None
+    """KV-head counts besides the parent's; null means every smaller one that divides it."""
+    width_fractions: list[float] = [0.75, 0.5, 0.25, 0.1]
+    """FFN widths as fractions of the parent's."""
+    multiple_of: int = Field(32, ge=1)
+    """FFN widths are rounded to a multiple of this."""
+    attention_linear: bool = True
+    """Offer one matrix in place of attention."""
+    attention_no_op: bool = True
+    """Offer leaving attention out."""
+    ffn_linear: bool = True
+    """Offer one matrix in place of the FFN."""
+    ffn_no_op: bool = True
+    """Offer leaving the FFN out."""
+    layers: dict[int, list[str]] = {}
+    """Variant ids that a layer may become; layers not named may become any."""
+
+
+class LibrarySettings(Settings):
+    """How variants start before any training."""
+
+    initialisation: Literal["least_squares", "paper", "random"] = "least_squares"
+    """Closed-form against the parent's output, the paper's (section 2), or random."""
+    ridge: float = Field(1e-4, ge=0)
+    """Ridge of the least squares, relative to the mean diagonal of the Gram matrix."""
+
+
+class OptimiserSettings(Settings):
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
+    final_learning_rate_fraction: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the end, as a fraction of the peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moving averages."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay, on matrices only."""
+    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps spent warming up."""
+    gradient_clip: float | None = Field(1.0, gt=0)
+    """Largest gradient norm; null means no clipping."""
+
+
+class BLDSettings(OptimiserSettings):
+    """Blockwise local distillation, decoupled (Puzzle, section 2)."""
+
+    tokens: int = Field(65_536, ge=0)
+    """Training tokens for each variant; 0 skips BLD."""
+    batch_tokens: int = Field(2_048, ge=1)
+    """Tokens in one step."""
+    normalise: Literal["batch", "token"] = "token"
+    """Error over the parent's output energy: of the whole batch (the paper's) or of each token."""
+    checkpoint_every_steps: int = Field(200, ge=1)
+    """Steps between checkpoints within a layer."""
+
+
+class CostSettings(Settings):
+    """How runtimes are measured."""
+
+    file: Path | None = None
+    """A cost table to use instead of measuring."""
+    repeats: int = Field(7, ge=1)
+    """Interleaved repeats, of which the median counts."""
+    decode_steps_measured: int = Field(12, ge=1)
+    """Decode steps timed in one repeat, around the middle of the decode."""
+
+
+class ScoringSettings(Settings):
+    """Replace-1-block scores (Puzzle, section 2)."""
+
+    metric: Literal["kl", "lm_loss"] = "kl"
+    """KL(parent || child) in nats per token, or the child's increase in LM loss. Both are always recorded."""
+    batch_tokens: int = Field(2_048, ge=1)
+    """Tokens whose activations are in memory together."""
+
+
+class SearchSettings(Settings):
+    """What the child must meet."""
+
+    limits: dict[str, float] = {"speedup": 1.3}
+    """`speedup` (at least), `throughput_tokens_per_second` (at least), `latency_ms`, `memory_bytes`,
+    `parameters` (at most)."""
+    gap: float = Field(1e-4, ge=0)
+    """Relative optimality gap at which the solver may stop."""
+    time_limit_seconds: float = Field(60.0, gt=0)
+    """Longest time for one solve."""
+
+
+class RefitSettings(Settings):
+    """Closed-form correction of the assembled child."""
+
+    enabled: bool = True
+    """Try it; it is kept only if it lowers KL on the selection split."""
+    ridge: float = Field(1e-2, ge=0)
+    """Pull towards the present weights, relative to the mean diagonal of the Gram matrix."""
+
+
+class GKDSettings(OptimiserSettings):
+    """Global knowledge distillation (Puzzle, section 4)."""
+
+    tokens: int = Field(262_144, ge=0)
+    """Training tokens; 0 skips GKD."""
+    batch_tokens: int = Field(2_048, ge=1)
+    """Tokens in one step."""
+    kl_weight: float = Field(1.0, ge=0)
+    """Weight of KL(parent || child) on the logits."""
+    cosine_weight: float = Field(1.0, ge=0)
+    """Weight of the mean over layers of 1 - cosine of the hidden states."""
+    lm_weight: float = Field(0.0, ge=0)
+    """Weight of the language-modelling loss."""
+    train_embeddings: bool = False
+    """Train embeddings and LM head too."""
+    evaluate_every_steps: int = Field(25, ge=1)
+    """Steps between measurements on the selection split, each also a checkpoint."""
+
+
+class EvaluationSettings(Settings):
+    """The final measurements."""
+
+    timing_repeats: int = Field(7, ge=1)
+    """Interleaved whole request batches of parent and child, of which the median counts."""
+
+
+class ScenarioSettings(Settings):
+    """Traffic: one batch of equal requests."""
+
+    name: str = "default"
+    """Label in tables."""
+    batch_size: int = Field(1, ge=1)
+    """Requests served together."""
+    prefill_tokens: int = Field(128, ge=1)
+    """Prompt tokens of each request."""
+    decode_tokens: int = Field(64, ge=1)
+    """Generated tokens of each request."""
+    weight: float = Field(1.0, gt=0)
+    """Share of this scenario in a mix."""
+
+    def scenario(self) -> Scenario:
+        """As plain data."""
+        return Scenario(**self.model_dump())
+
+
+class Recipe(Settings):
+    """One reproducible run."""
+
+    parent: str
+    """A hub id, a local checkpoint, a .gguf file, or `package:NAME==VERSION`, a Python package that carries one."""
+    seed: int = 0
+    """Seed of everything random."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Arithmetic of forward passes; auto is bfloat16 where the machine is fast at it."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; null means one for each physical core."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto is a GPU when there is one."""
+    data: DataSettings
+    search_space: SearchSpaceSettings = SearchSpaceSettings()
+    library: LibrarySettings = LibrarySettings()
+    bld: BLDSettings = BLDSettings()
+    scenarios: list[ScenarioSettings] = [ScenarioSettings()]
+    """Traffic; several are mixed by weight."""
+    costs: CostSettings = CostSettings()
+    scoring: ScoringSettings = ScoringSettings()
+    search: SearchSettings = SearchSettings()
+    refit: RefitSettings = RefitSettings()
+    gkd: GKDSettings = GKDSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _scenario_names_differ(self) -> Recipe:
+        names = [s.name for s in self.scenarios]
+        if not names or len(set(names)) < len(names):
+            raise ValueError("scenarios need at least one entry, and names that differ")
+        return self
+
+    def to_yaml(self) -> str:
+        """All settings, resolved; `parse_recipe` reads it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _fields_at(location: Sequence[Any]) -> list[str]:
+    """The names that a recipe knows at the place an unknown key was found."""
+    model: Any = Recipe
+    for part in location:
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        arguments = getattr(annotation, "__args__", ())
+        model = arguments[0] if arguments else annotation
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f" Did you mean {close[0]}?" if close else f" Known: {', '.join(known)}."
+        return f"The recipe does not know the key {where}.{hint}"
+    if first["type"] == "missing":
+        return f"The recipe lacks the key {where}."
+    return f"The recipe's {where or 'settings'}: {first['msg']} (given: {first['input']!r:.80})."
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one dotted key, `search.limits.speedup=1.5`, in place. The value is read as YAML.
+
+    Raises:
+        RecipeError: no `=`, or a path through something that is not a mapping.
+    """
+    path, sign, text = override.partition("=")
+    if not sign or not path:
+        raise RecipeError(f"'{override}' is not an override; write key=value, such as search.limits.speedup=1.5.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"The value of '{override}' is not YAML.") from None
+    node: Any = data
+    *parents, last = path.split(".")
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) and part.isdigit() else node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise RecipeError(f"'{path}' leads through {part}, which holds a value and not settings.")
+    if isinstance(node, list):
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def parse_recipe(text: str, overrides: Sequence[str] = (), name: str = "recipe") -> Recipe:
+    """A recipe from YAML and dotted overrides.
+
+    Raises:
+        RecipeError: not YAML, unknown keys (with the nearest known one), values out of range.
+    """
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name} is not YAML: {str(error).splitlines()[0]}.") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{name} holds no settings.")
+    for override in overrides:
+        try:
+            apply_override(data, override)
+        except (IndexError, ValueError):
+            raise RecipeError(f"'{override}' names a list entry that does not exist.") from None
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from None
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """`parse_recipe` of a file.
+
+    Raises:
+        RecipeError: also when the file does not exist.
+    """
+    if not path.is_file():
+        raise RecipeError(f"There is no recipe {path}. Examples are in recipes/.")
+    return parse_recipe(path.read_text(), overrides, str(path))

@@ -1,0 +1,49 @@
+"""Parent + library + architecture -> checkpoints: child/, and one for each baseline in baselines/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from puzzle_nas import __version__
+from puzzle_nas.architecture import Architecture
+from puzzle_nas.artifacts import RunFolder, complete_folder, read_json
+from puzzle_nas.families import child_config, load_parent, load_tokenizer, save_model
+from puzzle_nas.families.loading import build, parent_checkpoint
+from puzzle_nas.library import variant_weights
+from puzzle_nas.modeling import PuzzleForCausalLM
+from puzzle_nas.recipe import Recipe
+from puzzle_nas.report.model_card import model_card
+
+NAME = "assemble_child"
+COMMAND = "assemble"
+NEEDS = ("search_architecture",)
+SETTINGS = ()
+OUTPUTS = ("child/*", "baselines/*/*")
+
+
+def assemble(run: RunFolder, parent: PuzzleForCausalLM, architecture: Architecture) -> PuzzleForCausalLM:
+    """The child in memory. It shares what it has in common with the parent."""
+    weights = {n: w for n, w in parent.state_dict().items() if not n.startswith("model.layers.")}
+    for layer, _, spec in architecture:
+        for name, weight in variant_weights(run, parent, layer, spec).items():
+            weights[f"model.layers.{layer}.{name}"] = weight
+    child = build(child_config(parent.config, architecture), weights)
+    child.generation_config = parent.generation_config
+    return child
+
+
+def run(recipe: Recipe, run: RunFolder) -> None:
+    """Assemble the child and the baselines."""
+    result = read_json(run.architecture(), "search")
+    parent, _ = load_parent(run)
+    tokenizer = load_tokenizer(parent_checkpoint(run))
+    targets: dict[Path, list] = {run / "child": result["architecture"]}
+    for name, baseline in result["baselines"].items():
+        if "architecture" in baseline:
+            targets[run / "baselines" / name] = baseline["architecture"]
+    for folder, layers in targets.items():
+        architecture = Architecture.from_list(layers)
+        with complete_folder(folder) as partial:
+            save_model(assemble(run, parent, architecture), tokenizer, partial)
+            card = model_card(recipe.parent, architecture, __version__, "assembled from the block library")
+            (partial / "README.md").write_text(card)

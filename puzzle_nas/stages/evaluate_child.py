@@ -1,0 +1,76 @@
+"""Child against parent, side by side: KL, perplexity and agreement on the validation split, and measured speed.
+
+Files: evaluation.json (figures of quality, reproducible) and measured.json (times).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from puzzle_nas.artifacts import RunFolder, read_json, write_json
+from puzzle_nas.costs import CostTable
+from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.engines import TorchEngine
+from puzzle_nas.engines.torch_engine import interleaved_medians
+from puzzle_nas.families import load_model, load_parent, machine_of
+from puzzle_nas.progress import progress
+from puzzle_nas.recipe import Recipe
+from puzzle_nas.training.comparison import ParentReference
+
+NAME = "evaluate_child"
+COMMAND = "evaluate"
+NEEDS = ("distill_child",)
+SETTINGS = ("evaluation", "scenarios")
+OUTPUTS = ("evaluation.json", "measured.json")
+
+
+def run(recipe: Recipe, run: RunFolder) -> None:
+    """Measure everything that is reported."""
+    parent, _ = load_parent(run)
+    machine = machine_of(recipe)
+    tokens = load_tokens(run, "validation")
+    children = {"assembled": run / "child", "refitted": run / "child-refit", "distilled": run / "child-gkd"}
+    children = {name: path for name, path in children.items() if path.exists()}
+    search = read_json(run.architecture(), "search")
+    baselines = {name: run / "baselines" / name for name, found in search["baselines"].items() if "architecture" in found}
+    reference = ParentReference(parent, tokens)
+    result = {"parent": reference.compare(parent).to_dict(), "child": {}, "baselines": {}}
+    with progress("evaluate, model", len(children) + len(baselines)) as ticker:
+        for group, paths in (("child", children), ("baselines", baselines)):
+            for name, path in paths.items():
+                result[group][name] = reference.compare(load_model(path, machine)).to_dict()
+                ticker.advance()
+    write_json(run / "evaluation.json", result)
+    write_json(run / "measured.json", _measure_speed(recipe, run, parent, load_model(run / "child-gkd", machine)))
+
+
+def _measure_speed(recipe: Recipe, run: RunFolder, parent, child) -> dict:
+    models = {"parent": parent, "child": child}
+    engine, costs = TorchEngine(), CostTable.load(run, recipe)
+    scenarios = {s.name: s for s in costs.scenarios}
+    totals: dict[str, list[float]] = {"parent": [], "child": []}
+
+    def measure(name, scenario):
+        measured = engine.time_request(models[name], scenario)
+        totals[name].append(scenario.weight * measured.total_ms(scenario))
+        return measured
+
+    with torch.inference_mode(), progress("measure speed, repeat", recipe.evaluation.timing_repeats) as ticker:
+        for model in models.values():
+            engine.prepare(model)
+        times = interleaved_medians(list(models), scenarios, measure, recipe.evaluation.timing_repeats, ticker.advance)
+    count = len(scenarios)
+    ratios = sorted(
+        sum(totals["parent"][i : i + count]) / sum(totals["child"][i : i + count])
+        for i in range(0, len(totals["parent"]), count)
+    )
+    return {
+        "scenarios": {
+            name: {model: vars(times[model][name]) | {"request_ms": times[model][name].total_ms(s)} for model in models}
+            for name, s in scenarios.items()
+        },
+        "mix_ms": {
+            model: sum(s.weight * times[model][name].total_ms(s) for name, s in scenarios.items()) for model in models
+        },
+        "speedup_by_repeat": ratios,
+    }

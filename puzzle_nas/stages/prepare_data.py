@@ -1,0 +1,186 @@
+"""Text -> packed token blocks of the five splits."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from puzzle_nas.artifacts import RunFolder, fingerprint, read_json, write_bytes, write_json
+from puzzle_nas.data import packing
+from puzzle_nas.data.parent_samples import sample_documents
+from puzzle_nas.data.sources import PARENT_SAMPLES, documents
+from puzzle_nas.errors import DataError
+from puzzle_nas.families import load_parent
+from puzzle_nas.families.loading import load_tokenizer, parent_checkpoint
+from puzzle_nas.progress import progress
+from puzzle_nas.recipe import Recipe
+
+NAME = "prepare_data"
+COMMAND = "prepare-data"
+NEEDS = ("prepare_parent",)
+SETTINGS = ("data", "seed")
+OUTPUTS = ("data/*.safetensors", "data/data.json", "data/sources/*")
+
+SAMPLING_BATCH = 128
+"""Rows that the parent writes together, where their KV cache fits into `SAMPLING_CACHE_BYTES`."""
+SAMPLING_CACHE_BYTES = 1 << 30
+
+
+def run(recipe: Recipe, run: RunFolder) -> None:
+    """Write `data/SPLIT.safetensors` for each split and data/data.json, which says what is in them."""
+    parent = read_json(run.parent, "prepare-parent")
+    checkpoint = parent_checkpoint(run)
+    tokenizer = load_tokenizer(checkpoint)
+    _check_sequence_length(recipe.data.sequence_length, checkpoint)
+    names = _source_names(recipe)
+    _check_samples_suffice(recipe)
+    # The first document of each text source is fetched before the parent writes, which takes longer than to see
+    # that a file is missing.
+    streams = [
+        None if settings.source == PARENT_SAMPLES else _opened(documents(settings, recipe.seed))
+        for settings in recipe.data.sources
+    ]
+    samples = _parent_samples(recipe, run, parent, tokenizer) if None in streams else []
+    sources = [
+        packing.TextSource(name, settings.weight, samples, "raise data.sample_tokens")
+        if stream is None
+        else packing.TextSource(name, settings.weight, stream)
+        for name, settings, stream in zip(names, recipe.data.sources, streams, strict=True)
+    ]
+    total = sum(packing.block_count(recipe.data, split) for split in packing.SPLITS) * recipe.data.sequence_length
+    with progress("reading text, tokens", total) as ticker:
+        splits = packing.pack(
+            sources,
+            tokenizer,
+            parent["vocab_size"],
+            recipe.data,
+            recipe.seed,
+            lambda tokens: ticker.advance(min(tokens, total - ticker.done)),
+        )
+    _write(recipe, run, names, splits, packing.separator_id(tokenizer))
+
+
+def _write(
+    recipe: Recipe, run: RunFolder, names: list[str], splits: dict[str, packing.PackedSplit], separator: int
+) -> None:
+    facts = {}
+    for name, split in splits.items():
+        write_bytes(run.split(name), safetensors.numpy.save({"tokens": split.tokens}))
+        facts[name] = {
+            "tokens": split.tokens.size,
+            "blocks": len(split.tokens),
+            "documents": split.documents,
+            "tokens_by_source": dict(split.tokens_by_source),
+            "fingerprint": hashlib.sha256(split.tokens.tobytes()).hexdigest(),
+        }
+    if not any(settings.source == PARENT_SAMPLES for settings in recipe.data.sources):
+        _samples_path(run).unlink(missing_ok=True)
+    sources = [
+        {"name": name, **settings.model_dump()} for name, settings in zip(names, recipe.data.sources, strict=True)
+    ]
+    write_json(
+        run / "data" / "data.json",
+        {
+            "sequence_length": recipe.data.sequence_length,
+            "separator_id": separator,
+            "sources": sources,
+            "splits": facts,
+        },
+    )
+
+
+def _opened(stream: Iterator[str]) -> Iterator[str]:
+    """The same documents, the first of them read already."""
+    return itertools.chain([next(stream)], stream)
+
+
+def _source_names(recipe: Recipe) -> list[str]:
+    """A name for each source: what the recipe calls it, with its column where one file gives two."""
+    given = [settings.source for settings in recipe.data.sources]
+    names = [
+        settings.source if given.count(settings.source) == 1 else f"{settings.source} ({settings.text_field})"
+        for settings in recipe.data.sources
+    ]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"data.sources names {name} twice; name it once and add up the weights.")
+    return names
+
+
+def _check_sequence_length(sequence_length: int, checkpoint: Path) -> None:
+    longest = getattr(AutoConfig.from_pretrained(checkpoint), "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise DataError(
+            f"data.sequence_length is {sequence_length}, but the parent knows only {longest} positions; lower it."
+        )
+
+
+def _check_samples_suffice(recipe: Recipe) -> None:
+    """Say before the parent writes for minutes that it will not have written enough."""
+    weights = sum(settings.weight for settings in recipe.data.sources)
+    for settings in recipe.data.sources:
+        if settings.source != PARENT_SAMPLES:
+            continue
+        blocks = sum(packing.block_count(recipe.data, split) for split in packing.SMALL_SPLITS)
+        needed = round(blocks * recipe.data.sequence_length * settings.weight / weights)
+        if recipe.data.sample_tokens < needed:
+            raise DataError(
+                f"data.sample_tokens is {recipe.data.sample_tokens}, but the share of {PARENT_SAMPLES} in the splits "
+                f"besides train is {needed} tokens; raise it, or lower the weight of {PARENT_SAMPLES}."
+            )
+
+
+# What the parent wrote is kept beside the splits: other sources or sizes of splits need no new writing.
+
+
+def _samples_path(run: RunFolder) -> Path:
+    return run / "data" / "sources" / f"{PARENT_SAMPLES}.safetensors"
+
+
+def _parent_samples(recipe: Recipe, run: RunFolder, parent: dict[str, Any], tokenizer: Any) -> list[list[int]]:
+    num_tokens, length = recipe.data.sample_tokens, recipe.data.sequence_length
+    made_from = fingerprint([parent, recipe.seed, recipe.precision, recipe.device, num_tokens, length])
+    kept = _read_samples(_samples_path(run), made_from)
+    if kept is not None:
+        return kept
+    model, shape = load_parent(run)
+    bytes_per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * model.dtype.itemsize
+    batch_size = max(1, min(SAMPLING_BATCH, SAMPLING_CACHE_BYTES // (bytes_per_token * length)))
+    with progress("parent writes, tokens", num_tokens) as ticker:
+        samples = sample_documents(
+            model,
+            tokenizer,
+            num_tokens,
+            recipe.seed,
+            length,
+            batch_size,
+            lambda tokens: ticker.advance(min(tokens, num_tokens - ticker.done)),
+        )
+    tensors = {
+        "tokens": np.concatenate([np.asarray(sample, np.int32) for sample in samples]),
+        "lengths": np.asarray([len(sample) for sample in samples], np.int32),
+    }
+    write_bytes(_samples_path(run), safetensors.numpy.save(tensors, {"made_from": made_from}))
+    return samples
+
+
+def _read_samples(path: Path, made_from: str) -> list[list[int]] | None:
+    """Samples of an earlier try, if they were made from the same things."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "numpy") as file:
+            if (file.metadata() or {}).get("made_from") != made_from:
+                return None
+            tokens, lengths = file.get_tensor("tokens"), file.get_tensor("lengths")
+    except SafetensorError:
+        return None
+    return [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])]

@@ -1,0 +1,68 @@
+"""Replace-1-block scores of every variant (Puzzle, section 3). Files: scores/main/kl/layer_NN.VARIANT.json."""
+
+from __future__ import annotations
+
+import torch
+
+from puzzle_nas.artifacts import RunFolder, write_json
+from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.families import load_parent
+from puzzle_nas.library import search_space_of, variant_layer
+from puzzle_nas.progress import progress
+from puzzle_nas.recipe import Recipe
+from puzzle_nas.training.losses import Divergence
+from puzzle_nas.training.replacement import ReplacementWalk
+
+NAME = "score_blocks"
+COMMAND = "score-blocks"
+NEEDS = ("distill_blocks",)
+SETTINGS = ("scoring",)
+OUTPUTS = ("scores/main/*/*.json",)
+
+
+def summarise(values_S: torch.Tensor) -> dict[str, float]:
+    """Mean and standard error over sequences."""
+    count = len(values_S)
+    error = (values_S.std() / count**0.5).item() if count > 1 else 0.0
+    return {"mean": values_S.mean().item(), "standard_error": error}
+
+
+def score_of(divergence: Divergence, parent: Divergence) -> dict:
+    """The JSON of one variant. All figures are means over the tokens of a sequence, then over sequences."""
+    kl = divergence.kl_nats.double().mean(1)
+    # The last position of a sequence has no label.
+    lm_loss = divergence.lm_loss_nats[:, :-1].double().mean(1)
+    increase = lm_loss - parent.lm_loss_nats[:, :-1].double().mean(1)
+    return {
+        "kl_nats": summarise(kl),
+        "lm_loss_increase_nats": summarise(increase),
+        "top1_agreement": summarise(divergence.top1_agrees.double().mean(1)),
+        "kl_nats_by_sequence": [round(v, 8) for v in kl.tolist()],
+        "lm_loss_increase_nats_by_sequence": [round(v, 8) for v in increase.tolist()],
+    }
+
+
+def run(recipe: Recipe, run: RunFolder) -> None:
+    """Score every variant of every layer in the parent."""
+    parent, shape = load_parent(run)
+    space = search_space_of(recipe, shape)
+    tokens = load_tokens(run, "scoring")
+    metric = recipe.scoring.metric
+    with progress("score blocks, layer", shape.num_hidden_layers) as ticker:
+        walk = ReplacementWalk(parent, tokens, recipe.scoring.batch_tokens)
+        parent_scores: Divergence | None = None
+        for index, slots in enumerate(space.options):
+            specs = [spec for slot, options in slots.items() for spec in options if spec != shape.parent_spec(slot)]
+            specs = [spec for spec in specs if not run.score(index, spec.id, metric=metric).exists()]
+            if specs:
+                if parent_scores is None:
+                    parent_scores = walk.parent_itself()
+                variants = [(spec.slot, variant_layer(run, parent, index, spec)) for spec in specs]
+                for spec, divergence in zip(specs, walk.try_variants(variants), strict=True):
+                    write_json(run.score(index, spec.id, metric=metric), score_of(divergence, parent_scores))
+                ticker.advance()
+            else:
+                ticker.skip(1)
+            if index + 1 < shape.num_hidden_layers:
+                walk.advance()
+

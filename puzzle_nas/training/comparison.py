@@ -1,0 +1,79 @@
+"""Compare a child with the parent on a split: KL, LM loss, top-1 agreement.
+
+Shapes: S sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from puzzle_nas.modeling import PuzzleForCausalLM
+from puzzle_nas.training.losses import Divergence, divergences
+from puzzle_nas.training.replacement import joined, next_tokens
+
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Means over the tokens of a split; standard error over sequences."""
+
+    kl_nats: float
+    kl_nats_standard_error: float
+    lm_loss_nats: float
+    perplexity: float
+    top1_agreement: float
+
+    def to_dict(self) -> dict[str, float]:
+        """JSON form."""
+        return asdict(self)
+
+
+class ParentReference:
+    """The parent's final hidden states on fixed tokens, kept so that many children can be compared with them."""
+
+    def __init__(self, parent: PuzzleForCausalLM, tokens_ST: torch.Tensor):
+        self.head = parent.lm_head
+        self.tokens_ST = tokens_ST
+        self.labels_ST = next_tokens(tokens_ST)
+        self.step = max(1, BATCH_TOKENS // tokens_ST.shape[1])
+        with torch.inference_mode():
+            self.final = [self._final(parent, batch) for batch in tokens_ST.split(self.step)]
+
+    @staticmethod
+    def _final(model: PuzzleForCausalLM, batch: torch.Tensor) -> torch.Tensor:
+        return model.model(batch.to(model.device), use_cache=False).last_hidden_state
+
+    @torch.inference_mode()
+    def compare(self, child: PuzzleForCausalLM, on_batch: Callable[[], None] = lambda: None) -> Comparison:
+        """Measure one child (or the parent itself)."""
+        was_training = child.training
+        child.eval()
+        parts: list[Divergence] = []
+        for batch, labels, final in zip(
+            self.tokens_ST.split(self.step), self.labels_ST.split(self.step), self.final, strict=True
+        ):
+            mine = self._final(child, batch).flatten(0, 1).to(child.lm_head.weight.dtype)
+            heads = [self.head, child.lm_head]
+            parts += divergences(final.flatten(0, 1), [mine], heads, labels.flatten().to(child.device))
+            on_batch()
+        child.train(was_training)
+        return summarise(joined(parts, self.tokens_ST.shape))
+
+
+def summarise(divergence: Divergence) -> Comparison:
+    """Means of per-token figures shaped [S, T]."""
+    by_sequence = divergence.kl_nats.double().mean(1)
+    lm_loss = divergence.lm_loss_nats[:, :-1].double().mean().item()
+    count = len(by_sequence)
+    return Comparison(
+        kl_nats=by_sequence.mean().item(),
+        kl_nats_standard_error=(by_sequence.std() / math.sqrt(count)).item() if count > 1 else 0.0,
+        lm_loss_nats=lm_loss,
+        perplexity=math.exp(min(lm_loss, 700.0)),
+        top1_agreement=divergence.top1_agrees.double().mean().item(),
+    )

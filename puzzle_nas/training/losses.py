@@ -1,0 +1,153 @@
+"""KL on logits without ever holding them all: computed chunk by chunk from hidden states.
+
+Shapes: N tokens, D hidden, V vocabulary. Hidden states are after the final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+MATMUL_ROWS = 256
+"""Tokens in one product with the LM head."""
+SOFTMAX_ROWS = 16
+"""Tokens whose float32 logits exist at once: few enough to stay in cache (16 x 49,152 x 4 B = 3 MB)."""
+
+
+@dataclass
+class Divergence:
+    """Per token, [N] float32: KL(parent || child) and cross-entropy in nats, and whether the top-1 token agrees."""
+
+    kl_nats: torch.Tensor
+    lm_loss_nats: torch.Tensor
+    top1_agrees: torch.Tensor
+
+
+@torch.no_grad()
+def divergences(
+    parent_ND: torch.Tensor, children_ND: Sequence[torch.Tensor], heads: Sequence[nn.Linear], labels_N: torch.Tensor
+) -> list[Divergence]:
+    """How far each child's token distribution is from the parent's. The parent's is computed once for all.
+
+    Args:
+        parent_ND: the parent's final hidden states.
+        children_ND: the same of each child.
+        heads: LM head of the parent, then of each child.
+        labels_N: the next token of each position; -100 where there is none (its cross-entropy is 0).
+    """
+    tokens = parent_ND.shape[0]
+    results = [
+        Divergence(*(torch.zeros(tokens, device=parent_ND.device) for _ in range(3))) for _ in children_ND
+    ]
+    softmax_rows = SOFTMAX_ROWS if parent_ND.device.type == "cpu" else MATMUL_ROWS
+    for start in range(0, tokens, MATMUL_ROWS):
+        rows = slice(start, start + MATMUL_ROWS)
+        logits = [head(hidden[rows]) for head, hidden in zip(heads, [parent_ND, *children_ND], strict=True)]
+        for offset in range(0, logits[0].shape[0], softmax_rows):
+            part = slice(offset, offset + softmax_rows)
+            parent_log = F.log_softmax(logits[0][part].float(), dim=-1)
+            parent_top = parent_log.argmax(-1)
+            parent_p = parent_log.exp()
+            negative_entropy = torch.linalg.vecdot(parent_p, parent_log)
+            place = slice(start + offset, start + offset + parent_p.shape[0])
+            target = labels_N[place].clamp_min(0).unsqueeze(1)
+            known = labels_N[place] >= 0
+            for result, child_logits in zip(results, logits[1:], strict=True):
+                child = child_logits[part].float()
+                normaliser = child.logsumexp(-1)
+                result.kl_nats[place] = negative_entropy - torch.linalg.vecdot(parent_p, child) + normaliser
+                result.lm_loss_nats[place] = (normaliser - child.gather(1, target).squeeze(1)) * known
+                result.top1_agrees[place] = (child.argmax(-1) == parent_top).float()
+    return results
+
+
+class _ChunkedDistillation(torch.autograd.Function):
+    """Mean over tokens of kl_weight * KL(parent || child) + lm_weight * cross-entropy.
+
+    Both gradients are known in closed form, softmax(child) minus the target, so they are formed in the forward
+    pass, chunk by chunk, and no logits are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, child_ND, child_weight, parent_ND, parent_weight, labels_N, kl_weight, lm_weight):
+        tokens = child_ND.shape[0]
+        known = (labels_N >= 0).sum().clamp_min(1)
+        low = parent_ND.dtype
+        hidden, weight = child_ND.to(low), child_weight.to(low)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(child_weight, dtype=torch.float32) if child_weight.requires_grad else None
+        total = torch.zeros((), device=child_ND.device)
+        softmax_rows = SOFTMAX_ROWS if child_ND.device.type == "cpu" else MATMUL_ROWS
+        for start in range(0, tokens, MATMUL_ROWS):
+            rows = slice(start, start + MATMUL_ROWS)
+            child_logits = hidden[rows] @ weight.T
+            parent_logits = parent_ND[rows] @ parent_weight.T
+            for offset in range(0, child_logits.shape[0], softmax_rows):
+                part = slice(offset, offset + softmax_rows)
+                parent_log = F.log_softmax(parent_logits[part].float(), dim=-1)
+                child_log = F.log_softmax(child_logits[part].float(), dim=-1)
+                parent_p = parent_log.exp()
+                total += kl_weight / tokens * torch.linalg.vecdot(parent_p, parent_log - child_log).sum()
+                grad = (kl_weight / tokens) * (child_log.exp() - parent_p)
+                if lm_weight:
+                    labels = labels_N[rows][part]
+                    is_known = (labels >= 0).float().unsqueeze(1)
+                    target = labels.clamp_min(0).unsqueeze(1)
+                    total -= lm_weight / known * (child_log.gather(1, target) * is_known).sum()
+                    grad += (lm_weight / known) * is_known * child_log.exp()
+                    grad.scatter_add_(1, target, -(lm_weight / known) * is_known)
+                child_logits[part] = grad.to(child_logits.dtype)
+            grad_hidden[rows] = child_logits @ weight
+            if grad_weight is not None:
+                grad_weight += (child_logits.T @ hidden[rows]).float()
+        ctx.save_for_backward(grad_hidden.to(child_ND.dtype), grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        (grad_output,) = grad_outputs
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_weight = None if grad_weight is None else grad_weight * grad_output
+        return grad_hidden * grad_output, grad_weight, None, None, None, None, None
+
+
+def distillation_loss(
+    child_ND: torch.Tensor,
+    child_head: nn.Linear,
+    parent_ND: torch.Tensor,
+    parent_head: nn.Linear,
+    labels_N: torch.Tensor,
+    kl_weight: float,
+    lm_weight: float,
+) -> torch.Tensor:
+    """KL and LM loss of Puzzle's section 4, differentiable in the child's hidden states and head, scalar, nats."""
+    return _ChunkedDistillation.apply(
+        child_ND, child_head.weight, parent_ND, parent_head.weight, labels_N, kl_weight, lm_weight
+    )  # pyright: ignore[reportReturnType]
+
+
+def cosine_loss(children_BTD: Sequence[torch.Tensor], parents_BTD: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean over layers and tokens of 1 - cosine of the residual streams after each block (Puzzle, section 4)."""
+    losses = [
+        1 - F.cosine_similarity(child.float(), parent.float(), dim=-1).mean()
+        for child, parent in zip(children_BTD, parents_BTD, strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
+def block_loss(
+    error_ND: torch.Tensor, parent_output_ND: torch.Tensor, normalise: str
+) -> torch.Tensor:
+    """Normalised error of a block's output (Puzzle, section 2): MSE(o_parent, o_child) / MSE(o_parent, 0).
+
+    `normalise="batch"` divides by the energy of the whole batch, as the paper does; `"token"` divides each token's
+    error by its own energy, so that a few tokens of massive activations cannot own the loss.
+    """
+    error, energy = error_ND.float().square().sum(-1), parent_output_ND.float().square().sum(-1)
+    if normalise == "batch":
+        return error.sum() / energy.sum()
+    return (error / energy.clamp_min(1e-12)).mean()
