@@ -1,11 +1,10 @@
 """Packed blocks as tensors, and the order in which training walks through them."""
 
-# B blocks in a batch, N blocks in a split, T tokens in a block
+# N blocks in a split, T tokens in a block
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 
 import safetensors.torch
 import torch
@@ -36,29 +35,8 @@ def load_tokens(run: RunFolder, split: str) -> torch.Tensor:
 
 
 def block_order(num_blocks: int, wanted: int, seed: int) -> torch.Tensor:
-    """Which blocks come in which order, int64 [wanted]: shuffled epochs one after another, each block once in each."""
+    """Which blocks come in which order, int64 [wanted]: shuffled epochs, each block once in every epoch."""
     generator = torch.Generator().manual_seed(seed)
     epochs = -(-wanted // num_blocks)
     orders = [torch.randperm(num_blocks, generator=generator) for _ in range(epochs)]
     return torch.cat(orders)[:wanted] if orders else torch.empty(0, dtype=torch.int64)
-
-
-def number_of_steps(num_tokens: int, batch_tokens: int, sequence_length: int) -> int:
-    """Steps that take `num_tokens` (rounded up to whole steps), `batch_tokens` (down to whole blocks) in each."""
-    return -(-num_tokens // (_batch_size(batch_tokens, sequence_length) * sequence_length))
-
-
-def training_batches(
-    tokens_NT: torch.Tensor, num_tokens: int, batch_tokens: int, seed: int, first_step: int = 0
-) -> Iterator[torch.Tensor]:
-    """Batches [B, T] from `first_step` on; they start over, shuffled anew, when the text has run out."""
-    sequence_length = tokens_NT.shape[1]
-    steps = number_of_steps(num_tokens, batch_tokens, sequence_length)
-    size = _batch_size(batch_tokens, sequence_length)
-    order = block_order(len(tokens_NT), steps * size, seed)
-    for step in range(first_step, steps):
-        yield tokens_NT[order[step * size : (step + 1) * size]]
-
-
-def _batch_size(batch_tokens: int, sequence_length: int) -> int:
-    return max(1, batch_tokens // sequence_length)

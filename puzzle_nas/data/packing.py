@@ -1,7 +1,7 @@
-"""Documents -> fixed blocks of tokens for the five splits. No document is in two splits, and none comes twice.
+"""Documents -> fixed blocks of tokens for the five splits. No document is in two splits or comes twice.
 
-Which split a document goes to and where it stands there follow from a hash of its content and the seed, so each
-split is spread over all the text that was read. Only as much text is read as the splits need.
+Which split a document goes to and where it stands there follow from a hash of its content and the seed, so
+each split is spread over all the text that was read. Only as much text is read as the splits need.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ SPLITS = ("train", *reversed(SMALL_SPLITS))
 
 BATCH_CHARACTERS = 200_000
 """Text tokenised in one call."""
-LARGEST_PARTS = (8, 1)
-"""No document gives more than this part of a split (an eighth), unless the text does not suffice otherwise."""
+LARGEST_PARTS = (32, 8, 1)
+"""No document gives more than this part of a split, tried in turn until the text suffices: the rest of a
+longer document is left out, so that a split holds many documents."""
+SMALLEST_REST = 0.9
+"""Where text is short, leaving it out may cost `train` no more than a tenth of what it could have."""
 
 Document = str | Sequence[int]
 """Text, or tokens where text would lose control tokens."""
@@ -52,7 +55,7 @@ class PackedSplit:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A document's tokens, or its beginning."""
+    """A document's tokens, or a stretch of them."""
 
     key: bytes
     """Hash of seed and content."""
@@ -63,10 +66,12 @@ class _Piece:
         return len(self.tokens)
 
     def cut(self, length: int) -> _Piece:
-        """At most the first `length` tokens, the last of them the separator."""
+        """At most `length` tokens, the last of them the separator; a small part is cut from anywhere."""
         if length >= len(self):
             return self
-        tokens = self.tokens[:length].copy()
+        places = len(self) - length + 1 if 2 * length <= len(self) else 1
+        start = int.from_bytes(self.key[:4]) % places
+        tokens = self.tokens[start : start + length].copy()
         tokens[-1] = self.tokens[-1]
         return _Piece(self.key, tokens)
 
@@ -106,8 +111,8 @@ def pack(
 ) -> dict[str, PackedSplit]:
     """Tokenise, deal out to the five splits, and cut into blocks.
 
-    Sources are mixed by weight, in tokens. A source with too little text for its share of `train` gives what it
-    has and the others fill its place; when all run out, `train` is shorter.
+    Sources are mixed by weight, in tokens. A source with too little text for its share of `train` gives what
+    it has and the others fill its place; when all run out, `train` is shorter.
 
     Args:
         vocab_size: entries of the parent's vocabulary.
@@ -139,7 +144,9 @@ def pack(
     for stream, pieces, quota in zip(streams, dealt, train, strict=True):
         pieces["train"] = _take(iter(stream.pieces), quota, quota)
     return {
-        split: _join({source.name: pieces[split] for source, pieces in zip(sources, dealt, strict=True)}, length)
+        split: _join(
+            {source.name: pieces[split] for source, pieces in zip(sources, dealt, strict=True)}, length
+        )
         for split in SPLITS
     }
 
@@ -162,8 +169,8 @@ class _Tokenised:
     def _check(self, token: int) -> None:
         if not 0 <= token < self.vocab_size:
             raise DataError(
-                f"The tokenizer gives id {token} but the parent's vocabulary has {self.vocab_size} entries: it belongs "
-                "to another model; put the parent's own tokenizer into its checkpoint."
+                f"The tokenizer gives id {token} but the parent's vocabulary has {self.vocab_size} "
+                "entries: it belongs to another model; put the parent's own tokenizer into its checkpoint."
             )
 
     def __call__(self, documents: Iterable[Document]) -> Iterator[list[_Piece]]:
@@ -237,25 +244,28 @@ class _Stream:
 def _deal(stream: _Stream, quota: Mapping[str, int], length: int) -> dict[str, list[_Piece]]:
     """Fill a source's share of the small splits; `stream.pieces` end up in the order of their hashes."""
     wanted = sum(quota.values())
+    needed = wanted - quota["train"]
     while True:
         stream.read(wanted)
         stream.pieces.sort(key=lambda piece: piece.key)
+        rest = min(quota["train"], SMALLEST_REST * (stream.tokens - needed))
         for part in LARGEST_PARTS if stream.exhausted else LARGEST_PARTS[:1]:
             pieces = iter(stream.pieces)
             dealt = {
-                split: _take(pieces, quota[split], max(length, quota[split] // part)) for split in SMALL_SPLITS
+                split: _take(pieces, quota[split], max(length, quota[split] // part))
+                for split in SMALL_SPLITS
             }
-            if all(sum(map(len, dealt[split])) == quota[split] for split in SMALL_SPLITS):
+            full = all(sum(map(len, dealt[split])) == quota[split] for split in SMALL_SPLITS)
+            if full and (not stream.exhausted or part == LARGEST_PARTS[-1] or sum(map(len, pieces)) >= rest):
                 return dealt
         if stream.exhausted:
             break
         wanted = 2 * max(wanted, stream.tokens)
-    needed = sum(quota[split] for split in SMALL_SPLITS)
     largest = max(SMALL_SPLITS, key=lambda split: quota[split])
     raise DataError(
-        f"The source {stream.source.name} gave {stream.tokens} tokens in {len(stream.pieces)} documents, but its "
-        f"share of the {', '.join(SMALL_SPLITS[:-1])} and {SMALL_SPLITS[-1]} splits is {needed} tokens, and no "
-        f"document may be in two splits; {stream.source.more}, or lower data.{largest}_tokens."
+        f"The source {stream.source.name} gave {stream.tokens} tokens in {len(stream.pieces)} documents, but "
+        f"its share of the {', '.join(SMALL_SPLITS[:-1])} and {SMALL_SPLITS[-1]} splits is {needed} tokens, "
+        f"and no document may be in two splits; {stream.source.more}, or lower data.{largest}_tokens."
     )
 
 
@@ -297,8 +307,10 @@ def _train_quotas(
 
 
 def _join(pieces_by_source: Mapping[str, list[_Piece]], length: int) -> PackedSplit:
-    """One split's blocks, its documents in the order of their hashes read backwards (forwards they chose the split)."""
-    pieces = sorted((piece for pieces in pieces_by_source.values() for piece in pieces), key=lambda p: p.key[::-1])
+    """One split's blocks. Documents are ordered by their hash read backwards: forwards it chose the split."""
+    pieces = sorted(
+        (piece for pieces in pieces_by_source.values() for piece in pieces), key=lambda p: p.key[::-1]
+    )
     return PackedSplit(
         tokens=np.concatenate([piece.tokens for piece in pieces]).reshape(-1, length),
         documents=len(pieces),

@@ -1,8 +1,8 @@
 """Text that the parent writes itself: plain documents, and conversations through its chat template.
 
-Every row of a batch starts with the same few tokens and is sampled to its full length, so nothing is padded and no
-step is wasted: where a document or a turn ends, the next one begins. Documents are tokens, not text, so that the
-control tokens of a conversation stay what they are.
+Every row of a batch starts with the same few tokens and is sampled to its full length, so nothing is padded
+and no step is wasted: where a document or a turn ends, the next one begins. Documents are tokens, not text:
+the control tokens of a conversation stay what they are.
 """
 
 # B rows, K kept tokens, S special tokens, V vocabulary
@@ -63,7 +63,7 @@ def conversation_script(tokenizer: Any) -> Script | None:
     marks = ["QUESTIONONE", "ANSWERONE", "QUESTIONTWO"]
     roles = ["user", "assistant", "user"]
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-    # Some templates write today's date; ours stands still, so that the same recipe gives the same text tomorrow.
+    # Some templates write today's date; it stands still, so that a recipe gives the same text tomorrow.
     rest = tokenizer.apply_chat_template(
         messages,
         tokenize=False,
@@ -102,8 +102,8 @@ def plain_script(tokenizer: Any, conversation: Script | None) -> Script:
     candidates = [token for token in candidates if token is not None]
     if not candidates:
         raise DataError(
-            "The parent's tokenizer has neither a token that begins a text nor one that ends it, so the parent cannot "
-            "write; take parent-samples out of data.sources."
+            "The parent's tokenizer has neither a token that begins a text nor one that ends it, so the "
+            "parent cannot write; take parent-samples out of data.sources."
         )
     start = next((token for token in candidates if token not in turn_tokens), candidates[-1])
     ends = frozenset((special_ids(tokenizer) - turn_tokens) | {start})
@@ -119,7 +119,7 @@ def sample_documents(
     batch_size: int = 64,
     on_progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[list[int]]:
-    """Documents of together at least `num_tokens` tokens, half of them plain, half conversations where it can.
+    """Documents of together at least `num_tokens` tokens, half plain, half conversations where it can.
 
     Args:
         model: a causal language model in eval mode, on any device.
@@ -151,7 +151,7 @@ def sample_documents(
             fruitless = 0 if useful else fruitless + 1
             if fruitless == 3:
                 raise DataError(
-                    "The parent writes nothing but empty or repeated text; take parent-samples out of data.sources."
+                    "The parent writes nothing but repeated tokens; take parent-samples out of data.sources."
                 )
     return documents
 
@@ -192,7 +192,7 @@ def _sample_rows(
 
 
 def _sample_nucleus(logits_BV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One token of each row, from the smallest set of likeliest tokens that holds TOP_P of the probability."""
+    """One token of each row [B], from the smallest set of likeliest tokens that holds TOP_P probability."""
     top_BK, ids_BK = logits_BV.topk(min(TOP_K, logits_BV.shape[-1]), dim=-1)
     probability_BK = (top_BK - logits_BV.logsumexp(-1, keepdim=True)).exp()
     before_BK = probability_BK.cumsum(-1) - probability_BK

@@ -1,7 +1,7 @@
 """Where text comes from: one source of a recipe -> a stream of documents, in an order that a seed decides.
 
-Local text is shuffled within windows of `WINDOW_CHARACTERS`, so that the first documents of a stream are already
-spread over the whole of a source (or over a large part of a very large one).
+Local text is shuffled within windows of `WINDOW_CHARACTERS`, so that the first documents of a stream are
+already spread over the whole of a source (or over a large part of a very large one).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ast
 import glob
 import gzip
 import io
+import itertools
 import json
 import os
 import random
@@ -65,7 +66,7 @@ def documents(settings: SourceSettings, seed: int) -> Iterator[str]:
 
 
 def pieces(lines: Iterable[str], limit: int = DOCUMENT_CHARACTERS) -> Iterator[str]:
-    """Cut text into documents of about `limit` characters, at a blank line where there is one within `2 * limit`."""
+    """Cut text into documents of about `limit` characters, at a blank line before twice that if possible."""
     kept: list[str] = []
     size = 0
     for long_line in lines:
@@ -88,6 +89,7 @@ def _is_local(name: str) -> bool:
         any(name.endswith(suffix) for suffix in READERS)
         or any(sign in name for sign in "*?[")
         or name.startswith((".", "/", "~"))
+        or name.count("/") > 1
         or Path(name).exists()
     )
 
@@ -97,7 +99,9 @@ def _local_files(name: str) -> list[Path]:
     if Path(pattern).is_file():
         return [Path(pattern)]
     if Path(pattern).is_dir():
-        raise DataError(f"The source {name} is a folder; name its files, for example {name.rstrip('/')}/*.jsonl.")
+        raise DataError(
+            f"The source {name} is a folder; name its files, for example {name.rstrip('/')}/*.jsonl."
+        )
     if not any(sign in name for sign in "*?["):
         raise DataError(f"There is no file {name}; correct its name in data.sources.")
     files = sorted(Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
@@ -126,9 +130,9 @@ def _file_documents(name: str, text_field: str, seed: int) -> Iterator[str]:
 
 
 def _in_turns(streams: list[Iterator[str]]) -> Iterator[str]:
-    """One document of each of the first `OPEN_FILES` streams in turn; a finished one makes room for the next."""
+    """One document of each of `OPEN_FILES` streams in turn; a finished stream makes room for the next."""
     waiting = iter(streams)
-    running = [stream for stream, _ in zip(waiting, range(OPEN_FILES), strict=False)]
+    running = list(itertools.islice(waiting, OPEN_FILES))
     while running:
         for place in reversed(range(len(running))):
             text = next(running[place], None)
@@ -167,7 +171,9 @@ def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
                 try:
                     row = json.loads(line)
                 except ValueError:
-                    raise DataError(f"{path}, line {number}, is not JSON; mend or delete that line.") from None
+                    raise DataError(
+                        f"{path}, line {number}, is not JSON; mend or delete that line."
+                    ) from None
                 if not isinstance(row, dict):
                     raise DataError(
                         f"{path}, line {number}, is not a JSON object; each line must be one, such as "
@@ -198,7 +204,9 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _no_column(where: str, text_field: str, names: Iterable[str]) -> str:
-    return f"{where} has no column '{text_field}' but {', '.join(names) or 'none'}; set the source's text_field."
+    return (
+        f"{where} has no column '{text_field}' but {', '.join(names) or 'none'}; set the source's text_field."
+    )
 
 
 def _text_of(row: dict[str, Any], text_field: str, where: str) -> str:
@@ -209,7 +217,9 @@ def _text_of(row: dict[str, Any], text_field: str, where: str) -> str:
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise DataError(f"{where} holds no text in '{text_field}' but {type(text).__name__}; set the source's text_field.")
+        raise DataError(
+            f"{where} holds no text in '{text_field}' but {type(text).__name__}; set the source's text_field."
+        )
     return text
 
 
@@ -239,8 +249,8 @@ def _hub_documents(name: str, text_field: str, seed: int) -> Iterator[str]:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise DataError(
-            f"{name} is no file here, and as a hub data set it could not be loaded ({reason}); correct its name in "
-            "data.sources (name:configuration where it has several), or give a local file."
+            f"{name} is no file here, and as a hub data set it could not be loaded ({reason}); correct its "
+            "name in data.sources (name:configuration where it has several), or give a local file."
         ) from error
 
 
@@ -286,13 +296,17 @@ def _stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("config-")]
-        found += [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfig")]
+        folders[:] = [
+            name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("config-")
+        ]
+        found += [
+            Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfig")
+        ]
     return sorted(found)
 
 
 def _split_prose_and_code(path: Path) -> tuple[list[str], list[str]]:
-    """Documents of a module's docstrings, each under the name of what it describes, and of the rest of its source."""
+    """Documents of a module's docstrings, each under the name of what it describes, and of its source."""
     try:
         with tokenize.open(path) as file:
             source = file.read()

@@ -110,4 +110,5 @@ def _sentence(reports: list[LimitReport]) -> str:
         for r in reports
         if r.joint != r.asked
     ]
-    return f"No choice meets the limits: {'; '.join(parts)}; set {' and '.join(joint)} to make it possible."
+    way_out = f"set {' and '.join(joint)} to make it possible" if joint else "loosen one of them a little"
+    return f"No choice meets the limits: {'; '.join(parts)}; {way_out}."

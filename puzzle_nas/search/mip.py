@@ -40,6 +40,9 @@ def solve(
 ) -> list[Solution]:
     """The best choices within the limits, best first (Puzzle, section 3).
 
+    Limits are met exactly, in the arithmetic of fractions. What differs by less than about 1e-9 of a column's
+    range is beyond the solver: of choices so close to a limit, or so close in score, it may miss the better.
+
     Args:
         gap: relative distance to the bound at which a solution counts as optimal; 0 asks for a proof.
         time_limit_seconds: for each solution; the best found by then is returned with its gap.

@@ -216,6 +216,8 @@ def _branch_and_bound(
     status, info = highs.getModelStatus(), highs.getInfo()
     if status == Status.kInfeasible:
         return None, math.inf
+    if status not in (Status.kOptimal, Status.kTimeLimit):
+        return None, -math.inf
     bound = info.mip_dual_bound / scale - offset
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         return None, bound

@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 
 from puzzle_nas.architecture import Spec
-from puzzle_nas.artifacts import RunFolder, fingerprint, write_bytes
-from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.artifacts import RunFolder, fingerprint, read_json, write_bytes
+from puzzle_nas.data.batches import block_order, load_tokens
 from puzzle_nas.families import load_parent
 from puzzle_nas.library import (
     facts_path,
@@ -26,7 +26,6 @@ from puzzle_nas.library import (
     variant_is_stored,
     write_variant,
 )
-from puzzle_nas.artifacts import read_json
 from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe
@@ -130,7 +129,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
                 ]
                 held = torch.arange(trained_sequences, len(tokens))
                 starts = _evaluate(task, trainees, held)
-                order = _order(trained_sequences, wanted, recipe.seed, index)
+                order = block_order(trained_sequences, wanted, recipe.seed + index)
                 _train(run, recipe, task, trainees, order, batch_sequences, index)
                 ends = _evaluate(task, trainees, held)
                 for trainee, start, end in zip(trainees, starts, ends, strict=True):
@@ -174,13 +173,6 @@ def _groups(run: RunFolder, layer: int, specs: Sequence[Spec]) -> list[list[Spec
         groups[-1].append(spec)
         room -= need
     return groups
-
-
-def _order(sequences: int, wanted: int, seed: int, layer: int) -> torch.Tensor:
-    """Indices of `wanted` training sequences, whole shuffled epochs one after the other."""
-    generator = torch.Generator().manual_seed(int(fingerprint([seed, layer]), 16) % 2**63)
-    epochs = [torch.randperm(sequences, generator=generator) for _ in range(math.ceil(wanted / sequences))]
-    return torch.cat(epochs)[:wanted]
 
 
 def _checkpoint_path(run: RunFolder, layer: int, group: Sequence[Spec]):

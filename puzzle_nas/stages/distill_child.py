@@ -15,7 +15,7 @@ import torch
 from puzzle_nas import __version__
 from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, complete_folder, read_json, write_bytes, write_json
-from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.data.batches import block_order, load_tokens
 from puzzle_nas.families import load_model, load_parent, load_tokenizer, machine_of, save_model
 from puzzle_nas.families.loading import parent_checkpoint
 from puzzle_nas.modeling import PuzzleForCausalLM
@@ -67,10 +67,8 @@ class Training:
         tokens = load_tokens(run, "train")
         batch_sequences = max(1, settings.batch_tokens // tokens.shape[1])
         wanted = math.ceil(settings.tokens / tokens.shape[1])
-        generator = torch.Generator().manual_seed(recipe.seed)
-        epochs = [torch.randperm(len(tokens), generator=generator) for _ in range(math.ceil(wanted / len(tokens)))]
         self.tokens = tokens
-        self.batches = torch.cat(epochs)[:wanted].split(batch_sequences) if wanted else ()
+        self.batches = block_order(len(tokens), wanted, recipe.seed).split(batch_sequences) if wanted else ()
         self.child = copy.deepcopy(start).float()
         self.child.requires_grad_(True)
         self.child.train()

@@ -42,8 +42,8 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     _check_sequence_length(recipe.data.sequence_length, checkpoint)
     names = _source_names(recipe)
     _check_samples_suffice(recipe)
-    # The first document of each text source is fetched before the parent writes, which takes longer than to see
-    # that a file is missing.
+    # The first document of each text source is read before the parent writes: that a file is missing should
+    # not come out minutes later.
     streams = [
         None if settings.source == PARENT_SAMPLES else _opened(documents(settings, recipe.seed))
         for settings in recipe.data.sources
@@ -55,7 +55,9 @@ def run(recipe: Recipe, run: RunFolder) -> None:
         else packing.TextSource(name, settings.weight, stream)
         for name, settings, stream in zip(names, recipe.data.sources, streams, strict=True)
     ]
-    total = sum(packing.block_count(recipe.data, split) for split in packing.SPLITS) * recipe.data.sequence_length
+    total = (
+        sum(packing.block_count(recipe.data, split) for split in packing.SPLITS) * recipe.data.sequence_length
+    )
     with progress("reading text, tokens", total) as ticker:
         splits = packing.pack(
             sources,
@@ -84,7 +86,8 @@ def _write(
     if not any(settings.source == PARENT_SAMPLES for settings in recipe.data.sources):
         _samples_path(run).unlink(missing_ok=True)
     sources = [
-        {"name": name, **settings.model_dump()} for name, settings in zip(names, recipe.data.sources, strict=True)
+        {"name": name, **settings.model_dump()}
+        for name, settings in zip(names, recipe.data.sources, strict=True)
     ]
     write_json(
         run / "data" / "data.json",
@@ -119,7 +122,7 @@ def _check_sequence_length(sequence_length: int, checkpoint: Path) -> None:
     longest = getattr(AutoConfig.from_pretrained(checkpoint), "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
         raise DataError(
-            f"data.sequence_length is {sequence_length}, but the parent knows only {longest} positions; lower it."
+            f"data.sequence_length is {sequence_length}, but the parent has {longest} positions; lower it."
         )
 
 
@@ -133,8 +136,8 @@ def _check_samples_suffice(recipe: Recipe) -> None:
         needed = round(blocks * recipe.data.sequence_length * settings.weight / weights)
         if recipe.data.sample_tokens < needed:
             raise DataError(
-                f"data.sample_tokens is {recipe.data.sample_tokens}, but the share of {PARENT_SAMPLES} in the splits "
-                f"besides train is {needed} tokens; raise it, or lower the weight of {PARENT_SAMPLES}."
+                f"data.sample_tokens is {recipe.data.sample_tokens}, but the share of {PARENT_SAMPLES} in "
+                f"the splits besides train is {needed}; raise it, or lower the weight of {PARENT_SAMPLES}."
             )
 
 
@@ -145,14 +148,18 @@ def _samples_path(run: RunFolder) -> Path:
     return run / "data" / "sources" / f"{PARENT_SAMPLES}.safetensors"
 
 
-def _parent_samples(recipe: Recipe, run: RunFolder, parent: dict[str, Any], tokenizer: Any) -> list[list[int]]:
+def _parent_samples(
+    recipe: Recipe, run: RunFolder, parent: dict[str, Any], tokenizer: Any
+) -> list[list[int]]:
     num_tokens, length = recipe.data.sample_tokens, recipe.data.sequence_length
     made_from = fingerprint([parent, recipe.seed, recipe.precision, recipe.device, num_tokens, length])
     kept = _read_samples(_samples_path(run), made_from)
     if kept is not None:
         return kept
     model, shape = load_parent(run)
-    bytes_per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * model.dtype.itemsize
+    bytes_per_token = (
+        2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * model.dtype.itemsize
+    )
     batch_size = max(1, min(SAMPLING_BATCH, SAMPLING_CACHE_BYTES // (bytes_per_token * length)))
     with progress("parent writes, tokens", num_tokens) as ticker:
         samples = sample_documents(

@@ -50,18 +50,21 @@ def divergences(
         for offset in range(0, logits[0].shape[0], softmax_rows):
             part = slice(offset, offset + softmax_rows)
             parent_log = F.log_softmax(logits[0][part].float(), dim=-1)
-            parent_top = parent_log.argmax(-1)
+            parent_top = parent_log.argmax(-1, keepdim=True)
             parent_p = parent_log.exp()
             negative_entropy = torch.linalg.vecdot(parent_p, parent_log)
             place = slice(start + offset, start + offset + parent_p.shape[0])
             target = labels_N[place].clamp_min(0).unsqueeze(1)
             known = labels_N[place] >= 0
             for result, child_logits in zip(results, logits[1:], strict=True):
-                child = child_logits[part].float()
-                normaliser = child.logsumexp(-1)
-                result.kl_nats[place] = negative_entropy - torch.linalg.vecdot(parent_p, child) + normaliser
-                result.lm_loss_nats[place] = (normaliser - child.gather(1, target).squeeze(1)) * known
-                result.top1_agrees[place] = (child.argmax(-1) == parent_top).float()
+                child = child_logits[part].to(torch.float32, copy=True)
+                highest = child.amax(-1)
+                agrees = child.gather(1, parent_top).squeeze(1) == highest
+                parent_mean, label_logit = torch.linalg.vecdot(parent_p, child), child.gather(1, target).squeeze(1)
+                normaliser = child.sub_(highest.unsqueeze(1)).exp_().sum(-1).log() + highest
+                result.kl_nats[place] = negative_entropy - parent_mean + normaliser
+                result.lm_loss_nats[place] = (normaliser - label_logit) * known
+                result.top1_agrees[place] = agrees.float()
     return results
 
 

@@ -78,6 +78,6 @@ def test_conflicting_limits_in_a_sentence():
         solve(Problem(table, "score", limits=limits))
     assert str(caught.value) == (
         "No choice meets the limits: memory <= 5 can come to 4 alone and to 10 while the others hold (5 "
-        "above the limit); runtime <= 2 can come to 1 alone and to 3.5 while the others hold (1.5 above the limit); "
-        "set runtime <= 3.5 to make it possible."
+        "above the limit); runtime <= 2 can come to 1 alone and to 3.5 while the others hold (1.5 "
+        "above the limit); set runtime <= 3.5 to make it possible."
     )
