@@ -115,7 +115,7 @@ def run_stage(stage: ModuleType, recipe: Recipe, run: RunFolder, again: bool = F
         run.verify_outputs(stage.NAME, stage.COMMAND)
         console.print(f"{label}{stage.COMMAND}: already done")
         return
-    console.print(f"{label}{stage.COMMAND}: {(stage.__doc__ or '').splitlines()[0]}")
+    console.print(f"{label}{stage.COMMAND}")
     run.begin(stage.NAME, source, stage.OUTPUTS)
     begin = time.perf_counter()
     try:

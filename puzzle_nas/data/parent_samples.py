@@ -1,7 +1,7 @@
 """Text that the parent writes itself: plain documents, and conversations through its chat template.
 
-Every row of a batch starts with the same few tokens and is sampled to its full length, so nothing is padded
-and no step is wasted: where a document or a turn ends, the next one begins. Documents are tokens, not text:
+Every row of a batch is written token by token to its full length, so nothing is padded and no step is wasted:
+where a document or a turn ends, the next one begins. Documents are tokens, not text:
 the control tokens of a conversation stay what they are.
 """
 
@@ -10,6 +10,7 @@ the control tokens of a conversation stay what they are.
 from __future__ import annotations
 
 import datetime
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ TEMPERATURE = 1.0
 TOP_P = 0.95
 TOP_K = 256
 """The nucleus is looked for among this many tokens."""
+SPARE_ROWS = 1.03
+"""More rows than tokens ask for, in place of those that start tokens and dropped documents cost."""
 SHORTEST_DOCUMENT = 8
 """Tokens; anything shorter is no document."""
 PLAIN_START = "<|endoftext|>"
@@ -124,7 +127,7 @@ def sample_documents(
     Args:
         model: a causal language model in eval mode, on any device.
         sequence_length: longest document, in tokens.
-        batch_size: rows that are sampled together.
+        batch_size: rows that are written together, or up to a half more where that saves a batch.
         on_progress: called with the tokens that were sampled since the last call.
 
     Returns:
@@ -139,20 +142,21 @@ def sample_documents(
     scripts = [plain_script(tokenizer, conversation), *([conversation] if conversation else [])]
     generator = torch.Generator(model.device).manual_seed(seed % 2**63)
     documents: list[list[int]] = []
-    for place, script in enumerate(scripts):
-        wanted = num_tokens * (place + 1) // len(scripts) - num_tokens * place // len(scripts)
-        fruitless = 0
-        while wanted > 0:
-            rows = min(batch_size, -(-wanted // sequence_length))
-            sampled = _sample_rows(model, tokenizer, script, rows, sequence_length, generator, on_progress)
-            useful = [document for row in sampled for document in row if not is_degenerate(document)]
-            documents += useful
-            wanted -= sum(map(len, useful))
-            fruitless = 0 if useful else fruitless + 1
-            if fruitless == 3:
-                raise DataError(
-                    "The parent writes nothing but repeated tokens; take parent-samples out of data.sources."
-                )
+    rows_begun = fruitless = 0
+    while num_tokens > 0:
+        wanted_rows = math.ceil(SPARE_ROWS * num_tokens / sequence_length)
+        num_rows = math.ceil(wanted_rows / max(1, round(wanted_rows / batch_size)))
+        rows = [_Row(scripts[(rows_begun + place) % len(scripts)]) for place in range(num_rows)]
+        rows_begun += num_rows
+        _write_rows(model, rows, special_ids(tokenizer), sequence_length, generator, on_progress)
+        useful = [document for row in rows for document in row.documents() if not is_degenerate(document)]
+        documents += useful
+        num_tokens -= sum(map(len, useful))
+        fruitless = 0 if useful else fruitless + 1
+        if fruitless == 3:
+            raise DataError(
+                "The parent writes nothing but repeated tokens; take parent-samples out of data.sources."
+            )
     return documents
 
 
@@ -162,33 +166,29 @@ def is_degenerate(document: list[int]) -> bool:
 
 
 @torch.inference_mode()
-def _sample_rows(
+def _write_rows(
     model: Any,
-    tokenizer: Any,
-    script: Script,
-    rows: int,
+    rows: list[_Row],
+    special: set[int],
     sequence_length: int,
     generator: torch.Generator,
     on_progress: Callable[[int], object],
-) -> list[list[list[int]]]:
-    """The documents of each row."""
-    states = [_Row(script) for _ in range(rows)]
-    special_S = sorted(special_ids(tokenizer) | {token for turn in script.turns for token in turn.ends})
-    special_S = [token for token in special_S if token < model.config.vocab_size]
+) -> None:
+    """Write rows, which hold one token each, to their full length."""
+    special_S = sorted(token for token in special if token < model.config.vocab_size)
     columns_S = torch.tensor(special_S, device=model.device)
-    tokens_BT = torch.tensor([script.start] * rows, device=model.device)
+    tokens_B1 = torch.tensor([row.tokens for row in rows], device=model.device)
     cache = None
-    for length in range(len(script.start), sequence_length):
-        output = model(input_ids=tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for _ in range(1, sequence_length):
+        output = model(input_ids=tokens_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         logits_BV = output.logits[:, -1].float() / TEMPERATURE
-        refused_BS = torch.tensor([[token not in state.allowed for token in special_S] for state in states])
+        refused_BS = torch.tensor([[token not in row.allowed for token in special_S] for row in rows])
         logits_BV[:, columns_S] = logits_BV[:, columns_S].masked_fill(refused_BS.to(model.device), -torch.inf)
         chosen = _sample_nucleus(logits_BV, generator).tolist()
-        tokens_BT = torch.tensor([[state.add(token)] for state, token in zip(states, chosen, strict=True)])
-        tokens_BT = tokens_BT.to(model.device)
-        on_progress(rows if length > len(script.start) else rows * (len(script.start) + 1))
-    return [state.documents() for state in states]
+        taken = [[row.add(token)] for row, token in zip(rows, chosen, strict=True)]
+        tokens_B1 = torch.tensor(taken, device=model.device)
+        on_progress(len(rows))
 
 
 def _sample_nucleus(logits_BV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -205,8 +205,8 @@ class _Row:
 
     def __init__(self, script: Script):
         self.script = script
-        self.tokens = list(script.start)
-        self.waiting: list[int] = []
+        self.tokens = [script.start[0]]
+        self.waiting = list(script.start[1:])
         self.turn = 0
         self.begins: list[int] = []
         """Place of the first token of each turn."""

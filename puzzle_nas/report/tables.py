@@ -8,8 +8,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-BAR = 24
-
 
 def show(summary: dict[str, Any]) -> RenderableType:
     """The child layer by layer, then the summary table, then where time went."""
@@ -18,7 +16,8 @@ def show(summary: dict[str, Any]) -> RenderableType:
 
 def _layers(summary: dict[str, Any]) -> Table:
     full = summary["parent_share_of_runtime"]
-    table = Table(title="The child, layer by layer (share of the parent's runtime)", title_justify="left", box=None)
+    title = "The child, layer by layer (share of the parent's runtime)"
+    table = Table(title=title, title_justify="left", box=None)
     for name in ("layer", "attention", "", "", "ffn", "", ""):
         table.add_column(name, justify="right" if name == "layer" else "left", no_wrap=True)
     for row in summary["architecture"]:
@@ -31,44 +30,51 @@ def _layers(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _number(value: float | None, form: str, scale: float = 1.0, unit: str = "") -> str:
+    return "-" if value is None else format(scale * value, form) + unit
 
 
-def _models(summary: dict[str, Any]) -> Table:
-    table = Table(title="Validation split, against the parent", title_justify="left")
-    table.add_column("model", no_wrap=True)
-    for name in ("KL nats", "perplexity", "top-1 agrees", "parameters", "memory", "predicted", "measured"):
-        table.add_column(name, justify="right", no_wrap=True)
+MODEL_COLUMNS = (
+    "model", "KL nats", "perplexity", "top-1 agrees", "parameters", "memory", "predicted", "measured",
+)  # fmt: skip
+
+
+def model_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The summary table, one row of cells for each model; `-` where nothing was measured."""
     parent, child = summary["parent"], summary["child"]
 
-    def row(name, kl, perplexity, agreement, owner, predicted, measured=None):
-        memory, parameters = owner.get("memory_bytes"), owner.get("parameters")
-        table.add_row(
+    def row(name, kl, perplexity, agreement, owner, predicted, measured=None) -> tuple[str, ...]:
+        return (
             name,
             _number(kl, ".4f"),
             _number(perplexity, ".2f"),
-            "-" if agreement is None else f"{100 * agreement:.1f} %",
-            "-" if parameters is None else f"{parameters / 1e6:.1f} M",
-            "-" if memory is None else f"{memory / 1e6:.0f} MB",
-            "-" if predicted is None else f"{predicted:.3f}x",
-            "-" if measured is None else f"{measured:.3f}x",
+            _number(agreement, ".1f", 100, " %"),
+            _number(owner.get("parameters"), ".1f", 1e-6, " M"),
+            _number(owner.get("memory_bytes"), ".0f", 1e-6, " MB"),
+            _number(predicted, ".3f", unit="x"),
+            _number(measured, ".3f", unit="x"),
         )
 
-    row("parent", 0.0, parent["validation_perplexity"], 1.0, parent, 1.0, 1.0)
-    row("child, assembled", child["validation_kl_nats_assembled"], None, None, child, child["speedup_predicted"])
-    if child["validation_kl_nats_refitted"] is not None:
-        row("child, refitted", child["validation_kl_nats_refitted"], None, None, child, child["speedup_predicted"])
-    row(
-        "child, distilled",
-        child["validation_kl_nats_distilled"],
-        child["validation_perplexity"],
-        child["top1_agreement"],
-        child,
-        child["speedup_predicted"],
-        child["speedup_measured"],
+    predicted = child["speedup_predicted"]
+    rows = [
+        row("parent", 0.0, parent["validation_perplexity"], 1.0, parent, 1.0, 1.0),
+        row("child, assembled", child["validation_kl_nats_assembled"], None, None, child, predicted),
+    ]
+    refitted = child["validation_kl_nats_refitted"]
+    if refitted is not None:
+        rows.append(row("child, refitted", refitted, None, None, child, predicted))
+    rows.append(
+        row(
+            "child, distilled",
+            child["validation_kl_nats_distilled"],
+            child["validation_perplexity"],
+            child["top1_agreement"],
+            child,
+            predicted,
+            child["speedup_measured"],
+        )
     )
-    for name, found in summary["baselines"].items():
+    return rows + [
         row(
             f"{name.replace('_', '-')} (assembled)",
             found["validation_kl_nats_assembled"],
@@ -77,19 +83,41 @@ def _models(summary: dict[str, Any]) -> Table:
             found,
             found["speedup_predicted"],
         )
+        for name, found in summary["baselines"].items()
+    ]
+
+
+def _models(summary: dict[str, Any]) -> Table:
+    table = Table(title="Validation split, against the parent", title_justify="left")
+    for name in MODEL_COLUMNS:
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    for cells in model_rows(summary):
+        table.add_row(*cells)
     return table
 
 
-def _footer(summary: dict[str, Any]) -> Text:
-    child, prediction = summary["child"], summary["prediction"]
+def speed_note(summary: dict[str, Any]) -> str:
+    """What was asked for and what was measured."""
+    child = summary["child"]
     low, high = child["speedup_measured_range"]
     asked = ", ".join(f"{name}={value:g}" for name, value in child["limits"].items())
-    seconds = summary["seconds"]
-    lines = [
-        f"Asked for {asked}. Measured {child['speedup_measured']:.3f}x (repeats {low:.3f}-{high:.3f}), parent and child "
-        "side by side.",
+    return (
+        f"Asked for {asked}. Measured {child['speedup_measured']:.3f}x (repeats {low:.3f}-{high:.3f}), "
+        "parent and child side by side."
+    )
+
+
+def prediction_note(summary: dict[str, Any]) -> str:
+    """How far measured times are from predicted ones."""
+    prediction = summary["prediction"]
+    return (
         f"Measured over predicted time: parent {prediction['parent_measured_over_predicted']:.3f}, "
-        f"child {prediction['child_measured_over_predicted']:.3f}.",
-        f"Time: {sum(seconds.values()):.0f} s (" + ", ".join(f"{n} {s:.0f}" for n, s in seconds.items()) + ").",
-    ]
-    return Text("\n".join(lines))
+        f"child {prediction['child_measured_over_predicted']:.3f}."
+    )
+
+
+def _footer(summary: dict[str, Any]) -> Text:
+    seconds = summary["seconds"]
+    stages = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    time = f"Time: {sum(seconds.values()):.0f} s ({stages})."
+    return Text("\n".join([speed_note(summary), prediction_note(summary), time]))

@@ -116,7 +116,13 @@ def run(recipe: Recipe, run: RunFolder) -> None:
             activations.compute(index)
             layer = parent.model.layers[index]
             task = BlockTask(activations, layer, recipe.bld.normalise, parent.dtype == torch.bfloat16)
-            pending = [spec for spec in specs_of[index] if not _is_done(run, index, spec)]
+            pending = []
+            for spec in specs_of[index]:
+                initial = run.initial_variant(index, spec.id)
+                if not _is_done(run, index, spec) and read_json(facts_path(initial))["parameters"]:
+                    pending.append(spec)
+                elif not _is_done(run, index, spec):
+                    write_variant(run.variant(index, spec.id), spec, {}, {"tokens": 0})
             for group in _groups(run, index, pending):
                 trainees = [
                     Trainee(
@@ -181,7 +187,6 @@ def _checkpoint_path(run: RunFolder, layer: int, group: Sequence[Spec]):
 
 def _train(run, recipe, task: BlockTask, trainees, order, batch_sequences: int, layer: int) -> None:
     path = _checkpoint_path(run, layer, [t.spec for t in trainees])
-    trainees = [t for t in trainees if t.optimiser.parameters]
     batches = order.split(batch_sequences)
     begin = _load_checkpoint(path, trainees)
     for step in range(begin, len(batches)):
@@ -218,32 +223,36 @@ def _load_checkpoint(path, trainees: Sequence[Trainee]) -> int:
 
 
 @torch.no_grad()
-def _evaluate(task: BlockTask, trainees: Sequence[Trainee], sequences: torch.Tensor) -> list[float | None]:
+def _evaluate(task: BlockTask, trainees: Sequence[Trainee], sequences: torch.Tensor) -> list[float]:
     batch = task.fetch(sequences)
-    return [task.loss(t, batch).item() if t.optimiser.parameters else None for t in trainees]
+    return [task.loss(trainee, batch).item() for trainee in trainees]
 
 
-def _keep(run, recipe, layer: int, trainee: Trainee, start, end, dtype) -> str | None:
+def _keep(run, recipe, layer: int, trainee: Trainee, start: float, end: float, dtype) -> str | None:
     """Write a variant; the sentence to print if training made it worse."""
     initial = run.initial_variant(layer, trainee.spec.id)
-    weights, problem = {n: w.to(dtype) for n, w in trainee.optimiser.parameters.items()}, None
     facts = read_json(facts_path(initial))
     for name in ("spec", "parameters", "checksum"):
         facts.pop(name)
-    if start is not None:
-        stride = max(1, math.ceil(len(trainee.losses) / CURVE_POINTS))
-        curve = [torch.tensor(trainee.losses[i : i + stride]).mean().item() for i in range(0, len(trainee.losses), stride)]
-        fell_back = not (math.isfinite(end) and end <= start)
-        if fell_back:
-            how = "became NaN" if not math.isfinite(end) else f"rose from {start:.4g} to {end:.4g}"
-            problem = f"Layer {layer}, {trainee.spec.id}: the loss {how} in BLD; its initialisation is kept."
-            weights = read_variant(initial, "build-library")
-        facts |= {
-            "tokens": recipe.bld.tokens,
-            "held_out_loss_start": start,
-            "held_out_loss_end": end if math.isfinite(end) else None,
-            "fell_back": fell_back,
-            "loss_curve": [value if math.isfinite(value) else None for value in curve],
-        }
+    fell_back = not (math.isfinite(end) and end <= start)
+    stride = max(1, math.ceil(len(trainee.losses) / CURVE_POINTS))
+    curve = [
+        sum(trainee.losses[i : i + stride]) / len(trainee.losses[i : i + stride])
+        for i in range(0, len(trainee.losses), stride)
+    ]
+    facts |= {
+        "tokens": recipe.bld.tokens,
+        "held_out_loss_start": start,
+        "held_out_loss_end": end if math.isfinite(end) else None,
+        "fell_back": fell_back,
+        "loss_curve": [value if math.isfinite(value) else None for value in curve],
+    }
+    if fell_back:
+        weights = read_variant(initial, "build-library")
+    else:
+        weights = {name: w.to(dtype) for name, w in trainee.optimiser.parameters.items()}
     write_variant(run.variant(layer, trainee.spec.id), trainee.spec, weights, facts)
-    return problem
+    if not fell_back:
+        return None
+    how = f"rose from {start:.4g} to {end:.4g}" if math.isfinite(end) else "became NaN"
+    return f"Layer {layer}, {trainee.spec.id}: the loss {how} in BLD; its initialisation is kept."

@@ -88,8 +88,8 @@ def test_splits_follow_from_content_not_from_order(tokenizer):
 def test_small_splits_are_spread_over_the_whole_text(tokenizer):
     splits = pack_texts(tokenizer, texts(160), train_tokens=100_000)
     for name in SMALL_SPLITS:
-        found = numbers(tokenizer, splits[name])
-        assert min(found) < 160 / 3 and max(found) > 160 * 2 / 3
+        quarters = {number // 40 for number in numbers(tokenizer, splits[name])}
+        assert len(quarters) >= 3
 
 
 def test_long_documents_share_a_split(tokenizer):
@@ -161,16 +161,16 @@ def test_half_of_a_surrogate_pair_is_no_obstacle(tokenizer):
 def test_too_little_text_for_the_small_splits(tokenizer):
     source = TextSource("few.txt", 1.0, texts(20), "name more text in data.sources")
     message = (
-        "The source few.txt gave 820 tokens in 20 documents, but its share of the validation, selection, scoring "
-        "and calibration splits is 1568 tokens, and no document may be in two splits; name more text in "
-        "data.sources, or lower data.calibration_tokens."
+        "The source few.txt gave 820 tokens in 20 documents, but its share of the validation, selection, "
+        "scoring and calibration splits is 1568 tokens, and no document may be in two splits; name more text "
+        "in data.sources, or lower data.calibration_tokens."
     )
     with pytest.raises(DataError, match=re.escape(message)):
         pack_texts(tokenizer, source)
 
 
 def test_one_document_cannot_be_split(tokenizer):
-    with pytest.raises(DataError, match="in 1 documents.*no document may be in two splits"):
+    with pytest.raises(DataError, match=r"in 1 documents.*no document may be in two splits"):
         pack_texts(tokenizer, texts(1, words=5000))
 
 
@@ -190,7 +190,7 @@ def test_tokenizer_without_end_of_text(tokenizer):
     class Endless:
         eos_token_id = None
 
-    with pytest.raises(DataError, match="no end-of-text token .*; set eos_token"):
+    with pytest.raises(DataError, match=r"no end-of-text token .*; set eos_token"):
         pack([TextSource("a", 1.0, texts(10))], Endless(), 300, settings(), 0)
 
 

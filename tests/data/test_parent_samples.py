@@ -59,7 +59,7 @@ def test_amount_length_and_halves(samples, tokenizer):
     for document in samples:
         assert 8 <= len(document) <= LENGTH
         sizes[is_conversation(document, tokenizer)] += len(document)
-    assert all(3000 <= size < 3000 + 2 * LENGTH for size in sizes.values())
+    assert sum(sizes.values()) >= 6000 and all(2800 < size < 3300 for size in sizes.values())
 
 
 def test_conversations_are_what_the_template_would_write(samples, tokenizer):
@@ -86,13 +86,11 @@ def test_control_tokens_survive_packing(samples, tokenizer):
         **{f"{split}_tokens": 32 for split in ("calibration", "scoring", "selection", "validation")},
     )
     splits = pack([TextSource("parent-samples", 1.0, samples)], tokenizer, len(tokenizer), settings, 0)
-    packed = np.concatenate([split.tokens.ravel() for split in splits.values()])
-    for name in ("<|im_start|>", "<|im_end|>"):
-        token = tokenizer.convert_tokens_to_ids(name)
-        written = sum(document.count(token) for document in samples)
-        # Four small splits and the end of train cut a document each.
-        assert written * 0.9 <= (packed == token).sum() <= written
-    assert "<|im_end|>\n<|im_start|>assistant\n" in tokenizer.decode(packed)
+    packed = np.concatenate([split.tokens.ravel() for split in splits.values()]).tobytes()
+    separator = tokenizer.eos_token_id
+    whole = [np.asarray([*document, separator], np.int32).tobytes() in packed for document in samples]
+    # Four small splits and the end of train cut a document each.
+    assert len(samples) > 60 and whole.count(False) <= 5
 
 
 def test_every_token_is_in_the_nucleus_that_the_whole_text_gives(samples, parent, tokenizer):
@@ -128,7 +126,7 @@ def test_same_seed_same_text_and_no_other_randomness_is_touched(parent, tokenize
     other = sample_documents(parent, tokenizer, 600, 1, LENGTH)
     assert again == samples and other != samples[: len(other)]
     assert torch.equal(before, torch.random.get_rng_state())
-    assert sum(told) >= 6000
+    assert 5900 < sum(told) < 6500
 
 
 def test_a_base_model_writes_plain_text_only(parent, base_tokenizer):

@@ -18,6 +18,7 @@ OVERRIDES = [
     *(f"data.{split}_tokens=64" for split in ("calibration", "scoring", "selection", "validation")),
     "data.sample_tokens=700",
     "device=cpu",
+    "threads=1",
     "precision=float32",
 ]
 
@@ -107,7 +108,7 @@ def test_samples_go_when_the_recipe_has_them_no_longer(tmp_path, checkpoint, tex
 
 
 def test_missing_and_corrupted_splits(tmp_path, checkpoint, text):
-    with pytest.raises(ArtifactError, match="has no train text yet. Make it with: puzzle prepare-data"):
+    with pytest.raises(ArtifactError, match=r"has no train text yet\. Make it with: puzzle prepare-data"):
         load_tokens(RunFolder(tmp_path), "train")
     run = prepare(tmp_path / "run", checkpoint, [{"source": str(text)}])
     content = run.split("train").read_bytes()
@@ -122,7 +123,7 @@ def test_missing_and_corrupted_splits(tmp_path, checkpoint, text):
 def test_a_missing_file_is_noticed_before_the_parent_writes(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr(prepare_data, "sample_documents", lambda *arguments: pytest.fail("the parent writes"))
     sources = [{"source": "parent-samples"}, {"source": "missing.txt"}]
-    with pytest.raises(DataError, match="There is no file missing.txt"):
+    with pytest.raises(DataError, match=r"There is no file missing\.txt"):
         prepare(tmp_path / "run", checkpoint, sources)
 
 

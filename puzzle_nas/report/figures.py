@@ -1,0 +1,335 @@
+"""The report's figures as plotly figures. Every value comes from the caller; nothing is read here.
+
+Colours are mid-tones that keep their contrast on a light and on a dark page; the page colours the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from puzzle_nas.architecture import SLOTS, Spec
+
+PARENT, SMALLER, LINEAR, NO_OP = "#2f6fb5", "#2a9d8f", "#c98a1b", "#cc4b37"
+SIZES = ("#2f6fb5", "#2a9d8f", "#6a9a2d", "#8a63b8", "#5f7a8c", "#b0558f")
+"""Variants of one kind, in order of size."""
+GHOST = "rgba(128,128,128,0.18)"
+KIND_COLOURS = {"grouped": SMALLER, "gated": SMALLER, "linear": LINEAR, "no_op": NO_OP}
+KIND_LABELS = {"grouped": "fewer KV heads", "gated": "narrower", "linear": "linear", "no_op": "left out"}
+
+Values = Sequence[float | None]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One sub-block of the child."""
+
+    layer: int
+    spec: Spec
+    is_parent: bool
+    percent_of_parent: float
+    """Runtime relative to the parent's sub-block."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one variant has in each layer; None where there is nothing."""
+
+    spec: Spec
+    values: Values
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Held-out losses of one variant before and after BLD, by layer."""
+
+    spec: Spec
+    start: Values
+    end: Values
+    fell_back: Sequence[bool]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model: its predicted speed-up and KL."""
+
+    label: str
+    speedup: float
+    kl_nats: float
+    is_child: bool
+
+
+def variant_colours(specs: Iterable[Spec]) -> dict[str, str]:
+    """A colour for each variant id of one slot, given in order of size."""
+    colours: dict[str, str] = {}
+    sizes = 0
+    for spec in specs:
+        if spec.kind in ("linear", "no_op"):
+            colours[spec.id] = KIND_COLOURS[spec.kind]
+        else:
+            colours[spec.id] = SIZES[sizes % len(SIZES)]
+            sizes += 1
+    return colours
+
+
+def log_axis(values: Iterable[float | None]) -> dict:
+    """Range and ticks of a log axis around the positive values: 1, 2, 5 if they fit, else powers of ten."""
+    positive = [value for value in values if value is not None and value > 0]
+    low, high = math.log10(min(positive, default=1.0)), math.log10(max(positive, default=1.0))
+    pad = max(0.08, 0.05 * (high - low))
+    low, high = low - pad, high + pad
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    factors = (1, 2, 5) if high - low < 2.2 else (1,)
+    step = max(1, round((high - low) / 6)) if factors == (1,) else 1
+    ticks = [factor * 10.0**decade for decade in decades if decade % step == 0 for factor in factors]
+    ticks = [tick for tick in ticks if low <= math.log10(tick) <= high]
+    return {
+        "type": "log",
+        "range": [low, high],
+        "tickvals": ticks,
+        "ticktext": [f"{tick:.3g}" for tick in ticks],
+    }
+
+
+def child_figure(bars: Sequence[Bar]) -> go.Figure:
+    """Runtime of each sub-block relative to the parent's, attention above FFN (Puzzle, Figure 6)."""
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    named: set[str] = set()
+    for row, slot in enumerate(SLOTS, 1):
+        own = [bar for bar in bars if bar.spec.slot == slot]
+        layers = [bar.layer for bar in own]
+        ghosts = go.Bar(x=layers, y=[100] * len(own), marker_color=GHOST, hoverinfo="skip", showlegend=False)
+        figure.add_trace(ghosts, row, 1)
+        kinds: dict[str, list[Bar]] = {}
+        for bar in own:
+            label = "as in the parent" if bar.is_parent else KIND_LABELS.get(bar.spec.kind, bar.spec.kind)
+            kinds.setdefault(label, []).append(bar)
+        for label, members in kinds.items():
+            kind = members[0].spec.kind
+            colour = PARENT if members[0].is_parent else KIND_COLOURS.get(kind, SIZES[-1])
+            shared = {
+                "x": [bar.layer for bar in members],
+                "name": label,
+                "legendgroup": label,
+                "showlegend": label not in named,
+                "customdata": [[bar.spec.id, bar.percent_of_parent] for bar in members],
+                "hovertemplate": "layer %{x}: %{customdata[0]}, %{customdata[1]:.0f} %<extra></extra>",
+            }
+            if kind == "no_op":
+                # A bar of no height cannot be seen.
+                marker = {"symbol": "x", "size": 7, "color": colour}
+                crosses = go.Scatter(y=[6] * len(members), mode="markers", marker=marker, **shared)
+                figure.add_trace(crosses, row, 1)
+            else:
+                heights = [bar.percent_of_parent for bar in members]
+                figure.add_trace(go.Bar(y=heights, marker_color=colour, **shared), row, 1)
+            named.add(label)
+        highest = max([100.0, *(bar.percent_of_parent for bar in own)])
+        title = {"attention": "attention", "ffn": "FFN"}[slot]
+        figure.update_yaxes(title_text=f"{title}, % of parent's", row=row, col=1)
+        figure.update_yaxes(range=[0, 1.05 * highest], tickvals=[0, 50, 100], row=row, col=1)
+    figure.update_xaxes(title_text="layer", row=2, col=1)
+    figure.update_layout(barmode="overlay", bargap=0.25)
+    return _styled(figure, 420)
+
+
+def scores_figure(curves: Sequence[Curve], unit: str, limits: Iterable[float | None]) -> go.Figure:
+    """Replace-1-block score against layer, one line for each variant; `limits` spans the shared log axis."""
+    colours = variant_colours(curve.spec for curve in curves)
+    figure = go.Figure()
+    for curve in curves:
+        figure.add_scatter(
+            x=list(range(len(curve.values))),
+            y=[value if value is not None and value > 0 else None for value in curve.values],
+            name=curve.spec.id,
+            mode="lines+markers",
+            line={"color": colours[curve.spec.id], "width": 1.8},
+            marker={"size": 4},
+            hovertemplate=f"layer %{{x}}: {curve.spec.id}, %{{y:.4g}} {unit}<extra></extra>",
+        )
+    figure.update_xaxes(title_text="layer")
+    figure.update_yaxes(title_text=unit, **log_axis(limits))
+    return _styled(figure, 380)
+
+
+def distillation_figure(variants: Sequence[Distillation], limits: Iterable[float | None]) -> go.Figure:
+    """Held-out loss before (dotted) and after BLD (solid) against layer; a cross where one fell back."""
+    colours = variant_colours(variant.spec for variant in variants)
+    figure = go.Figure()
+    for variant in variants:
+        name, layers = variant.spec.id, list(range(len(variant.start)))
+        for values, dash, when in ((variant.start, "dot", "before"), (variant.end, "solid", "after")):
+            figure.add_scatter(
+                x=layers,
+                y=list(values),
+                name=name,
+                legendgroup=name,
+                showlegend=when == "after",
+                mode="lines",
+                line={"color": colours[name], "width": 1.8 if when == "after" else 1.2, "dash": dash},
+                hovertemplate=f"layer %{{x}}: {name}, {when} BLD %{{y:.4g}}<extra></extra>",
+            )
+    fallen = [
+        (layer, variant.start[layer], variant.spec.id)
+        for variant in variants
+        for layer, fell in enumerate(variant.fell_back)
+        if fell
+    ]
+    if fallen:
+        layers, losses, names = zip(*fallen, strict=True)
+        figure.add_scatter(
+            x=layers,
+            y=losses,
+            customdata=names,
+            name="fell back",
+            mode="markers",
+            marker={"symbol": "x", "size": 9, "color": NO_OP},
+            hovertemplate="layer %{x}: %{customdata} fell back<extra></extra>",
+        )
+    figure.update_xaxes(title_text="layer")
+    figure.update_yaxes(title_text="held-out loss", **log_axis(limits))
+    return _styled(figure, 400)
+
+
+def training_figure(tokens: Sequence[int], values: Values, title: str, best: int | None = None) -> go.Figure:
+    """A curve over training tokens; `best` is the index of the point that was kept."""
+    figure = go.Figure()
+    figure.add_scatter(
+        x=list(tokens),
+        y=list(values),
+        mode="lines+markers",
+        line={"color": PARENT, "width": 1.8},
+        marker={"size": 5},
+        showlegend=False,
+        hovertemplate="%{x} tokens: %{y:.4g}<extra></extra>",
+    )
+    if best is not None:
+        marker = {"symbol": "circle-open", "size": 13, "color": NO_OP, "line": {"width": 2}}
+        figure.add_scatter(
+            x=[tokens[best]],
+            y=[values[best]],
+            mode="markers",
+            marker=marker,
+            name="kept",
+            showlegend=True,
+            hoverinfo="skip",
+        )
+    figure.update_xaxes(title_text="training tokens", nticks=5)
+    figure.update_yaxes(title_text=title)
+    return _styled(figure, 320)
+
+
+def frontier_figure(points: Sequence[Point]) -> go.Figure:
+    """Predicted speed-up against validation KL, a label at each point."""
+    height, label_height = 400, 18
+    figure = go.Figure()
+    axis = log_axis(point.kl_nats for point in points)
+    low, high = axis["range"]
+    speedups = [point.speedup for point in points]
+    spread = max(max(speedups) - min(speedups), 0.02)
+    left, right = min(speedups) - 0.15 * spread, max(speedups) + 0.15 * spread
+    groups = (("child", PARENT, "circle"), ("baseline", LINEAR, "diamond"))
+    for name, colour, symbol in groups:
+        own = [point for point in points if point.is_child == (name == "child")]
+        figure.add_scatter(
+            x=[point.speedup for point in own],
+            y=[point.kl_nats for point in own],
+            customdata=[point.label for point in own],
+            name=name,
+            mode="markers",
+            marker={"size": 11, "color": colour, "symbol": symbol},
+            hovertemplate="%{customdata}: %{x:.3f}x, %{y:.4f} nats<extra></extra>",
+        )
+    pixels_per_decade = 0.75 * height / (high - low)
+    taken = {"left": math.inf, "right": math.inf}
+    for point in sorted(points, key=lambda point: -point.kl_nats):
+        # Highest first; a label that would touch the one above it moves down.
+        side = "right" if point.speedup < (left + right) / 2 else "left"
+        there = (math.log10(point.kl_nats) - low) * pixels_per_decade
+        at = min(there, taken[side] - label_height)
+        taken[side] = at
+        figure.add_annotation(
+            x=point.speedup,
+            y=math.log10(point.kl_nats),
+            text=point.label,
+            ax=24 if side == "right" else -24,
+            ay=there - at,
+            xanchor="left" if side == "right" else "right",
+            showarrow=True,
+            arrowhead=0,
+            arrowwidth=1,
+            arrowcolor="rgba(128,128,128,0.8)",
+            standoff=7,
+        )
+    figure.update_xaxes(title_text="predicted speed-up", range=[left, right], ticksuffix="x", nticks=6)
+    figure.update_yaxes(title_text="validation KL, nats", **axis)
+    return _styled(figure, height)
+
+
+def prediction_figure(predicted_ms: Mapping[str, float], measured_ms: Mapping[str, float]) -> go.Figure:
+    """Predicted and measured milliseconds of each model."""
+    figure = go.Figure()
+    # Plotly draws the first bar lowest.
+    models = list(predicted_ms)[::-1]
+    for name, times, colour in (("measured", measured_ms, PARENT), ("predicted", predicted_ms, LINEAR)):
+        figure.add_bar(
+            y=models,
+            x=[times[model] for model in models],
+            orientation="h",
+            name=name,
+            marker_color=colour,
+            text=[f"{times[model]:,.1f} ms" for model in models],
+            textposition="auto",
+            insidetextanchor="end",
+            hovertemplate=f"%{{y}}, {name}: %{{x:.2f}} ms<extra></extra>",
+        )
+    figure.update_layout(barmode="group", bargap=0.3, legend_traceorder="reversed")
+    figure.update_xaxes(title_text="ms for the mix of request batches", rangemode="tozero")
+    return _styled(figure, 240)
+
+
+def seconds_figure(seconds: Mapping[str, float]) -> go.Figure:
+    """Wall time of each stage, the longest on top."""
+    stages = sorted(seconds, key=lambda name: (seconds[name], name))
+    figure = go.Figure()
+    figure.add_bar(
+        y=[name.replace("_", " ") for name in stages],
+        x=[seconds[name] for name in stages],
+        orientation="h",
+        marker_color=PARENT,
+        text=[f"{seconds[name]:,.0f} s" for name in stages],
+        textposition="outside",
+        cliponaxis=False,
+        showlegend=False,
+        hovertemplate="%{y}: %{x:.1f} s<extra></extra>",
+    )
+    longest = max(seconds.values(), default=1.0)
+    figure.update_xaxes(title_text="seconds", range=[0, 1.18 * max(longest, 1e-9)])
+    return _styled(figure, 90 + 26 * len(stages))
+
+
+def _styled(figure: go.Figure, height: int) -> go.Figure:
+    axis = {
+        "automargin": True,
+        "fixedrange": True,
+        "zeroline": False,
+        "gridcolor": "rgba(128,128,128,0.25)",
+        "title_standoff": 8,
+        "exponentformat": "power",
+    }
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
+    return figure.update_layout(
+        template="none",
+        height=height,
+        margin={"l": 8, "r": 8, "t": 8, "b": 8},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, sans-serif", "size": 13},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
+        dragmode=False,
+    )

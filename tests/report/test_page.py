@@ -1,0 +1,305 @@
+"""The report page, made from a fabricated run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plotly.offline import get_plotlyjs
+
+from puzzle_nas.architecture import (
+    SLOTS,
+    Architecture,
+    GatedFFN,
+    GroupedAttention,
+    LinearAttention,
+    LinearFFN,
+    NoOpAttention,
+    NoOpFFN,
+    ParentShape,
+)
+from puzzle_nas.artifacts import RunFolder, write_bytes, write_json
+from puzzle_nas.recipe import Recipe, parse_recipe
+from puzzle_nas.report.figures import Point, frontier_figure, log_axis
+from puzzle_nas.report.page import render_page
+from puzzle_nas.report.summary import build_summary
+from puzzle_nas.report.tables import model_rows
+
+LAYERS = 12
+SHAPE = ParentShape(LAYERS, 576, 1536, 9, 3, 64)
+VARIANTS = {
+    "attention": (GroupedAttention(1), LinearAttention(), NoOpAttention()),
+    "ffn": (GatedFFN(1152), GatedFFN(768), GatedFFN(384), GatedFFN(160), LinearFFN(), NoOpFFN()),
+}
+SIZE = {spec: 1 - (i + 1) / len(specs) for specs in VARIANTS.values() for i, spec in enumerate(specs)}
+FALLEN = (5, "ffn.linear")
+RECIPE = """
+parent: {parent}
+data: {{sources: [{{source: python-stdlib}}]}}
+scenarios:
+  - {{name: chat, batch_size: 1, prefill_tokens: 128, decode_tokens: 64, weight: 0.75}}
+  - {{name: summarise, batch_size: 1, prefill_tokens: 512, decode_tokens: 32, weight: 0.25}}
+"""
+
+
+def variants():
+    """Every layer and variant."""
+    return [(layer, spec) for layer in range(LAYERS) for slot in SLOTS for spec in VARIANTS[slot]]
+
+
+def damage(layer: int, spec) -> float:
+    """A plausible score: U-shaped over layers, worse for smaller variants."""
+    return 0.02 * (1.3 - SIZE[spec]) ** 3 * (1 + 9 * (2 * layer / (LAYERS - 1) - 1) ** 4)
+
+
+def write_library(run: RunFolder) -> None:
+    """Initial and trained facts; one variant fell back because its loss became NaN."""
+    for layer, spec in variants():
+        facts: dict[str, Any] = {
+            "spec": spec.to_dict(),
+            "parameters": round(1e6 * SIZE[spec]),
+            "checksum": "0",
+        }
+        facts |= {"initialisation": "least_squares", "chosen": "paper" if layer == 2 else "least_squares"}
+        write_json(run.initial_variant(layer, spec.id).with_suffix(".json"), facts)
+        if spec.kind != "no_op":
+            start = 3 * damage(layer, spec)
+            fell_back = (layer, spec.id) == FALLEN
+            facts |= {"tokens": 65536, "held_out_loss_start": start, "fell_back": fell_back}
+            facts |= {"held_out_loss_end": None if fell_back else start / 2, "loss_curve": [start, start / 2]}
+        write_json(run.variant(layer, spec.id).with_suffix(".json"), facts)
+
+
+def cost_table() -> dict[str, Any]:
+    """Costs proportional to size."""
+    parent = [SHAPE.parent_spec(slot) for slot in SLOTS]
+    share = {spec: SIZE.get(spec, 1.0) for spec in (*parent, *SIZE)}
+    own = {"attention": 0.4, "ffn": 0.6}
+
+    def times(prefill: float, step: float) -> dict[str, Any]:
+        parts = {
+            spec.id: {"prefill_ms": prefill * v * own[spec.slot], "decode_step_ms": step * v * own[spec.slot]}
+            for spec, v in share.items()
+        }
+        whole = {"prefill_ms": 1.02 * prefill * LAYERS, "decode_step_ms": 1.05 * step * LAYERS}
+        fixed = {"prefill_ms": 9.0, "decode_step_ms": 2.0}
+        return {"fixed": fixed, "variants": parts, "parent_measured": whole}
+
+    def weights(v: float) -> dict[str, int]:
+        count = round(2e6 * v)
+        return {"parameters": count, "parameter_bytes": 2 * count, "kv_bytes_per_token": round(768 * v)}
+
+    return {
+        "machine": {"engine": "torch", "device": "cpu", "processor": "Example CPU", "threads": 2},
+        "other_load_percent": 3.0,
+        "num_hidden_layers": LAYERS,
+        "scenarios": {"chat": times(10.0, 1.5), "summarise": times(38.0, 1.7)},
+        "bytes": {"fixed": weights(14.0), "variants": {spec.id: weights(v) for spec, v in share.items()}},
+    }
+
+
+def child() -> Architecture:
+    """Some of everything."""
+    architecture = Architecture.of_parent(SHAPE)
+    for layer, spec in (
+        (3, GroupedAttention(1)), (4, NoOpAttention()), (5, NoOpAttention()), (6, LinearAttention()),
+        (4, GatedFFN(384)), (5, GatedFFN(768)), (6, LinearFFN()), (7, NoOpFFN()), (8, GatedFFN(768)),
+    ):  # fmt: skip
+        architecture = architecture.replaced(layer, spec)
+    return architecture
+
+
+def quality(kl: float) -> dict[str, float]:
+    """One model's figures."""
+    return {
+        "kl_nats": kl,
+        "kl_nats_standard_error": kl / 20,
+        "lm_loss_nats": 2.1 + kl,
+        "perplexity": math.exp(2.1 + kl),
+        "top1_agreement": math.exp(-kl),
+    }
+
+
+def make_run(folder: Path, parent: str = "example/parent-135M") -> tuple[Recipe, RunFolder, dict[str, Any]]:
+    """A complete run folder, and what `report` reads from it."""
+    run, recipe = RunFolder(folder), parse_recipe(RECIPE.format(parent=json.dumps(parent)))
+    versions = "# puzzle-nas 0.1.0, torch 2.11, transformers 5.17\n"
+    write_bytes(run.recipe, (versions + recipe.to_yaml()).encode())
+    facts = {"source": parent, "checkpoint": "parent", "family": "llama", "shape": vars(SHAPE)}
+    write_json(run.parent, facts | {"parameters": 134_515_008})
+    write_library(run)
+    for layer, spec in variants():
+        score = {"mean": damage(layer, spec), "standard_error": 0.001}
+        write_json(run.score(layer, spec.id), {"kl_nats": score, "lm_loss_increase_nats": score})
+    write_json(run.costs("torch"), cost_table())
+    common = {"speedup_predicted": 1.3217, "memory_bytes": 225_000_000, "parameters": 110_000_000}
+    baselines = {
+        "greedy": {"architecture": [], **common},
+        "homogeneous": {"infeasible": "No single <variant> meets the limits."},
+        "max_params": {"architecture": [], **common, "speedup_predicted": 1.3342},
+    }
+    search = {"limits": {"speedup": 1.3}, "architecture": child().to_list(), "score_sum": 0.4321, **common}
+    write_json(run.architecture(), search | {"baselines": baselines})
+    evaluation = {
+        "parent": quality(0.0),
+        "child": {"assembled": quality(0.5123), "refitted": quality(0.3977), "distilled": quality(0.2101)},
+        "baselines": {"greedy": quality(0.5345), "max_params": quality(4.8765)},
+    }
+    write_json(run / "evaluation.json", evaluation)
+    request = {"prefill_ms": 130.0, "decode_step_ms": 20.0, "request_ms": 1390.0}
+    faster = {"prefill_ms": 98.0, "decode_step_ms": 15.2, "request_ms": 1055.6}
+    times = {"parent": request, "child": faster}
+    measured = {
+        "scenarios": {"chat": times, "summarise": times},
+        "mix_ms": {"parent": 1390.0, "child": 1055.6},
+        "speedup_by_repeat": [1.298, 1.317, 1.331],
+    }
+    write_json(run / "measured.json", measured)
+    refit = {"selection_kl_nats_before": 0.5201, "selection_kl_nats_after": 0.4011}
+    write_json(run / "refit.json", {"tried": True, "kept": True, **refit})
+    curve: list[dict[str, float]] = [{"step": 0, "selection_kl_nats": 0.4011}]
+    for step, kl in ((25, 0.35), (50, 0.3), (75, 0.27), (100, 0.25), (125, 0.26)):
+        curve.append({"step": step, "selection_kl_nats": kl, "loss": 2 * kl})
+    gkd = {"tokens": 256_000, "best_step": 100, "selection_kl_nats_start": 0.4011}
+    write_json(run / "gkd.json", gkd | {"selection_kl_nats_best": 0.25, "curve": curve})
+    for number, stage in enumerate(("build_library", "distill_blocks", "score_blocks", "distill_child")):
+        run.add_seconds(stage, 20.0 * (number + 1))
+    return recipe, run, build_summary(recipe, run)
+
+
+def own_part(page: str) -> str:
+    """The page without plotly.js, whose source is full of addresses that nothing here uses."""
+    assert page.count(get_plotlyjs()) == 1
+    return page.replace(get_plotlyjs(), "")
+
+
+def drawn(page: str) -> dict[str, tuple[list, dict]]:
+    """Data and layout of each figure in the page."""
+    calls = [json.loads(f"[{call}]") for call in re.findall(r"Plotly\.newPlot\((.*)\);</script>", page)]
+    return {name: (data, layout) for name, data, layout, _ in calls}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A run folder and its page."""
+    recipe, run, summary = make_run(tmp_path)
+    return recipe, run, summary, own_part(render_page(recipe, run, summary))
+
+
+def test_page_loads_nothing(made):
+    page = made[-1]
+    assert not re.search(r"""(?:src|href)\s*=|@import|url\(|<link|<iframe|<img|https?:""", page)
+    assert "default-src 'none'" in page
+
+
+def test_page_holds_the_summary_and_every_figure(made):
+    _, _, summary, page = made
+    assert "1.32x as fast as its parent (measured), KL 0.21 nats" in page
+    assert "81 % of the time" in page
+    for row in model_rows(summary):
+        assert "".join(f"<td>{cell}</td>" for cell in row) in page
+    figures = drawn(page)
+    pairs = {"scores-attention", "scores-ffn", "bld-attention", "bld-ffn", "gkd-kl", "gkd-loss"}
+    assert set(figures) == pairs | {"child", "baselines", "prediction", "seconds"}
+    curve = next(trace for trace in figures["scores-ffn"][0] if trace["name"] == "ffn.w768")
+    assert curve["y"] == [damage(layer, GatedFFN(768)) for layer in range(LAYERS)]
+    labels = {annotation["text"] for annotation in figures["baselines"][1]["annotations"]}
+    assert labels == {"child, assembled", "child, refitted", "child, distilled", "greedy", "max-params"}
+    assert "Example CPU" in page and "puzzle-nas 0.1.0, torch 2.11" in page and "learning_rate" in page
+
+
+def test_child_bars_are_relative_to_the_parents_subblock(made):
+    traces = drawn(made[-1])["child"][0]
+    bars = {trace["name"]: trace for trace in traces if trace.get("name") and trace["yaxis"] == "y2"}
+    assert bars["narrower"]["x"] == [4, 5, 8]
+    assert bars["narrower"]["y"] == pytest.approx([40.0, 60.0, 60.0])
+    assert bars["left out"]["x"] == [7]
+    assert set(bars["as in the parent"]["y"]) == {100.0}
+
+
+def test_fallen_variants_are_marked(made):
+    page = made[-1]
+    assert "1 of them got worse" in page
+    crosses = [trace for trace in drawn(page)["bld-ffn"][0] if trace["name"] == "fell back"]
+    assert [(trace["x"], trace["customdata"]) for trace in crosses] == [([5], ["ffn.linear"])]
+    assert not [trace for trace in drawn(page)["bld-attention"][0] if trace["name"] == "fell back"]
+    row = next(line for line in page.splitlines() if "<td>ffn.linear</td>" in line and "paper" in line)
+    assert "least_squares 11, paper 1" in row and '<td class="text">5</td>' in row
+
+
+def test_absent_parts_are_said(tmp_path):
+    recipe, run, _ = make_run(tmp_path)
+    for layer, spec in variants():
+        facts = {"spec": spec.to_dict(), "parameters": 1, "checksum": "0", "tokens": 0}
+        write_json(run.variant(layer, spec.id).with_suffix(".json"), facts)
+    recipe = recipe.model_copy(update={"bld": recipe.bld.model_copy(update={"tokens": 0})})
+    shutil.rmtree(run / "scores")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    del evaluation["child"]["refitted"]
+    write_json(run / "evaluation.json", evaluation)
+    write_json(run / "refit.json", {"tried": False, "kept": False})
+    gkd = {"tokens": 0, "best_step": 0, "selection_kl_nats_start": 0.5, "selection_kl_nats_best": 0.5}
+    write_json(run / "gkd.json", gkd | {"curve": [{"step": 0, "selection_kl_nats": 0.5}]})
+    page = own_part(render_page(recipe, run, build_summary(recipe, run)))
+    for sentence in (
+        "The run holds no replace-1-block scores.",
+        "BLD was skipped (bld.tokens is 0)",
+        "The refit was not tried",
+        "GKD was skipped (gkd.tokens is 0).",
+        "homogeneous is infeasible: No single &lt;variant&gt; meets the limits.",
+    ):
+        assert sentence in page
+    assert set(drawn(page)) == {"child", "baselines", "prediction", "seconds"}
+    assert "child, refitted" not in page
+
+
+def test_page_needs_only_a_summary(tmp_path):
+    recipe, _, summary = make_run(tmp_path / "whole")
+    page = own_part(render_page(recipe, RunFolder(tmp_path / "empty"), summary))
+    assert "The run holds no search result" in page
+    assert "The run holds no cost table." in page
+    assert "The run holds no library." in page
+    assert "The run holds no curve of GKD." in page
+    assert set(drawn(page)) == {"baselines", "prediction", "seconds"}
+
+
+def test_scores_below_zero_are_counted_not_drawn(tmp_path):
+    recipe, run, summary = make_run(tmp_path)
+    recipe = recipe.model_copy(update={"scoring": recipe.scoring.model_copy(update={"metric": "lm_loss"})})
+    for layer, spec in variants():
+        score = {"lm_loss_increase_nats": {"mean": -0.01 if layer == 0 else 0.02, "standard_error": 0.0}}
+        write_json(run.score(layer, spec.id, metric="lm_loss"), score)
+    page = own_part(render_page(recipe, run, summary))
+    assert f"{sum(map(len, VARIANTS.values()))} scores at or below zero" in page
+    assert all(trace["y"][0] is None for trace in drawn(page)["scores-ffn"][0])
+
+
+def test_markup_is_escaped(tmp_path):
+    recipe, run, summary = make_run(tmp_path, parent='</script><script>alert("x")</script>&')
+    page = own_part(render_page(recipe, run, summary))
+    assert "<script>alert" not in page
+    assert "&lt;/script&gt;&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;&amp;" in page
+
+
+def test_same_run_gives_same_bytes(made):
+    recipe, run, summary, page = made
+    assert own_part(render_page(recipe, run, json.loads(json.dumps(summary)))) == page
+
+
+@pytest.mark.parametrize("values", [[], [0.3], [0.2, 0.9], [1e-6, 40.0]])
+def test_log_axis_spans_the_values_with_readable_ticks(values):
+    axis = log_axis([None, *values])
+    assert all(axis["range"][0] < math.log10(value) < axis["range"][1] for value in values)
+    assert len(axis["tickvals"]) <= 9
+
+
+def test_labels_of_close_points_do_not_overlap():
+    figure = frontier_figure([Point(f"model {i}", 1.3, 0.5 + i / 1000, i == 0) for i in range(4)])
+    offsets = sorted(annotation.ay for annotation in figure.layout.annotations)
+    assert all(b - a > 15 for a, b in pairwise(offsets))
