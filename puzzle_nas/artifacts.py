@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from puzzle_nas.errors import ArtifactError
+from puzzle_nas.errors import ArtifactError, PuzzleError
 
 
 def fingerprint(value: Any) -> str:
@@ -40,22 +40,19 @@ def explained_disk_errors(path: Path):
     """Turn a full or read-only disk into one sentence."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ArtifactError(
-                f"The disk is full: {path} could not be written. Free some space and run the same command again; "
-                "what is done is kept."
-            ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise ArtifactError(f"{path} cannot be written: {error.strerror}. Choose another --run-dir.") from error
+    except PuzzleError:
         raise
     except Exception as error:
-        # safetensors reports I/O trouble with an exception of its own.
-        if "os error 28" in str(error) or "No space left" in str(error):
+        # safetensors reports I/O trouble with an exception of its own that only quotes the number.
+        number = error.errno if isinstance(error, OSError) else None
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if number in full or any(f"(os error {n})" in str(error) for n in full):
             raise ArtifactError(
-                f"The disk is full: {path} could not be written. Free some space and run the same command again; "
-                "what is done is kept."
+                f"The disk is full, or a file may not grow: {path} could not be written. Make room and run the same "
+                "command again; what is done is kept."
             ) from error
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise ArtifactError(f"{path} cannot be written. Choose another --run-dir.") from error
         raise
 
 
@@ -247,6 +244,4 @@ class RunFolder:
             path = self.path / name
             if not path.exists() or file_checksum(path) != checksum:
                 state = "corrupted" if path.exists() else "missing"
-                raise ArtifactError(
-                    f"{path} is {state}. Make it anew with: puzzle {command} {self.path} --again"
-                )
+                raise ArtifactError(f"{path} is {state}. Make it anew with: puzzle {command} {self.path} --again")

@@ -56,7 +56,9 @@ class CostTable:
 
     def memory_bytes(self, architecture: Architecture) -> int:
         """Parameters plus the full KV cache of the largest scenario."""
-        return max(self._total(self.columns_of, self.fixed, f"memory_bytes.{s.name}", architecture) for s in self.scenarios)
+        return max(
+            self._total(self.columns_of, self.fixed, f"memory_bytes.{s.name}", architecture) for s in self.scenarios
+        )
 
     def parameters(self, architecture: Architecture) -> int:
         """Parameters, tied embeddings once."""

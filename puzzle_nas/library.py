@@ -6,30 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 
-from puzzle_nas.architecture import ParentShape, SearchSpace, Spec, build_search_space
+from puzzle_nas.architecture import Spec
 from puzzle_nas.artifacts import RunFolder, file_checksum, read_json, write_bytes, write_json
 from puzzle_nas.errors import ArtifactError
 from puzzle_nas.families.loading import shape_of
 from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer, PuzzleForCausalLM
-from puzzle_nas.recipe import Recipe
 from puzzle_nas.subblocks import Weights, subblock_layer, subblock_weights
-
-
-def search_space_of(recipe: Recipe, shape: ParentShape) -> SearchSpace:
-    """The recipe's search space on a parent."""
-    s = recipe.search_space
-    return build_search_space(
-        shape,
-        s.kv_heads,
-        s.width_fractions,
-        s.multiple_of,
-        {"attention": s.attention_linear, "ffn": s.ffn_linear},
-        {"attention": s.attention_no_op, "ffn": s.ffn_no_op},
-        s.layers,
-    )
 
 
 def facts_path(path: Path) -> Path:
@@ -66,7 +50,9 @@ def read_variant(path: Path, made_by: str) -> Weights:
         raise ArtifactError(f"{path} is corrupted ({error}).") from None
 
 
-def variant_weights(run: RunFolder, parent: PuzzleForCausalLM, layer: int, spec: Spec, library: str = "main") -> Weights:
+def variant_weights(
+    run: RunFolder, parent: PuzzleForCausalLM, layer: int, spec: Spec, library: str = "main"
+) -> Weights:
     """Weights of a variant on the parent's device; the parent's own sub-block comes from the parent itself."""
     if spec == shape_of(parent.config).parent_spec(spec.slot):
         return subblock_weights(parent.model.layers[layer], spec.slot)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from types import ModuleType
 
 import torch
@@ -65,7 +64,8 @@ def open_run(run: RunFolder) -> Recipe:
         ArtifactError: the folder is none.
     """
     if not run.recipe.is_file():
-        raise ArtifactError(f"{run} is no run folder: it has no recipe.yaml. Make one with: puzzle run RECIPE --run-dir {run}")
+        way_out = f"Make one with: puzzle run RECIPE --run-dir {run}"
+        raise ArtifactError(f"{run} is no run folder: it has no recipe.yaml. {way_out}")
     return parse_recipe(run.recipe.read_text(), name=str(run.recipe))
 
 
@@ -80,7 +80,8 @@ def claim_run(recipe: Recipe, run: RunFolder) -> None:
         for part in ("parent", "data"):
             if getattr(before, part) != getattr(recipe, part):
                 raise ArtifactError(
-                    f"{run} belongs to another recipe: its {part} differs. Name another folder with --run-dir, or delete it."
+                    f"{run} belongs to another recipe: its {part} differs. "
+                    "Name another folder with --run-dir, or delete it."
                 )
     versions = f"# puzzle-nas {__version__}, torch {torch.__version__}, transformers {transformers.__version__}\n"
     write_bytes(run.recipe, (versions + recipe.to_yaml()).encode())
@@ -136,8 +137,3 @@ def run_stages(recipe: Recipe, run: RunFolder, first: str | None = None, last: s
     claim_run(recipe, run)
     for number, stage in enumerate(STAGES[begin : end + 1], start=begin + 1):
         run_stage(stage, recipe, run, label=f"[{number}/{len(STAGES)}] ")
-
-
-def finished(run: RunFolder, stages: Iterable[ModuleType] = STAGES) -> bool:
-    """Whether every stage has a record."""
-    return all(run.record(stage.NAME) is not None for stage in stages)

@@ -8,7 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 console = Console(stderr=False, highlight=False, soft_wrap=True)
 
@@ -42,7 +49,10 @@ class Ticker:
             worked = max(1, self.done - self.skipped)
             remains = elapsed / worked * (self.total - self.done)
             note_text = f"  {self.note}" if self.note else ""
-            print(f"  {self.description} {self.done}/{self.total}, {remains:.0f} s remain{note_text}", flush=True)
+            print(
+                f"  {self.description} {self.done}/{self.total}, {remains:.0f} s remain{note_text}",
+                flush=True,
+            )
 
 
 @contextmanager

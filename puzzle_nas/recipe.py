@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from puzzle_nas.architecture import Scenario
+from puzzle_nas.architecture import ParentShape, Scenario, SearchSpace, build_search_space
 from puzzle_nas.errors import RecipeError
 
 
@@ -320,3 +320,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"There is no recipe {path}. Examples are in recipes/.")
     return parse_recipe(path.read_text(), overrides, str(path))
+
+
+def search_space_of(recipe: Recipe, shape: ParentShape) -> SearchSpace:
+    """The recipe's search space on a parent."""
+    s = recipe.search_space
+    return build_search_space(
+        shape,
+        s.kv_heads,
+        s.width_fractions,
+        s.multiple_of,
+        {"attention": s.attention_linear, "ffn": s.ffn_linear},
+        {"attention": s.attention_no_op, "ffn": s.ffn_no_op},
+        s.layers,
+    )

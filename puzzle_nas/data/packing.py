@@ -144,9 +144,7 @@ def pack(
     for stream, pieces, quota in zip(streams, dealt, train, strict=True):
         pieces["train"] = _take(iter(stream.pieces), quota, quota)
     return {
-        split: _join(
-            {source.name: pieces[split] for source, pieces in zip(sources, dealt, strict=True)}, length
-        )
+        split: _join({source.name: pieces[split] for source, pieces in zip(sources, dealt, strict=True)}, length)
         for split in SPLITS
     }
 
@@ -251,10 +249,7 @@ def _deal(stream: _Stream, quota: Mapping[str, int], length: int) -> dict[str, l
         rest = min(quota["train"], SMALLEST_REST * (stream.tokens - needed))
         for part in LARGEST_PARTS if stream.exhausted else LARGEST_PARTS[:1]:
             pieces = iter(stream.pieces)
-            dealt = {
-                split: _take(pieces, quota[split], max(length, quota[split] // part))
-                for split in SMALL_SPLITS
-            }
+            dealt = {split: _take(pieces, quota[split], max(length, quota[split] // part)) for split in SMALL_SPLITS}
             full = all(sum(map(len, dealt[split])) == quota[split] for split in SMALL_SPLITS)
             if full and (not stream.exhausted or part == LARGEST_PARTS[-1] or sum(map(len, pieces)) >= rest):
                 return dealt
@@ -308,9 +303,7 @@ def _train_quotas(
 
 def _join(pieces_by_source: Mapping[str, list[_Piece]], length: int) -> PackedSplit:
     """One split's blocks. Documents are ordered by their hash read backwards: forwards it chose the split."""
-    pieces = sorted(
-        (piece for pieces in pieces_by_source.values() for piece in pieces), key=lambda p: p.key[::-1]
-    )
+    pieces = sorted((piece for pieces in pieces_by_source.values() for piece in pieces), key=lambda p: p.key[::-1])
     return PackedSplit(
         tokens=np.concatenate([piece.tokens for piece in pieces]).reshape(-1, length),
         documents=len(pieces),

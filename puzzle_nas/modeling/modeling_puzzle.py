@@ -38,7 +38,10 @@ class PuzzleAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        query_size, key_value_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        query_size, key_value_size = (
+            config.num_attention_heads * self.head_dim,
+            config.num_key_value_heads * self.head_dim,
+        )
         bias = config.query_key_value_bias
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=bias)
@@ -215,7 +218,10 @@ class PuzzleModel(PuzzlePreTrainedModel):
                 "past_key_values": past_key_values,
                 "position_ids": position_ids,
             }
-            create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+            create = {
+                "full_attention": create_causal_mask,
+                "sliding_attention": create_sliding_window_causal_mask,
+            }
             types = {layer.layer_type for layer in self.layers if layer.caches}
             attention_mask = {layer_type: create[layer_type](**arguments) for layer_type in sorted(types)}
         return {

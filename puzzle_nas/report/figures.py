@@ -14,11 +14,14 @@ from plotly.subplots import make_subplots
 
 from puzzle_nas.architecture import SLOTS, Spec
 
-PARENT, SMALLER, LINEAR, NO_OP = "#2f6fb5", "#2a9d8f", "#c98a1b", "#cc4b37"
-SIZES = ("#2f6fb5", "#2a9d8f", "#6a9a2d", "#8a63b8", "#5f7a8c", "#b0558f")
+PARENT, LINEAR, NO_OP = "#3a7cc4", "#c98a1b", "#cc4b37"
+FEWER_HEADS, NARROWER = "#2a9d8f", "#6a9a2d"
+SIZES = ("#3a7cc4", "#2a9d8f", "#6a9a2d", "#8a63b8", "#5f7a8c", "#b0558f")
 """Variants of one kind, in order of size."""
+OUTSIDE_TEXT = 1.25
+"""Length of an axis relative to its longest bar, so that there is room for the text beside it."""
 GHOST = "rgba(128,128,128,0.18)"
-KIND_COLOURS = {"grouped": SMALLER, "gated": SMALLER, "linear": LINEAR, "no_op": NO_OP}
+KIND_COLOURS = {"grouped": FEWER_HEADS, "gated": NARROWER, "linear": LINEAR, "no_op": NO_OP}
 KIND_LABELS = {"grouped": "fewer KV heads", "gated": "narrower", "linear": "linear", "no_op": "left out"}
 
 Values = Sequence[float | None]
@@ -99,6 +102,7 @@ def child_figure(bars: Sequence[Bar]) -> go.Figure:
     """Runtime of each sub-block relative to the parent's, attention above FFN (Puzzle, Figure 6)."""
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     named: set[str] = set()
+    ranks = {label: rank for rank, label in enumerate(["as in the parent", *KIND_LABELS.values()])}
     for row, slot in enumerate(SLOTS, 1):
         own = [bar for bar in bars if bar.spec.slot == slot]
         layers = [bar.layer for bar in own]
@@ -115,6 +119,7 @@ def child_figure(bars: Sequence[Bar]) -> go.Figure:
                 "x": [bar.layer for bar in members],
                 "name": label,
                 "legendgroup": label,
+                "legendrank": ranks.get(label, len(ranks)),
                 "showlegend": label not in named,
                 "customdata": [[bar.spec.id, bar.percent_of_parent] for bar in members],
                 "hovertemplate": "layer %{x}: %{customdata[0]}, %{customdata[1]:.0f} %<extra></extra>",
@@ -130,9 +135,11 @@ def child_figure(bars: Sequence[Bar]) -> go.Figure:
             named.add(label)
         highest = max([100.0, *(bar.percent_of_parent for bar in own)])
         title = {"attention": "attention", "ffn": "FFN"}[slot]
-        figure.update_yaxes(title_text=f"{title}, % of parent's", row=row, col=1)
+        figure.update_yaxes(title_text=f"{title}, %", row=row, col=1)
         figure.update_yaxes(range=[0, 1.05 * highest], tickvals=[0, 50, 100], row=row, col=1)
-    figure.update_xaxes(title_text="layer", row=2, col=1)
+    _layer_axis(figure, len(bars) // len(SLOTS))
+    figure.update_xaxes(showgrid=False)
+    figure.update_xaxes(title_text="", row=1, col=1)
     figure.update_layout(barmode="overlay", bargap=0.25)
     return _styled(figure, 420)
 
@@ -151,7 +158,7 @@ def scores_figure(curves: Sequence[Curve], unit: str, limits: Iterable[float | N
             marker={"size": 4},
             hovertemplate=f"layer %{{x}}: {curve.spec.id}, %{{y:.4g}} {unit}<extra></extra>",
         )
-    figure.update_xaxes(title_text="layer")
+    _layer_axis(figure, max(len(curve.values) for curve in curves))
     figure.update_yaxes(title_text=unit, **log_axis(limits))
     return _styled(figure, 380)
 
@@ -190,7 +197,7 @@ def distillation_figure(variants: Sequence[Distillation], limits: Iterable[float
             marker={"symbol": "x", "size": 9, "color": NO_OP},
             hovertemplate="layer %{x}: %{customdata} fell back<extra></extra>",
         )
-    figure.update_xaxes(title_text="layer")
+    _layer_axis(figure, max(len(variant.start) for variant in variants))
     figure.update_yaxes(title_text="held-out loss", **log_axis(limits))
     return _styled(figure, 400)
 
@@ -205,7 +212,7 @@ def training_figure(tokens: Sequence[int], values: Values, title: str, best: int
         line={"color": PARENT, "width": 1.8},
         marker={"size": 5},
         showlegend=False,
-        hovertemplate="%{x} tokens: %{y:.4g}<extra></extra>",
+        hovertemplate="%{x:,} tokens: %{y:.4g}<extra></extra>",
     )
     if best is not None:
         marker = {"symbol": "circle-open", "size": 13, "color": NO_OP, "line": {"width": 2}}
@@ -218,7 +225,7 @@ def training_figure(tokens: Sequence[int], values: Values, title: str, best: int
             showlegend=True,
             hoverinfo="skip",
         )
-    figure.update_xaxes(title_text="training tokens", nticks=5)
+    figure.update_xaxes(title_text="training tokens", nticks=5, tickformat="~s")
     figure.update_yaxes(title_text=title)
     return _styled(figure, 320)
 
@@ -282,13 +289,15 @@ def prediction_figure(predicted_ms: Mapping[str, float], measured_ms: Mapping[st
             orientation="h",
             name=name,
             marker_color=colour,
-            text=[f"{times[model]:,.1f} ms" for model in models],
-            textposition="auto",
-            insidetextanchor="end",
+            text=[f"{times[model]:,.1f}" for model in models],
+            textposition="outside",
+            cliponaxis=False,
             hovertemplate=f"%{{y}}, {name}: %{{x:.2f}} ms<extra></extra>",
         )
     figure.update_layout(barmode="group", bargap=0.3, legend_traceorder="reversed")
-    figure.update_xaxes(title_text="ms for the mix of request batches", rangemode="tozero")
+    figure.update_yaxes(showgrid=False)
+    longest = max(*predicted_ms.values(), *measured_ms.values())
+    figure.update_xaxes(title_text="ms for the mix of request batches", range=[0, OUTSIDE_TEXT * longest])
     return _styled(figure, 240)
 
 
@@ -307,9 +316,15 @@ def seconds_figure(seconds: Mapping[str, float]) -> go.Figure:
         showlegend=False,
         hovertemplate="%{y}: %{x:.1f} s<extra></extra>",
     )
+    figure.update_yaxes(showgrid=False)
     longest = max(seconds.values(), default=1.0)
-    figure.update_xaxes(title_text="seconds", range=[0, 1.18 * max(longest, 1e-9)])
+    figure.update_xaxes(title_text="seconds", range=[0, OUTSIDE_TEXT * max(longest, 1e-9)])
     return _styled(figure, 90 + 26 * len(stages))
+
+
+def _layer_axis(figure: go.Figure, layers: int) -> None:
+    step = next((step for step in (1, 2, 5, 10) if layers <= 12 * step), 20)
+    figure.update_xaxes(title_text="layer", tick0=0, dtick=step, range=[-0.6, layers - 0.4])
 
 
 def _styled(figure: go.Figure, height: int) -> go.Figure:

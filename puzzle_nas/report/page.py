@@ -45,6 +45,7 @@ figure { margin: 1rem 0; min-width: 0; }
 figcaption { font-size: .9rem; max-width: 75ch; }
 .pair { display: grid; gap: 0 1.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+.plot { width: 100%; }
 .plot text { fill: var(--ink) !important; }
 .plot .hoverlayer path { fill: var(--paper) !important; stroke: var(--soft) !important; }
 .scroll { overflow-x: auto; margin: .75rem 0; }
@@ -148,9 +149,7 @@ def _table(
 ) -> str:
     """A table; columns named in `text` are aligned left, the row whose first cell is `strong` is bold."""
     classes = [' class="text"' if name in text else "" for name in columns]
-    head = "".join(
-        f'<th{c} scope="col">{escape(name)}</th>' for name, c in zip(columns, classes, strict=True)
-    )
+    head = "".join(f'<th{c} scope="col">{escape(name)}</th>' for name, c in zip(columns, classes, strict=True))
     lines = "".join(
         ('<tr class="strong">' if row[0] == strong else "<tr>")
         + "".join(f"<td{c}>{escape(cell)}</td>" for cell, c in zip(row, classes, strict=True))
@@ -165,7 +164,7 @@ def _scrolling(table: str) -> str:
 
 
 def _figure(name: str, figure: go.Figure, title: str, caption: str = "") -> str:
-    """A figure, drawn in place. `<` never stands in the script, so no label can end it."""
+    """A figure, drawn once the page has its widths. No `<` stands in the script, so no label can end it."""
     content = figure.to_plotly_json()
     data, layout = (_script_json(content[part]) for part in ("data", "layout"))
     height = figure.layout.height
@@ -175,7 +174,8 @@ def _figure(name: str, figure: go.Figure, title: str, caption: str = "") -> str:
         f"<figure><h3>{label}</h3>\n"
         f'<div id="{name}" class="plot" role="img" aria-label="{label}" style="height:{height}px"></div>'
         f"{below}\n"
-        f'<script>Plotly.newPlot("{name}", {data}, {layout}, {_script_json(CONFIG)});</script></figure>\n'
+        f'<script>addEventListener("DOMContentLoaded", () =>\n'
+        f'Plotly.newPlot("{name}", {data}, {layout}, {_script_json(CONFIG)}));</script></figure>\n'
     )
 
 
@@ -269,9 +269,7 @@ def _scores(recipe: Recipe, run: RunFolder, summary: Mapping[str, Any], library:
     everything = [value for curve in lines for value in curve.values if value is not None]
     if not everything:
         return _paragraph("The run holds no replace-1-block scores.")
-    text = _paragraph(
-        "Each point is the parent with one sub-block replaced: the higher, the more that one matters."
-    )
+    text = _paragraph("Each point is the parent with one sub-block replaced: the higher, the more that one matters.")
     child = summary["child"]
     kl = child["validation_kl_nats_assembled"]
     if kl is not None:
@@ -336,9 +334,9 @@ def _distillation(recipe: Recipe, library: Library) -> str:
     text = _paragraph(
         f"{total} variants trained on {recipe.bld.tokens:,} tokens each to give the parent's block output. "
         + (
-            f"{fallen} of them got worse on held-out text and fell back to their initialisation."
+            f"Training made {fallen} of them worse on held-out text: they fell back to the initialisation."
             if fallen
-            else "None of them got worse on held-out text, so none fell back to its initialisation."
+            else "Training made none of them worse on held-out text, so none fell back to the initialisation."
         )
     )
     losses = [value for variant in every for values in (variant.start, variant.end) for value in values]
@@ -416,7 +414,7 @@ def _baselines(summary: Mapping[str, Any]) -> str:
     )
     for name, found in summary["baselines"].items():
         if found.get("infeasible"):
-            text += _paragraph(f"{name.replace('_', '-')} is infeasible: {found['infeasible']}")
+            text += _paragraph(f"The baseline {name.replace('_', '-')} is infeasible: {found['infeasible']}")
     if not summary["baselines"]:
         text += _paragraph("The run holds no baselines.")
     if not drawable:

@@ -29,9 +29,7 @@ def no_op_only(problem: Problem, keep: Callable[[Position, str], bool]) -> Probl
     return replace(problem, table=problem.table.restricted(keep))
 
 
-def max_params(
-    problem: Problem, params_column: str, gap: float = 1e-4, time_limit_seconds: float = 60.0
-) -> Solution:
+def max_params(problem: Problem, params_column: str, gap: float = 1e-4, time_limit_seconds: float = 60.0) -> Solution:
     """The choice with the most parameters within the same limits, blind to scores (Puzzle, table 12).
 
     The solution's `score` is the total of `params_column`; the total of the problem's objective is in
@@ -43,9 +41,7 @@ def max_params(
     return solve(replace(problem, objective=params_column, sense="maximise"), gap, time_limit_seconds)[0]
 
 
-def random_architecture(
-    problem: Problem, rng: np.random.Generator, time_limit_seconds: float = 60.0
-) -> Solution:
+def random_architecture(problem: Problem, rng: np.random.Generator, time_limit_seconds: float = 60.0) -> Solution:
     """A choice within the limits for scores drawn at random, the same for the same state of `rng`.
 
     Raises:
@@ -56,9 +52,7 @@ def random_architecture(
     drawn = replace(problem, table=table, objective="random draw", sense="minimise")
     solution = solve(drawn, 1e-2, time_limit_seconds)[0]
     costs = problem.costs(solution.choices)
-    return replace(
-        solution, score=costs[problem.objective], bound=None, gap=None, costs=costs, status="feasible"
-    )
+    return replace(solution, score=costs[problem.objective], bound=None, gap=None, costs=costs, status="feasible")
 
 
 @dataclass(frozen=True)
@@ -103,9 +97,7 @@ def greedy(problem: Problem, groups: Mapping[Position, Hashable] | None = None) 
     rows = zip(problem.limits, limit_rows(problem), strict=True)
     broken = [limit.column for limit, row in rows if row.excess(np.array(chosen)) > 0]
     if broken:
-        raise InfeasibleError(
-            f"The greedy baseline ends outside the limits on {', '.join(broken)}; loosen them."
-        )
+        raise InfeasibleError(f"The greedy baseline ends outside the limits on {', '.join(broken)}; loosen them.")
     return _solution(problem, program, chosen, started)
 
 
@@ -148,18 +140,14 @@ def _options(problem: Problem, program: Program, positions: list[int]) -> list[_
 def _layers(table: Table, groups: Mapping[Position, Hashable] | None) -> dict[Hashable, list[int]]:
     """Indices of the positions of each layer, layers in order of first appearance."""
     if table.has_spans:
-        raise RecipeError(
-            "This baseline needs one variant for each layer; leave out variants that span several."
-        )
+        raise RecipeError("This baseline needs one variant for each layer; leave out variants that span several.")
     layers: dict[Hashable, list[int]] = {}
     for index, position in enumerate(table.positions):
         layers.setdefault(_lookup(groups, position, position, "layer"), []).append(index)
     return layers
 
 
-def _lookup(
-    mapping: Mapping[Position, Hashable] | None, position: Position, default: Hashable, what: str
-) -> Hashable:
+def _lookup(mapping: Mapping[Position, Hashable] | None, position: Position, default: Hashable, what: str) -> Hashable:
     if mapping is None:
         return default
     if position not in mapping:
@@ -199,8 +187,7 @@ def homogeneous(
     program = _one_sided(build_program(matched))
     layers = _layers(problem.table, groups)
     settings = [
-        _slot_settings(problem.table, program, positions)
-        for positions in _slot_positions(problem.table, layers, slots)
+        _slot_settings(problem.table, program, positions) for positions in _slot_positions(problem.table, layers, slots)
     ]
     one_mixed = (
         (slot, rest)
@@ -246,13 +233,9 @@ def _slot_settings(table: Table, program: Program, positions: list[int]) -> list
     """Each variant in all layers, and each pair of neighbours mixed in every proportion."""
     shared = [v for v in table.variants[positions[0]] if all(v in table.variants[p] for p in positions)]
     if not shared:
-        raise RecipeError(
-            "The homogeneous baseline needs a variant that all layers share; the table has none."
-        )
+        raise RecipeError("The homogeneous baseline needs a variant that all layers share; the table has none.")
     arcs = {
-        variant: np.array(
-            [program.chain.arcs_of(p).start + table.variants[p].index(variant) for p in positions]
-        )
+        variant: np.array([program.chain.arcs_of(p).start + table.variants[p].index(variant) for p in positions])
         for variant in shared
     }
     price = program.rows[-1].values
@@ -285,9 +268,7 @@ class _Mix:
     arcs: list[int]
 
 
-def _best_of(
-    program: Program, combinations: Iterable[tuple[list[_Setting], tuple[_Setting, ...]]]
-) -> _Mix | None:
+def _best_of(program: Program, combinations: Iterable[tuple[list[_Setting], tuple[_Setting, ...]]]) -> _Mix | None:
     mixes = (_best_mix(program, slot, rest) for slot, rest in combinations)
     return min((mix for mix in mixes if mix is not None), default=None)
 

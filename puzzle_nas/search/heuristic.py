@@ -69,9 +69,7 @@ def _repair(program: Program, path: np.ndarray, lengths: np.ndarray) -> np.ndarr
         useful = mended > 1e-12 * max(1.0, broken)
         if not useful.any():
             return None
-        swaps.take(
-            int(np.argmin(np.where(useful, np.maximum(change, 0) / np.where(useful, mended, 1), np.inf)))
-        )
+        swaps.take(int(np.argmin(np.where(useful, np.maximum(change, 0) / np.where(useful, mended, 1), np.inf))))
     return None
 
 

@@ -101,6 +101,4 @@ def _solution(
     proven = answer.bound >= program.score(answer.path) - rounding
     bound = score if proven else _signed(problem, min(answer.bound + offset, _signed(problem, score)))
     relative = abs(score - bound) / (max(abs(score), abs(bound)) or 1.0)
-    return Solution(
-        choices, score, bound, relative, costs, "optimal" if relative <= gap else "feasible", seconds
-    )
+    return Solution(choices, score, bound, relative, costs, "optimal" if relative <= gap else "feasible", seconds)

@@ -49,9 +49,7 @@ class Table:
         for name, arrays in columns.items():
             for position, variants, values in zip(self.positions, self.variants, arrays, strict=True):
                 if values.shape != (len(variants),) or not np.isfinite(values).all():
-                    raise RecipeError(
-                        f"Column {name} needs one finite number for each variant of layer {position}."
-                    )
+                    raise RecipeError(f"Column {name} needs one finite number for each variant of layer {position}.")
         for position, variants in zip(self.positions, self.variants, strict=True):
             if not variants:
                 raise RecipeError(f"Layer {position} has no variants; give it at least one.")
@@ -132,9 +130,7 @@ class Table:
         for number, row in enumerate(rows, start=1):
             for name in wanted:
                 if name not in row:
-                    raise RecipeError(
-                        f"Row {number} of the table has no column {name}; it has {', '.join(row)}."
-                    )
+                    raise RecipeError(f"Row {number} of the table has no column {name}; it has {', '.join(row)}.")
             variant = str(row["variant"])
             where = f"row {number} (layer {row['layer']}, variant {variant})"
             variants = grouped.setdefault(row["layer"], {})
@@ -142,14 +138,10 @@ class Table:
                 raise RecipeError(f"The table has {where} for the second time; keep one of the two rows.")
             variants[variant] = [_number(row[name], name, where) for name in wanted[2:]]
             if "span" in present and (variants[variant][-1] % 1 or variants[variant][-1] < 1):
-                raise RecipeError(
-                    f"The span in {where} is {row['span']}; it must be a whole number from 1 up."
-                )
+                raise RecipeError(f"The span in {where} is {row['span']}; it must be a whole number from 1 up.")
         if all(isinstance(layer, int) for layer in grouped):
             grouped = dict(sorted(grouped.items()))  # type: ignore[type-var]
-        numbers = [
-            np.array(list(variants.values())).reshape(len(variants), -1) for variants in grouped.values()
-        ]
+        numbers = [np.array(list(variants.values())).reshape(len(variants), -1) for variants in grouped.values()]
         return cls(
             tuple(grouped),
             tuple(tuple(variants) for variants in grouped.values()),
@@ -166,9 +158,7 @@ def _number(value: Any, column: str, where: str) -> float:
         if not math.isfinite(number):
             raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise RecipeError(
-            f"Column {column} in {where} holds {value!r}, which is not a finite number."
-        ) from None
+        raise RecipeError(f"Column {column} in {where} holds {value!r}, which is not a finite number.") from None
     return number
 
 

@@ -156,9 +156,7 @@ def _model(program: Program, offset: float) -> tuple[highspy.HighsLp, float]:
     return model, scale
 
 
-def _run(
-    model: highspy.HighsLp, deadline: float, gap: float, start: np.ndarray | None = None
-) -> highspy.Highs:
+def _run(model: highspy.HighsLp, deadline: float, gap: float, start: np.ndarray | None = None) -> highspy.Highs:
     """Solve a model; once more without presolve should HiGHS end without an answer."""
     highs = highspy.Highs()
     for presolve in ("choose", "off"):

@@ -8,9 +8,9 @@ from puzzle_nas.architecture import Spec
 from puzzle_nas.artifacts import RunFolder, fingerprint
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import load_parent
-from puzzle_nas.library import search_space_of, variant_is_stored, write_variant
+from puzzle_nas.library import variant_is_stored, write_variant
 from puzzle_nas.progress import progress
-from puzzle_nas.recipe import Recipe
+from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.subblocks import LayerContext, LayerStatistics, observe_layer, subblock_layer, variant_of
 from puzzle_nas.subblocks.statistics import add_observations
 from puzzle_nas.training.replacement import ReplacementWalk

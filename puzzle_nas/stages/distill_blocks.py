@@ -22,13 +22,12 @@ from puzzle_nas.families import load_parent
 from puzzle_nas.library import (
     facts_path,
     read_variant,
-    search_space_of,
     variant_is_stored,
     write_variant,
 )
 from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle_nas.progress import console, progress
-from puzzle_nas.recipe import Recipe
+from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.subblocks import subblock_layer
 from puzzle_nas.training.activations import LayerActivations
 from puzzle_nas.training.losses import block_loss
@@ -127,7 +126,9 @@ def run(recipe: Recipe, run: RunFolder) -> None:
                 trainees = [
                     Trainee(
                         spec,
-                        subblock_layer(parent.config, layer.layer_type, spec, _initial_float32(run, index, spec, parent)),
+                        subblock_layer(
+                            parent.config, layer.layer_type, spec, _initial_float32(run, index, spec, parent)
+                        ),
                         recipe,
                         total_steps,
                     )

@@ -162,12 +162,14 @@ def run(recipe: Recipe, run: RunFolder) -> None:
         result = start
         if recipe.gkd.tokens:
             console.print(
-                f"  GKD lowered KL at no step (start {start_kl:.4f} nats on the selection split): the child stays as it was."
+                f"  GKD lowered KL at no step (start {start_kl:.4f} nats on the selection split): "
+                "the child stays as it was."
             )
     architecture = Architecture.from_list(read_json(run.architecture())["architecture"])
     with complete_folder(run / "child-gkd") as partial:
         save_model(result.eval(), load_tokenizer(parent_checkpoint(run)), partial)
-        how = f"block library, search, {'refit, ' if refitted else ''}then {recipe.gkd.tokens} tokens of global distillation"
+        refit = "refit, " if refitted else ""
+        how = f"block library, search, {refit}then {recipe.gkd.tokens} tokens of global distillation"
         (partial / "README.md").write_text(model_card(recipe.parent, architecture, __version__, how))
     write_json(
         run / "gkd.json",

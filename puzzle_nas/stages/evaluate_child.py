@@ -32,7 +32,9 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     children = {"assembled": run / "child", "refitted": run / "child-refit", "distilled": run / "child-gkd"}
     children = {name: path for name, path in children.items() if path.exists()}
     search = read_json(run.architecture(), "search")
-    baselines = {name: run / "baselines" / name for name, found in search["baselines"].items() if "architecture" in found}
+    baselines = {
+        name: run / "baselines" / name for name, found in search["baselines"].items() if "architecture" in found
+    }
     reference = ParentReference(parent, tokens)
     result = {"parent": reference.compare(parent).to_dict(), "child": {}, "baselines": {}}
     with progress("evaluate, model", len(children) + len(baselines)) as ticker:
@@ -55,7 +57,10 @@ def _measure_speed(recipe: Recipe, run: RunFolder, parent, child) -> dict:
         totals[name].append(scenario.weight * measured.total_ms(scenario))
         return measured
 
-    with torch.inference_mode(), progress("measure speed, repeat", recipe.evaluation.timing_repeats) as ticker:
+    with (
+        torch.inference_mode(),
+        progress("measure speed, repeat", recipe.evaluation.timing_repeats) as ticker,
+    ):
         for model in models.values():
             engine.prepare(model)
         times = interleaved_medians(list(models), scenarios, measure, recipe.evaluation.timing_repeats, ticker.advance)

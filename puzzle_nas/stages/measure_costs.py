@@ -13,17 +13,17 @@ from pathlib import Path
 import psutil
 import torch
 
-from puzzle_nas.architecture import Architecture, GroupedAttention, NoOpAttention, NoOpFFN, ParentShape, Spec
+from puzzle_nas.architecture import Architecture, NoOpAttention, NoOpFFN, ParentShape, Spec
+from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.engines import RequestTime, TorchEngine
 from puzzle_nas.engines.torch_engine import interleaved_medians
 from puzzle_nas.errors import ArtifactError
 from puzzle_nas.families import child_config, load_parent
 from puzzle_nas.families.loading import build, describe, machine_of
-from puzzle_nas.library import search_space_of
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.progress import console, progress
-from puzzle_nas.recipe import Recipe
+from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.subblocks import variant_of
 
 NAME = "measure_costs"
@@ -36,10 +36,16 @@ BUSY_PERCENT = 20.0
 
 
 def run(recipe: Recipe, run: RunFolder) -> None:
-    """Measure, or take over the recipe's cost table."""
+    """Measure, or take over the recipe's cost table; then see that the recipe's limits can be met at all."""
     if recipe.costs.file is not None:
         write_json(run.costs("torch"), _given_table(recipe, recipe.costs.file))
-        return
+    else:
+        write_json(run.costs("torch"), _measured_table(recipe, run))
+    unscored = ArchitectureSearch.load(recipe, run, scored=False)
+    unscored.solve(dict(recipe.search.limits), recipe.search.gap, recipe.search.time_limit_seconds)
+
+
+def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
     parent, shape = load_parent(run)
     machine = machine_of(recipe)
     busy = psutil.cpu_percent(interval=0.5)
@@ -86,18 +92,22 @@ def run(recipe: Recipe, run: RunFolder) -> None:
         table["scenarios"][name] = {
             "fixed": {"prefill_ms": empty.prefill_ms, "decode_step_ms": empty.decode_step_ms},
             "variants": variants,
-            "parent_measured": {"prefill_ms": whole[name].prefill_ms, "decode_step_ms": whole[name].decode_step_ms},
+            "parent_measured": {
+                "prefill_ms": whole[name].prefill_ms,
+                "decode_step_ms": whole[name].decode_step_ms,
+            },
         }
-    write_json(run.costs("torch"), table)
+    return table
 
 
 def _given_table(recipe: Recipe, path: Path) -> dict:
     if not path.is_file():
         raise ArtifactError(f"There is no cost table {path}; leave out costs.file to measure one.")
     table = read_json(path)
-    lacking = {s.name for s in recipe.scenarios} - set(table.get("scenarios", {}))
-    if lacking or "bytes" not in table:
-        missing = f"scenario {', '.join(sorted(lacking))}" if lacking else "bytes"
+    lacking = {"machine", "bytes", "scenarios"} - set(table)
+    lacking |= {s.name for s in recipe.scenarios} - set(table.get("scenarios", {}))
+    if lacking:
+        missing = ", ".join(sorted(lacking))
         raise ArtifactError(f"The cost table {path} lacks {missing}; leave out costs.file to measure one.")
     return table
 
@@ -150,7 +160,9 @@ def _bytes(parent: PuzzleForCausalLM, probes: dict[str, PuzzleForCausalLM], spec
     variants = {}
     for spec in specs:
         owner = probes.get(spec.id, parent)
-        prefixes = ("self_attn.", "input_layernorm.") if spec.slot == "attention" else ("mlp.", "post_attention_layernorm.")
+        prefixes = (
+            ("self_attn.", "input_layernorm.") if spec.slot == "attention" else ("mlp.", "post_attention_layernorm.")
+        )
         count = sum(w.numel() for name, w in owner.model.layers[0].named_parameters() if name.startswith(prefixes))
         variants[spec.id] = {
             "parameters": count,

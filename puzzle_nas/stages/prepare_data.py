@@ -55,9 +55,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
         else packing.TextSource(name, settings.weight, stream)
         for name, settings, stream in zip(names, recipe.data.sources, streams, strict=True)
     ]
-    total = (
-        sum(packing.block_count(recipe.data, split) for split in packing.SPLITS) * recipe.data.sequence_length
-    )
+    total = sum(packing.block_count(recipe.data, split) for split in packing.SPLITS) * recipe.data.sequence_length
     with progress("reading text, tokens", total) as ticker:
         splits = packing.pack(
             sources,
@@ -86,8 +84,7 @@ def _write(
     if not any(settings.source == PARENT_SAMPLES for settings in recipe.data.sources):
         _samples_path(run).unlink(missing_ok=True)
     sources = [
-        {"name": name, **settings.model_dump()}
-        for name, settings in zip(names, recipe.data.sources, strict=True)
+        {"name": name, **settings.model_dump()} for name, settings in zip(names, recipe.data.sources, strict=True)
     ]
     write_json(
         run / "data" / "data.json",
@@ -121,9 +118,7 @@ def _source_names(recipe: Recipe) -> list[str]:
 def _check_sequence_length(sequence_length: int, checkpoint: Path) -> None:
     longest = getattr(AutoConfig.from_pretrained(checkpoint), "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
-        raise DataError(
-            f"data.sequence_length is {sequence_length}, but the parent has {longest} positions; lower it."
-        )
+        raise DataError(f"data.sequence_length is {sequence_length}, but the parent has {longest} positions; lower it.")
 
 
 def _check_samples_suffice(recipe: Recipe) -> None:
@@ -148,18 +143,14 @@ def _samples_path(run: RunFolder) -> Path:
     return run / "data" / "sources" / f"{PARENT_SAMPLES}.safetensors"
 
 
-def _parent_samples(
-    recipe: Recipe, run: RunFolder, parent: dict[str, Any], tokenizer: Any
-) -> list[list[int]]:
+def _parent_samples(recipe: Recipe, run: RunFolder, parent: dict[str, Any], tokenizer: Any) -> list[list[int]]:
     num_tokens, length = recipe.data.sample_tokens, recipe.data.sequence_length
     made_from = fingerprint([parent, recipe.seed, recipe.precision, recipe.device, num_tokens, length])
     kept = _read_samples(_samples_path(run), made_from)
     if kept is not None:
         return kept
     model, shape = load_parent(run)
-    bytes_per_token = (
-        2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * model.dtype.itemsize
-    )
+    bytes_per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * model.dtype.itemsize
     batch_size = max(1, min(SAMPLING_BATCH, SAMPLING_CACHE_BYTES // (bytes_per_token * length)))
     with progress("parent writes, tokens", num_tokens) as ticker:
         samples = sample_documents(

@@ -7,9 +7,9 @@ import torch
 from puzzle_nas.artifacts import RunFolder, write_json
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import load_parent
-from puzzle_nas.library import search_space_of, variant_layer
+from puzzle_nas.library import variant_layer
 from puzzle_nas.progress import progress
-from puzzle_nas.recipe import Recipe
+from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.training.losses import Divergence
 from puzzle_nas.training.replacement import ReplacementWalk
 
@@ -65,4 +65,3 @@ def run(recipe: Recipe, run: RunFolder) -> None:
                 ticker.skip(1)
             if index + 1 < shape.num_hidden_layers:
                 walk.advance()
-

@@ -15,7 +15,6 @@ from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle_nas.subblocks.layers import PREFIXES, Weights
 from puzzle_nas.subblocks.statistics import Activations, LayerStatistics, Moments
 
-
 S = TypeVar("S", bound=Spec)
 
 

@@ -60,9 +60,7 @@ class Gated(Variant[GatedFFN]):
     def paper(self, spec, context):
         """The channels of highest Channel Contribution."""
         weights = subblock_weights(context.layer, "ffn")
-        contribution = channel_contribution(
-            context.statistics["ffn.magnitude"].gram, weights["mlp.down_proj.weight"]
-        )
+        contribution = channel_contribution(context.statistics["ffn.magnitude"].gram, weights["mlp.down_proj.weight"])
         return self._keep(contribution.argsort(descending=True, stable=True)[: spec.intermediate_size], weights)
 
     def least_squares(self, spec, context):

@@ -85,7 +85,10 @@ def observe_layer(layer: PuzzleDecoderLayer, x_BTD: torch.Tensor, inputs: Mappin
     """Everything a parent layer computes on a batch."""
     attention_in = layer.input_layernorm(x_BTD)  # pyright: ignore[reportOptionalCall]
     masks = inputs["attention_mask"]
-    own_inputs = {**inputs, "attention_mask": masks.get(layer.layer_type) if isinstance(masks, dict) else masks}
+    own_inputs = {
+        **inputs,
+        "attention_mask": masks.get(layer.layer_type) if isinstance(masks, dict) else masks,
+    }
     attention_out = layer.self_attn(attention_in, **own_inputs)[0]  # pyright: ignore[reportOptionalCall]
     middle = x_BTD + attention_out
     ffn_in = layer.post_attention_layernorm(middle)  # pyright: ignore[reportOptionalCall]
@@ -97,7 +100,9 @@ def observe_layer(layer: PuzzleDecoderLayer, x_BTD: torch.Tensor, inputs: Mappin
 
 
 def add_observations(
-    statistics: LayerStatistics, observations: Mapping[str, Callable[[Activations], Moments]], batch: Activations
+    statistics: LayerStatistics,
+    observations: Mapping[str, Callable[[Activations], Moments]],
+    batch: Activations,
 ) -> None:
     """Add one batch to a layer's sums, in place."""
     for key, observe in observations.items():

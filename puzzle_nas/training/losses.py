@@ -29,7 +29,10 @@ class Divergence:
 
 @torch.no_grad()
 def divergences(
-    parent_ND: torch.Tensor, children_ND: Sequence[torch.Tensor], heads: Sequence[nn.Linear], labels_N: torch.Tensor
+    parent_ND: torch.Tensor,
+    children_ND: Sequence[torch.Tensor],
+    heads: Sequence[nn.Linear],
+    labels_N: torch.Tensor,
 ) -> list[Divergence]:
     """How far each child's token distribution is from the parent's. The parent's is computed once for all.
 
@@ -40,9 +43,7 @@ def divergences(
         labels_N: the next token of each position; -100 where there is none (its cross-entropy is 0).
     """
     tokens = parent_ND.shape[0]
-    results = [
-        Divergence(*(torch.zeros(tokens, device=parent_ND.device) for _ in range(3))) for _ in children_ND
-    ]
+    results = [Divergence(*(torch.zeros(tokens, device=parent_ND.device) for _ in range(3))) for _ in children_ND]
     softmax_rows = SOFTMAX_ROWS if parent_ND.device.type == "cpu" else MATMUL_ROWS
     for start in range(0, tokens, MATMUL_ROWS):
         rows = slice(start, start + MATMUL_ROWS)
@@ -60,7 +61,10 @@ def divergences(
                 child = child_logits[part].to(torch.float32, copy=True)
                 highest = child.amax(-1)
                 agrees = child.gather(1, parent_top).squeeze(1) == highest
-                parent_mean, label_logit = torch.linalg.vecdot(parent_p, child), child.gather(1, target).squeeze(1)
+                parent_mean, label_logit = (
+                    torch.linalg.vecdot(parent_p, child),
+                    child.gather(1, target).squeeze(1),
+                )
                 normaliser = child.sub_(highest.unsqueeze(1)).exp_().sum(-1).log() + highest
                 result.kl_nats[place] = negative_entropy - parent_mean + normaliser
                 result.lm_loss_nats[place] = (normaliser - label_logit) * known
@@ -142,9 +146,7 @@ def cosine_loss(children_BTD: Sequence[torch.Tensor], parents_BTD: Sequence[torc
     return torch.stack(losses).mean()
 
 
-def block_loss(
-    error_ND: torch.Tensor, parent_output_ND: torch.Tensor, normalise: str
-) -> torch.Tensor:
+def block_loss(error_ND: torch.Tensor, parent_output_ND: torch.Tensor, normalise: str) -> torch.Tensor:
     """Normalised error of a block's output (Puzzle, section 2): MSE(o_parent, o_child) / MSE(o_parent, 0).
 
     `normalise="batch"` divides by the energy of the whole batch, as the paper does; `"token"` divides each token's

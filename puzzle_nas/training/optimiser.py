@@ -28,7 +28,10 @@ class Optimiser:
         self.settings, self.total_steps = settings, total_steps
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         groups = [
-            {"params": [p for p in self.parameters.values() if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {
+                "params": [p for p in self.parameters.values() if p.ndim > 1],
+                "weight_decay": settings.weight_decay,
+            },
             {"params": [p for p in self.parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=settings.betas, fused=True)

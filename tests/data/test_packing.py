@@ -45,9 +45,7 @@ def numbers(tokenizer, split, name="doc"):
 
 def test_every_split_has_its_tokens_in_whole_blocks(tokenizer):
     splits = pack_texts(tokenizer, texts(500))
-    assert {name: split.tokens.shape for name, split in splits.items()} == {
-        n: (b, 32) for n, b in BLOCKS.items()
-    }
+    assert {name: split.tokens.shape for name, split in splits.items()} == {n: (b, 32) for n, b in BLOCKS.items()}
     assert all(split.tokens.dtype == np.int32 for split in splits.values())
     for split in splits.values():
         assert split.tokens_by_source == {"source0": split.tokens.size}

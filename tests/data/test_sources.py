@@ -175,9 +175,7 @@ def test_docstrings_leave_the_source_and_nothing_is_imported(tmp_path):
     )
     prose, code = sources._split_prose_and_code(module)
     assert prose == ["Module shy\n\nWhat it is.\n\nclass A\n\nAn A.\n\nLong.\n\nf(self, y=2)\n\nDoes f.\n\n"]
-    assert code == [
-        'raise SystemExit\n\nclass A:\n    x = 1\n\n    def f(self, y=2):\n        return "\x0c"\n'
-    ]
+    assert code == ['raise SystemExit\n\nclass A:\n    x = 1\n\n    def f(self, y=2):\n        return "\x0c"\n']
 
 
 def test_stdlib_is_two_thirds_prose_until_prose_runs_out(monkeypatch):
@@ -193,9 +191,7 @@ def test_stdlib_is_two_thirds_prose_until_prose_runs_out(monkeypatch):
     sizes = [(len(document), document in all_prose) for document in documents[: last_prose + 1]]
     prose = list(itertools.accumulate(size * is_prose for size, is_prose in sizes))
     everything = list(itertools.accumulate(size for size, _ in sizes))
-    assert all(
-        p / e > 0.6 for p, e in zip(prose, everything, strict=True) if e > 10 * sources.DOCUMENT_CHARACTERS
-    )
+    assert all(p / e > 0.6 for p, e in zip(prose, everything, strict=True) if e > 10 * sources.DOCUMENT_CHARACTERS)
     assert prose[-1] == sum(len(text) for text in documents if text in all_prose)
 
 

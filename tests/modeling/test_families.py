@@ -76,7 +76,8 @@ def test_a_child_of_parent_variants_has_exactly_the_parents_logits(name):
     with torch.no_grad():
         assert torch.equal(parent(tokens).logits, child(tokens).logits)
         assert torch.equal(
-            parent(tokens, attention_mask=mask).logits[:, -1], child(tokens, attention_mask=mask).logits[:, -1]
+            parent(tokens, attention_mask=mask).logits[:, -1],
+            child(tokens, attention_mask=mask).logits[:, -1],
         )
     assert torch.equal(
         parent.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0),

@@ -59,7 +59,9 @@ def test_generation_with_cache_equals_without(name, window):
     arguments = {"max_new_tokens": 10, "do_sample": False}
     without = model.generate(tokens, use_cache=False, **arguments)
     assert torch.equal(model.generate(tokens, use_cache=True, **arguments), without)
-    assert torch.equal(model.generate(tokens, cache_implementation="static", disable_compile=True, **arguments), without)
+    assert torch.equal(
+        model.generate(tokens, cache_implementation="static", disable_compile=True, **arguments), without
+    )
     beams = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(tokens, **beams), model.generate(tokens, use_cache=False, **beams))
 

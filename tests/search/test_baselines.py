@@ -31,9 +31,7 @@ def test_greedy_by_hand():
             "memory": [[8.0, 4.0, 0.0], [5.0, 2.0, 3.0], [6.0, 5.0, 1.0]],
         }
     )
-    solution = greedy(
-        Problem(table, "score", limits=(Limit("memory", maximum=22.0),), fixed={"memory": 10.0})
-    )
+    solution = greedy(Problem(table, "score", limits=(Limit("memory", maximum=22.0),), fixed={"memory": 10.0}))
     assert solution.choices == {0: "b", 1: "c", 2: "b"}
     assert solution.score == 5.0 and solution.costs["memory"] == 22.0
     assert solution.bound is None and solution.gap is None

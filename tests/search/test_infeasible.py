@@ -18,8 +18,7 @@ def strict_problems(draw) -> Problem:
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     numbers = st.integers(-30, 90).map(lambda n: n / 10)
     columns = {
-        name: [[draw(numbers) for _ in range(size)] for size in sizes]
-        for name in ("score", "memory", "runtime")
+        name: [[draw(numbers) for _ in range(size)] for size in sizes] for name in ("score", "memory", "runtime")
     }
     bound = st.integers(-100, 200).map(lambda n: n / 10)
     low, high = draw(bound), draw(bound)
@@ -54,9 +53,7 @@ def test_reports_equal_brute_force(problem):
         assert report.column in str(caught.value)
         # The value that is named can really be asked for.
         bounds = {f"{report.end}": report.reachable_alone}
-        assert solve(
-            Problem(problem.table, "score", limits=(Limit(report.column, **bounds),), fixed=problem.fixed)
-        )
+        assert solve(Problem(problem.table, "score", limits=(Limit(report.column, **bounds),), fixed=problem.fixed))
     together = tuple(Limit(report.column, **{report.end: report.joint}) for report in reports)
     assert solve(Problem(problem.table, "score", limits=together, fixed=problem.fixed))
 

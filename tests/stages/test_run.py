@@ -1,0 +1,132 @@
+"""A whole run on the tiny trained parent, through the real command line."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import puzzle_nas.modeling  # noqa: F401
+from puzzle_nas.architecture import Architecture, GatedFFN, GroupedAttention
+from puzzle_nas.artifacts import RunFolder, file_checksum
+from puzzle_nas.families import load_parent
+from puzzle_nas.library import variant_layer
+from puzzle_nas.training.replacement import ReplacementWalk
+from tests.conftest import puzzle
+
+
+@pytest.fixture(scope="module")
+def summary(tiny_run):
+    return json.loads((tiny_run / "summary.json").read_text())
+
+
+def independent_kl(parent, child, tokens):
+    """Mean KL by transformers' forward and torch's own kl_div, nothing of ours."""
+    with torch.no_grad():
+        p = parent(tokens).logits.double().log_softmax(-1).flatten(0, 1)
+        q = child(tokens).logits.double().log_softmax(-1).flatten(0, 1)
+    return torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean").item()
+
+
+def tokens_of(run, split):
+    import safetensors.torch
+
+    return safetensors.torch.load_file(run / "data" / f"{split}.safetensors")["tokens"].long()
+
+
+def test_the_childs_reported_figures_are_what_transformers_measures(tiny_run, summary):
+    parent = AutoModelForCausalLM.from_pretrained(
+        tiny_run / summary["parent"]["checkpoint"], dtype=torch.float32
+    ).eval()
+    child = AutoModelForCausalLM.from_pretrained(tiny_run / summary["child"]["checkpoint"], dtype=torch.float32).eval()
+    tokens = tokens_of(tiny_run, "validation")
+    kl = independent_kl(parent, child, tokens)
+    assert kl == pytest.approx(summary["child"]["validation_kl_nats_distilled"], rel=1e-4)
+    with torch.no_grad():
+        loss = parent(tokens, labels=tokens).loss.item()
+        agreement = (parent(tokens).logits.argmax(-1) == child(tokens).logits.argmax(-1)).float().mean().item()
+    assert math.exp(loss) == pytest.approx(summary["parent"]["validation_perplexity"], rel=1e-4)
+    assert agreement == pytest.approx(summary["child"]["top1_agreement"], abs=2e-3)
+    assert sum(p.numel() for p in child.parameters()) == summary["child"]["parameters"]
+    assert sum(p.numel() for p in parent.parameters()) == summary["parent"]["parameters"]
+
+
+def test_distillation_beats_the_start_and_the_limit_is_met(summary):
+    child = summary["child"]
+    best_before = min(kl for kl in (child["validation_kl_nats_assembled"], child["validation_kl_nats_refitted"]) if kl)
+    assert child["validation_kl_nats_distilled"] < best_before
+    assert child["speedup_predicted"] >= child["speedup_asked"] == 1.2
+    for baseline in summary["baselines"].values():
+        assert baseline["infeasible"] or baseline["speedup_predicted"] >= 0.999 * 1.2
+
+
+def test_memory_is_parameters_plus_the_full_cache(tiny_run, summary):
+    layers = json.loads((tiny_run / "search/main/architecture.json").read_text())["architecture"]
+    architecture = Architecture.from_list(layers)
+    heads = sum(s.num_key_value_heads for _, _, s in architecture if isinstance(s, GroupedAttention))
+    cache = 2 * heads * 32 * 4 * 2 * (16 + 8)  # keys and values, heads, head_dim, float32, batch, tokens
+    assert summary["child"]["memory_bytes"] == 4 * summary["child"]["parameters"] + cache
+
+
+def test_a_variant_equal_to_the_parent_scores_zero_and_scores_repeat(tiny_run):
+    run = RunFolder(tiny_run)
+    parent, shape = load_parent(run)
+    walk = ReplacementWalk(parent, tokens_of(tiny_run, "scoring"), 256)
+    own = [(slot, variant_layer(run, parent, 0, shape.parent_spec(slot))) for slot in ("attention", "ffn")]
+    worse = [("ffn", variant_layer(run, parent, 0, GatedFFN(96)))]
+    first = walk.try_variants([*own, *worse])
+    for result in first[:2]:
+        assert result.kl_nats.abs().max() < 1e-5
+        assert bool((result.top1_agrees == 1).all())
+    score = json.loads(run.score(0, "ffn.w96").read_text())["kl_nats"]["mean"]
+    assert first[2].kl_nats.double().mean().item() == pytest.approx(score, rel=1e-5) and score > 1e-3
+
+
+def test_scores_are_what_a_model_with_one_block_replaced_measures(tiny_run):
+    from puzzle_nas.families import child_config
+    from puzzle_nas.families.loading import build
+    from puzzle_nas.library import variant_weights
+
+    run = RunFolder(tiny_run)
+    parent, shape = load_parent(run)
+    spec = GroupedAttention(1)
+    weights = {n: w for n, w in parent.state_dict().items() if not n.startswith("model.layers.2.self_attn")}
+    weights |= {f"model.layers.2.{n}": w for n, w in variant_weights(run, parent, 2, spec).items()}
+    child = build(child_config(parent.config, Architecture.of_parent(shape).replaced(2, spec)), weights)
+    score = json.loads(run.score(2, spec.id).read_text())["kl_nats"]["mean"]
+    assert independent_kl(parent, child, tokens_of(tiny_run, "scoring")) == pytest.approx(score, rel=1e-4)
+
+
+def test_show_prints_what_the_summary_says(tiny_run, summary):
+    text = puzzle("show", tiny_run).stdout
+    assert json.loads(puzzle("show", tiny_run, "--json").stdout) == summary
+    assert f"{summary['child']['validation_kl_nats_distilled']:.4f}" in text
+    assert f"{summary['child']['speedup_measured']:.3f}x" in text
+    for row in summary["architecture"]:
+        assert re.search(rf"{row['layer']}\s+{re.escape(row['attention'])}.*{re.escape(row['ffn'])}", text)
+
+
+def test_generate_speaks(tiny_run):
+    text = puzzle("generate", tiny_run, "My lord,", "--max-new-tokens", 12).stdout
+    tokenizer = AutoTokenizer.from_pretrained(tiny_run / "child-gkd")
+    assert len(tokenizer(text)["input_ids"]) >= 4
+
+
+def test_a_second_run_finds_everything_done(tiny_run):
+    before = {p: file_checksum(p) for p in tiny_run.rglob("*") if p.is_file()}
+    recipe = tiny_run.parent / "tiny.yaml"
+    out = puzzle("run", recipe, "--run-dir", tiny_run).stdout
+    assert out.count("already done") == 12
+    assert {p: file_checksum(p) for p in tiny_run.rglob("*") if p.is_file() and p.name != "recipe.yaml"} == {
+        p: c for p, c in before.items() if p.name != "recipe.yaml"
+    }
+
+
+def test_a_new_limit_leaves_the_runs_child_alone(tiny_run):
+    before = file_checksum(tiny_run / "search/main/architecture.json")
+    puzzle("search", tiny_run, "--limit", "speedup=1.1", "--limit", "parameters=8e5")
+    found = json.loads((tiny_run / "search/speedup=1.1,parameters=800000/architecture.json").read_text())
+    assert found["speedup_predicted"] >= 1.1 and found["parameters"] <= 8e5
+    assert file_checksum(tiny_run / "search/main/architecture.json") == before
