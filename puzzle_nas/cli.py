@@ -31,7 +31,7 @@ Again = Annotated[bool, typer.Option("--again", help="Discard what this stage ha
 
 @app.command("run")
 def run_command(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see recipes/ and docs/recipe.md.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see recipes/ and: puzzle recipe.")],
     overrides: Overrides = None,
     run_dir: Annotated[Path | None, typer.Option(help="Where results go. Default: runs/RECIPE.")] = None,
     first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Start with this stage.")] = None,
@@ -224,6 +224,14 @@ def _print_summary(run_dir: Path, as_json: bool = False) -> None:
         print(json.dumps(summary, indent=1))
     else:
         console.print(show(summary))
+
+
+@app.command("recipe")
+def recipe_command() -> None:
+    """Print every setting of a recipe with its default and meaning."""
+    from puzzle_nas.recipe import explained_settings
+
+    print(explained_settings())
 
 
 @app.command("show")

@@ -17,7 +17,7 @@ from puzzle_nas.errors import RecipeError
 class Settings(BaseModel):
     """A part of a recipe. Unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class SourceSettings(Settings):
@@ -212,6 +212,7 @@ class Recipe(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto is a GPU when there is one."""
     data: DataSettings
+    """Text."""
     search_space: SearchSpaceSettings = SearchSpaceSettings()
     library: LibrarySettings = LibrarySettings()
     bld: BLDSettings = BLDSettings()
@@ -320,6 +321,35 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"There is no recipe {path}. Examples are in recipes/.")
     return parse_recipe(path.read_text(), overrides, str(path))
+
+
+def explained_settings(model: type[Settings] = Recipe, indent: str = "") -> str:
+    """Every setting with its default and what it means, as YAML with comments."""
+    lines: list[str] = []
+    for name, field in model.model_fields.items():
+        inner = _settings_in(field.annotation)
+        lines += [f"{indent}# {line}" for line in (field.description or "").splitlines()]
+        if inner is None:
+            value = "..." if field.is_required() else yaml.safe_dump(_plain(field.default), default_flow_style=True)
+            lines.append(f"{indent}{name}: {value.removesuffix(chr(10)).removesuffix('...').strip() or '...'}")
+        elif inner[1]:
+            body = explained_settings(inner[0], indent + "    ")
+            lines += [f"{indent}{name}:", body.replace(f"{indent}    ", f"{indent}  - ", 1)]
+        else:
+            lines += [f"{indent}{name}:", explained_settings(inner[0], indent + "  ")]
+    return "\n".join(lines)
+
+
+def _settings_in(annotation: Any) -> tuple[type[Settings], bool] | None:
+    """The settings class that a field holds, and whether it holds a list of them."""
+    arguments = getattr(annotation, "__args__", ())
+    candidate = arguments[0] if arguments else annotation
+    is_settings = isinstance(candidate, type) and issubclass(candidate, Settings)
+    return (candidate, bool(arguments)) if is_settings else None
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def search_space_of(recipe: Recipe, shape: ParentShape) -> SearchSpace:

@@ -57,7 +57,7 @@ class TorchEngine:
 
     def _request(self, model: PuzzleForCausalLM, scenario: Scenario) -> RequestTime:
         prompt = self._tokens(model, scenario, scenario.prefill_tokens)
-        cache = DynamicCache(config=model.config)
+        cache = model.model.new_cache()
         prefill = self._clock(model, lambda: model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1))
         steps = scenario.decode_steps
         decode = self._clock(model, lambda: self._decode(model, cache, scenario.batch_size, steps))
@@ -78,8 +78,7 @@ class TorchEngine:
 
     @staticmethod
     def _filled_cache(model: PuzzleForCausalLM, batch_size: int, length: int) -> DynamicCache:
-        cache = DynamicCache(config=model.config)
-        model.model.drop_unused_cache_layers(cache)
+        cache = model.model.new_cache()
         for layer in model.model.layers:
             if layer.caches:
                 heads = layer.self_attn.config.num_key_value_heads

@@ -157,9 +157,8 @@ def open_parent(where: Path | str) -> tuple[PreTrainedModel, Any]:
         raise _explain_loading(where, error) from error
     family_of(config.model_type)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, **arguments
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, **arguments)
+        model, loading = loaded
         tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
     except LOADING_ERRORS as error:
         raise _explain_loading(where, error) from error

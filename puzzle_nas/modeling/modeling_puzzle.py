@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -195,6 +195,18 @@ class PuzzleModel(PuzzlePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def new_cache(self) -> DynamicCache:
+        """An empty cache of one layer for each layer with attention.
+
+        transformers' own way reads every layer's configuration, which takes longer than a decoding step.
+        """
+        cache = DynamicCache()
+        windows = [layer.self_attn.sliding_window for layer in self.layers if layer.caches]
+        cache.layers = [
+            DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=window) for window in windows
+        ]
+        return cache
+
     def drop_unused_cache_layers(self, cache: Cache) -> None:
         """Keep one cache layer for each layer with attention, in order.
 
@@ -252,7 +264,7 @@ class PuzzleModel(PuzzlePreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = self.new_cache()
         if past_key_values is not None:
             self.drop_unused_cache_layers(past_key_values)
         inputs = self.layer_inputs(hidden_BTD, attention_mask, past_key_values, position_ids)
@@ -279,6 +291,13 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        wants_dynamic = generation_config.use_cache and generation_config.cache_implementation in (None, "dynamic")
+        if wants_dynamic and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.model.new_cache()
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def forward(
         self,

@@ -34,9 +34,7 @@ def _number(value: float | None, form: str, scale: float = 1.0, unit: str = "") 
     return "-" if value is None else format(scale * value, form) + unit
 
 
-MODEL_COLUMNS = (
-    "model", "KL nats", "perplexity", "top-1 agrees", "parameters", "memory", "predicted", "measured",
-)  # fmt: skip
+MODEL_COLUMNS = ("model", "KL nats", "ppl", "top-1", "params", "memory", "predicted", "measured")
 
 
 def model_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -76,7 +74,7 @@ def model_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     )
     return rows + [
         row(
-            f"{name.replace('_', '-')} (assembled)",
+            name.replace("_", "-"),
             found["validation_kl_nats_assembled"],
             found["validation_perplexity"],
             found["top1_agreement"],
@@ -88,7 +86,8 @@ def model_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _models(summary: dict[str, Any]) -> Table:
-    table = Table(title="Validation split, against the parent", title_justify="left")
+    title = "Validation split, against the parent (baselines are assembled, not distilled)"
+    table = Table(title=title, title_justify="left", box=None)
     for name in MODEL_COLUMNS:
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for cells in model_rows(summary):

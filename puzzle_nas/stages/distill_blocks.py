@@ -78,7 +78,7 @@ class BlockTask:
             else:
                 masks = {**inputs, "attention_mask": inputs["attention_mask"].get(trainee.block.layer_type)}
                 child = trainee.block.self_attn(trainee.block.input_layernorm(x), **masks)[0]
-                parent_ffn = self.parent_layer.mlp(self.parent_layer.post_attention_layernorm(x + child))  # pyright: ignore
+                parent_ffn = self.parent_layer.mlp(self.parent_layer.post_attention_layernorm(x + child))
                 error = (child.float() - attention) + (parent_ffn.float() - ffn)
         output = x.float() + attention + ffn
         return block_loss(error.flatten(0, 1), output.flatten(0, 1), self.normalise)

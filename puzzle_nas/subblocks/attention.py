@@ -19,7 +19,7 @@ def merge_heads(weight: torch.Tensor, heads: int, head_dim: int) -> torch.Tensor
 
 def merged_weights(spec: GroupedAttention, layer: PuzzleDecoderLayer) -> Weights:
     """The parent's attention with pooled keys and values."""
-    head_dim = layer.self_attn.head_dim  # pyright: ignore[reportOptionalMemberAccess]
+    head_dim = layer.self_attn.head_dim
     weights = subblock_weights(layer, "attention")
     for name, weight in weights.items():
         if ".k_proj." in name or ".v_proj." in name:
@@ -37,10 +37,10 @@ class Grouped(Variant[GroupedAttention]):
         merged = subblock_layer(layer.self_attn.config, layer.layer_type, spec, merged_weights(spec, layer))
 
         def observe(batch: Activations) -> Moments:
-            context_BTE = merged.self_attn.context(batch.attention_in_BTD, **batch.inputs)[0]  # pyright: ignore
+            context_BTE = merged.self_attn.context(batch.attention_in_BTD, **batch.inputs)[0]
             target = batch.attention_out_ND
-            if layer.self_attn.o_proj.bias is not None:  # pyright: ignore
-                target = target - layer.self_attn.o_proj.bias  # pyright: ignore
+            if layer.self_attn.o_proj.bias is not None:
+                target = target - layer.self_attn.o_proj.bias
             return moments(context_BTE.flatten(0, 1), target)
 
         return {spec.id: observe}

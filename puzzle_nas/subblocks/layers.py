@@ -32,7 +32,7 @@ def subblock_layer(
     skip = [SKIPS[slot] for slot in SLOTS if slot != spec.slot] + overrides.pop("skip", [])
     layer_config = PuzzleConfig(**{**plain_fields(config), **overrides})
     layer_config._attn_implementation = config._attn_implementation
-    layer_config.skip = skip  # pyright: ignore[reportAttributeAccessIssue]
+    layer_config.skip = skip
     with no_init_weights(), torch.device("meta"):
         block = PuzzleDecoderLayer(config, layer_config, layer_type, 0)
     block.load_state_dict(dict(weights), strict=True, assign=True)

@@ -83,17 +83,17 @@ def inverse_norm(y_ND: torch.Tensor, power: int = 1) -> torch.Tensor:
 
 def observe_layer(layer: PuzzleDecoderLayer, x_BTD: torch.Tensor, inputs: Mapping[str, Any]) -> Activations:
     """Everything a parent layer computes on a batch."""
-    attention_in = layer.input_layernorm(x_BTD)  # pyright: ignore[reportOptionalCall]
+    attention_in = layer.input_layernorm(x_BTD)
     masks = inputs["attention_mask"]
     own_inputs = {
         **inputs,
         "attention_mask": masks.get(layer.layer_type) if isinstance(masks, dict) else masks,
     }
-    attention_out = layer.self_attn(attention_in, **own_inputs)[0]  # pyright: ignore[reportOptionalCall]
+    attention_out = layer.self_attn(attention_in, **own_inputs)[0]
     middle = x_BTD + attention_out
-    ffn_in = layer.post_attention_layernorm(middle)  # pyright: ignore[reportOptionalCall]
-    channels = layer.mlp.channels(ffn_in)  # pyright: ignore[reportOptionalMemberAccess]
-    ffn_out = layer.mlp.down_proj(channels)  # pyright: ignore[reportOptionalMemberAccess]
+    ffn_in = layer.post_attention_layernorm(middle)
+    channels = layer.mlp.channels(ffn_in)
+    ffn_out = layer.mlp.down_proj(channels)
     out = middle + ffn_out
     flat = (tensor.flatten(0, 1) for tensor in (attention_out, ffn_in, channels, ffn_out, out))
     return Activations(layer, attention_in, own_inputs, *flat)

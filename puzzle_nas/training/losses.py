@@ -134,7 +134,7 @@ def distillation_loss(
     """KL and LM loss of Puzzle's section 4, differentiable in the child's hidden states and head, scalar, nats."""
     return _ChunkedDistillation.apply(
         child_ND, child_head.weight, parent_ND, parent_head.weight, labels_N, kl_weight, lm_weight
-    )  # pyright: ignore[reportReturnType]
+    )
 
 
 def cosine_loss(children_BTD: Sequence[torch.Tensor], parents_BTD: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,31 @@
+"""Write benchmarks/results/NAME.json: what a benchmark measured, with the command, machine, date and commit."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def save(name: str, figures: dict[str, float], machine: dict | None = None) -> Path:
+    """Keep flat figures with units in their names."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    content = {
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": machine or {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "load_average_1_min": os.getloadavg()[0],
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "figures": figures,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
