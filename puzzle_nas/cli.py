@@ -270,7 +270,7 @@ def main() -> None:
     except PuzzleError as error:
         print(f"puzzle: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("\nStopped. What is done is kept; the same command goes on from here.", file=sys.stderr)
         sys.exit(130)
     except typer.Exit as error:

@@ -104,8 +104,11 @@ class Training:
     def save(self, step: int) -> None:
         """Write a checkpoint."""
         tensors = {name: w.detach().cpu().contiguous() for name, w in self.optimiser.state().items()}
-        history = torch.tensor([[p["step"], p["selection_kl_nats"], p.get("loss", -1.0)] for p in self.curve])
-        tensors |= {"curve": history.double(), "losses": torch.tensor(self.losses, dtype=torch.float64)}
+        history = [[p["step"], p["selection_kl_nats"], p.get("loss", -1.0)] for p in self.curve]
+        tensors |= {
+            "curve": torch.tensor(history, dtype=torch.float64),
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+        }
         write_bytes(self.state_path, safetensors.torch.save(tensors, {"step": str(step)}))
 
     def load(self) -> int:

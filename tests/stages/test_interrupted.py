@@ -59,7 +59,14 @@ def test_a_killed_run_ends_with_the_same_bytes(where, pinned, tmp_path):
 def test_control_c_says_how_to_go_on(pinned, tmp_path):
     recipe, _ = pinned
     command = [sys.executable, "-m", "puzzle_nas.cli", "run", recipe, "--run-dir", tmp_path / "run"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs with SIGINT ignored; Python then never hears of Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (tmp_path / "run/data/data.json").exists():
         assert process.poll() is None
         time.sleep(0.005)
