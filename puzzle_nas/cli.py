@@ -21,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, by convention; typer returns it instead of raising."""
+
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Overrides = Annotated[
     list[str] | None,
@@ -266,13 +269,14 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         _set_environment()
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == INTERRUPTED:
+            raise KeyboardInterrupt
     except PuzzleError as error:
         print(f"puzzle: {error}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         print("\nStopped. What is done is kept; the same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except Exception as error:
