@@ -1,0 +1,67 @@
+"""Chunked losses against torch's own, unchunked."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from puzzle_nas.training.losses import block_loss, cosine_loss, distillation_loss, divergences
+
+
+@pytest.fixture
+def models():
+    """Hidden states of three models on 300 tokens, their heads, and labels of which some are missing."""
+    torch.manual_seed(0)
+    hidden = [torch.randn(300, 32) for _ in range(3)]
+    heads = [nn.Linear(32, 500, bias=False) for _ in range(3)]
+    labels = torch.randint(0, 500, (300,))
+    labels[::7] = -100
+    return hidden, heads, labels
+
+
+def test_divergences(models):
+    hidden, heads, labels = models
+    results = divergences(hidden[0], hidden[1:], heads, labels)
+    parent = heads[0](hidden[0]).log_softmax(-1)
+    for result, states, head in zip(results, hidden[1:], heads[1:], strict=True):
+        child = head(states).log_softmax(-1)
+        expected = F.kl_div(child, parent, log_target=True, reduction="none").sum(-1)
+        torch.testing.assert_close(result.kl_nats, expected, rtol=1e-5, atol=1e-5)
+        loss = F.cross_entropy(head(states), labels, ignore_index=-100, reduction="none")
+        torch.testing.assert_close(result.lm_loss_nats, loss, rtol=1e-5, atol=1e-5)
+        assert torch.equal(result.top1_agrees, (child.argmax(-1) == parent.argmax(-1)).float())
+
+
+@pytest.mark.parametrize(("kl_weight", "lm_weight"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.3)])
+def test_distillation_loss_and_both_gradients(models, kl_weight, lm_weight):
+    hidden, heads, labels = models
+    values = []
+    for ours in (True, False):
+        states = hidden[1].clone().requires_grad_(True)
+        heads[1].zero_grad()
+        if ours:
+            loss = distillation_loss(states, heads[1], hidden[0], heads[0], labels, kl_weight, lm_weight)
+        else:
+            logits, parent = heads[1](states), heads[0](hidden[0]).log_softmax(-1).detach()
+            loss = kl_weight * F.kl_div(logits.log_softmax(-1), parent, log_target=True, reduction="batchmean")
+            loss = loss + lm_weight * F.cross_entropy(logits, labels, ignore_index=-100)
+        loss.backward()
+        values.append((loss.detach(), states.grad, heads[1].weight.grad.clone()))
+    for mine, theirs in zip(*values, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_cosine_loss_is_zero_for_the_same_and_two_for_the_opposite():
+    states = [torch.randn(2, 5, 8) for _ in range(3)]
+    assert cosine_loss(states, states).item() == pytest.approx(0, abs=1e-6)
+    assert cosine_loss([-s for s in states], states).item() == pytest.approx(2, abs=1e-6)
+
+
+def test_block_loss_by_token_bounds_what_one_massive_token_can_do():
+    output = torch.ones(10, 4)
+    output[0] = 1e4
+    error = 0.1 * output.clone()
+    error[0] = 0
+    assert block_loss(error, output, "token").item() == pytest.approx(0.009)
+    assert block_loss(error, output, "batch").item() < 1e-8
+    assert block_loss(output, output, "batch").item() == block_loss(output, output, "token").item() == 1
