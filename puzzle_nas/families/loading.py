@@ -157,7 +157,9 @@ def open_parent(where: Path | str) -> tuple[PreTrainedModel, Any]:
         raise _explain_loading(where, error) from error
     family_of(config.model_type)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, **arguments)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype="auto", output_loading_info=True, **arguments
+        )
         model, loading = loaded
         tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
     except LOADING_ERRORS as error:
