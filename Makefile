@@ -35,12 +35,12 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "puzzle-nas needs Python 3.11 or newer; say which with: make quickstart PYTHON=python3.12"; exit 2; }
 	@echo "Installing into $(VENV), torch first (about a minute, 1.6 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --retries 1 $(TORCH_INDEX) "$(TORCH)"
-	@$(BIN)/python -m pip install -q -e .
+	@$(BIN)/python -m pip install -qq --retries 1 $(TORCH_INDEX) "$(TORCH)"
+	@$(BIN)/python -m pip install -qq -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@$(BIN)/python -m pip install -q -e ".[dev]"
+	@$(BIN)/python -m pip install -qq -e ".[dev]"
 	@touch $@
 
 clean:

@@ -162,15 +162,11 @@ def _spec_id(data: dict[str, Any]) -> str:
 def _named_number(text: str) -> tuple[str, float]:
     from puzzle_nas.errors import RecipeError
 
-    name, sign, value = text.partition("=")
+    name, _, value = text.partition("=")
     try:
-        return (name, float(value)) if sign else _fail(text)
+        return name, float(value)
     except ValueError:
         raise RecipeError(f"'{text}' is not a limit; write NAME=NUMBER, such as speedup=1.5.") from None
-
-
-def _fail(text: str) -> Any:
-    raise ValueError(text)
 
 
 def _search_table(path, limits, minimize, maximize, solutions, min_different, gap, seconds, as_json) -> None:

@@ -142,6 +142,9 @@ class SearchSettings(Settings):
     """Relative optimality gap at which the solver may stop."""
     time_limit_seconds: float = Field(60.0, gt=0)
     """Longest time for one solve."""
+    verify_attempts: int = Field(3, ge=0)
+    """How often the found architecture is timed beside the parent and, where its measured speed-up falls short of the
+    limit, searched anew with a tighter one. 0 trusts the cost table, as does a table given with costs.file."""
 
 
 class RefitSettings(Settings):

@@ -121,3 +121,19 @@ def interleaved_medians(
         }
         for model in models
     }
+
+
+def speedups(
+    parent: PuzzleForCausalLM, child: PuzzleForCausalLM, scenarios: Sequence[Scenario], repeats: int
+) -> list[float]:
+    """The parent's time over the child's on the weighted mix of whole request batches, for each interleaved repeat."""
+    engine = TorchEngine()
+    for model in (parent, child):
+        engine.prepare(model)
+    ratios = []
+    for _ in range(repeats):
+        mix = [
+            sum(s.weight * engine.time_request(model, s).total_ms(s) for s in scenarios) for model in (parent, child)
+        ]
+        ratios.append(mix[0] / mix[1])
+    return ratios

@@ -212,6 +212,22 @@ def child_config(parent_config: PuzzleConfig, architecture: Architecture) -> Puz
     return config
 
 
+def probe_model(parent: PuzzleForCausalLM, architecture: Architecture) -> PuzzleForCausalLM:
+    """A model to be timed: the parent's weights, shared, where they fit the architecture, random ones elsewhere."""
+    config = child_config(parent.config, architecture)
+    with torch.device("meta"):
+        wanted = PuzzleForCausalLM(config).state_dict()
+    given = parent.state_dict()
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: given[name]
+        if name in given and given[name].shape == meta.shape
+        else torch.randn(meta.shape, generator=generator).mul_(0.02).to(device=parent.device, dtype=parent.dtype)
+        for name, meta in wanted.items()
+    }
+    return build(config, weights)
+
+
 def shape_of(config: PreTrainedConfig) -> ParentShape:
     """The sizes that decide which variants exist."""
     names = ParentShape.__dataclass_fields__

@@ -34,7 +34,7 @@ def _number(value: float | None, form: str, scale: float = 1.0, unit: str = "") 
     return "-" if value is None else format(scale * value, form) + unit
 
 
-MODEL_COLUMNS = ("model", "KL nats", "ppl", "top-1", "params", "memory", "predicted", "measured")
+MODEL_COLUMNS = ("model", "KL nats", "ppl", "top-1", "params", "memory", "pred.", "measured")
 
 
 def model_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:

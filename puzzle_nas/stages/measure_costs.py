@@ -13,14 +13,14 @@ from pathlib import Path
 import psutil
 import torch
 
-from puzzle_nas.architecture import Architecture, NoOpAttention, NoOpFFN, ParentShape, Spec
+from puzzle_nas.architecture import SLOTS, Architecture, NoOpAttention, NoOpFFN, ParentShape, Spec
 from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.engines import RequestTime, TorchEngine
 from puzzle_nas.engines.torch_engine import interleaved_medians
 from puzzle_nas.errors import ArtifactError
-from puzzle_nas.families import child_config, load_parent
-from puzzle_nas.families.loading import build, describe, machine_of
+from puzzle_nas.families import load_parent
+from puzzle_nas.families.loading import describe, machine_of, probe_model
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe, search_space_of
@@ -42,6 +42,13 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     else:
         write_json(run.costs("torch"), _measured_table(recipe, run))
     unscored = ArchitectureSearch.load(recipe, run, scored=False)
+    for scenario in unscored.costs.scenarios:
+        predicted = unscored.costs.request_ms(unscored.parent, scenario)
+        measured = unscored.costs.parent_measured_ms(scenario)
+        console.print(
+            f"  {scenario.name}: parent predicted {predicted:.0f} ms, measured whole {measured:.0f} ms, "
+            f"predicted over measured {predicted / measured:.3f}"
+        )
     unscored.solve(dict(recipe.search.limits), recipe.search.gap, recipe.search.time_limit_seconds)
 
 
@@ -58,7 +65,7 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
         if spec not in specs:
             specs.append(spec)
     scenarios = {s.name: s.scenario() for s in recipe.scenarios}
-    probes = {name: _probe(parent, shape, *block) for name, block in _blocks(shape, specs).items()}
+    probes = {name: probe_model(parent, architecture) for name, architecture in _architectures(shape, specs).items()}
     probes["parent"] = parent
     engine = TorchEngine()
     with torch.inference_mode(), progress("measure costs, repeat", recipe.costs.repeats) as ticker:
@@ -120,31 +127,14 @@ def _without(slot: str) -> str:
     return (NoOpAttention() if slot == "attention" else NoOpFFN()).id
 
 
-def _blocks(shape: ParentShape, specs: list[Spec]) -> dict[str, tuple[Spec, Spec]]:
-    """Probe name -> what stands in (attention, ffn) of every layer."""
-    attention, ffn = shape.parent_spec("attention"), shape.parent_spec("ffn")
-    blocks: dict[str, tuple[Spec, Spec]] = {"empty": (NoOpAttention(), NoOpFFN())}
+def _architectures(shape: ParentShape, specs: list[Spec]) -> dict[str, Architecture]:
+    """Probe name -> the same block in every layer."""
+    parent = {slot: shape.parent_spec(slot) for slot in SLOTS}
+    blocks: dict[str, dict[str, Spec]] = {"empty": {"attention": NoOpAttention(), "ffn": NoOpFFN()}}
     for spec in specs:
-        if spec not in (attention, ffn):
-            blocks[spec.id] = (spec, ffn) if spec.slot == "attention" else (attention, spec)
-    return blocks
-
-
-def _probe(parent: PuzzleForCausalLM, shape: ParentShape, attention: Spec, ffn: Spec) -> PuzzleForCausalLM:
-    """A model with the same block in every layer; the parent's weights are shared where they fit, others random."""
-    block = {"attention": attention, "ffn": ffn}
-    config = child_config(parent.config, Architecture((block,) * shape.num_hidden_layers))
-    with torch.device("meta"):
-        names = PuzzleForCausalLM(config).state_dict()
-    given = parent.state_dict()
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        name: given[name]
-        if name in given and given[name].shape == meta.shape
-        else torch.randn(meta.shape, generator=generator).mul_(0.02).to(device=parent.device, dtype=parent.dtype)
-        for name, meta in names.items()
-    }
-    return build(config, weights)
+        if spec != parent[spec.slot]:
+            blocks[spec.id] = {**parent, spec.slot: spec}
+    return {name: Architecture((block,) * shape.num_hidden_layers) for name, block in blocks.items()}
 
 
 def _per_layer(with_it: RequestTime, without: RequestTime, layers: int) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -130,3 +131,30 @@ def test_a_new_limit_leaves_the_runs_child_alone(tiny_run):
     found = json.loads((tiny_run / "search/speedup=1.1,parameters=800000/architecture.json").read_text())
     assert found["speedup_predicted"] >= 1.1 and found["parameters"] <= 8e5
     assert file_checksum(tiny_run / "search/main/architecture.json") == before
+
+
+def test_variants_that_training_spoils_fall_back_and_are_named(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "copy")
+    out = puzzle("distill-blocks", tmp_path / "copy", "bld.learning_rate=1e6", "bld.gradient_clip=null").stdout
+    assert re.search(
+        r"Layer 1, ffn\.w96: the loss (rose from .* to .*|became NaN) in BLD; its initialisation is kept", out
+    )
+    library = tmp_path / "copy/library"
+    trained, initial = (library / name / "layer_01/ffn.w96.safetensors" for name in ("main", "initial"))
+    assert trained.read_bytes() == initial.read_bytes()
+    assert json.loads(trained.with_suffix(".json").read_text())["fell_back"] is True
+
+
+def test_blocks_learn_what_they_are_taught(tiny_run, tmp_path):
+    """From random weights BLD must lower the error on text that it has not seen, by a lot."""
+    shutil.copytree(tiny_run, tmp_path / "copy")
+    puzzle("build-library", tmp_path / "copy", "library.initialisation=random")
+    puzzle("distill-blocks", tmp_path / "copy")
+    facts = [json.loads(p.read_text()) for p in (tmp_path / "copy/library/main").rglob("ffn.w*.json")]
+    assert len(facts) == 8
+    assert all(f["held_out_loss_end"] < 0.9 * f["held_out_loss_start"] for f in facts)
+
+
+def test_the_prediction_of_the_parent_is_printed(tiny_run):
+    out = (tiny_run.parent / "tiny.out").read_text()
+    assert re.search(r"parent predicted \d+ ms, measured whole \d+ ms, predicted over measured \d\.\d+", out)

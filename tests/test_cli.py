@@ -1,0 +1,60 @@
+"""The command line on its own: help, settings, and the search on anybody's table."""
+
+import json
+
+import pytest
+
+from puzzle_nas.recipe import Recipe, load_recipe, parse_recipe
+from tests.conftest import puzzle
+
+TABLE = """layer,variant,loss,ms
+0,full,0,10
+0,half,1,6
+0,none,5,0
+1,full,0,10
+1,half,2,6
+1,none,9,0
+"""
+
+
+def test_search_on_a_table(tmp_path):
+    (tmp_path / "table.csv").write_text(TABLE)
+    arguments = ["search", "--table", tmp_path / "table.csv", "--minimize", "loss", "--limit", "ms=17"]
+    found = json.loads(puzzle(*arguments, "--json").stdout)
+    (best,) = found["solutions"]
+    assert best["choices"] == {"0": "half", "1": "full"}
+    assert (best["score"], best["costs"]["ms"], best["status"]) == (1, 16, "optimal")
+    two = json.loads(puzzle(*arguments, "--solutions", 2, "--min-different", 2, "--json").stdout)["solutions"]
+    assert [s["choices"] for s in two] == [{"0": "half", "1": "full"}, {"0": "full", "1": "half"}]
+    assert "0: half" in puzzle(*arguments).stdout
+    refused = puzzle("search", "--table", tmp_path / "table.csv", "--minimize", "loss", "--limit", "ms=-1", check=False)
+    assert refused.returncode == 2 and "ms" in refused.stderr
+    band = puzzle("search", "--table", tmp_path / "table.csv", "--maximize", "loss", "--limit", "ms=10:12", "--json")
+    assert json.loads(band.stdout)["solutions"][0]["costs"]["ms"] in (10, 12)
+
+
+@pytest.mark.parametrize("command", ["run", "search", "show", "generate", "score-blocks"])
+def test_every_command_explains_itself(command):
+    text = puzzle(command, "--help").stdout
+    assert "Usage:" in text and "Options:" in text
+
+
+def test_the_recipe_command_names_every_setting_and_its_meaning():
+    text = puzzle("recipe").stdout
+
+    def names(model):
+        for name, field in model.model_fields.items():
+            yield name, field.description
+            inner = getattr(field.annotation, "__args__", [field.annotation])[0]
+            if hasattr(inner, "model_fields"):
+                yield from names(inner)
+
+    for name, description in names(Recipe):
+        assert f"{name}:" in text
+        assert description is None or description.splitlines()[0] in text
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart-smoke"])
+def test_recipes_in_the_repository_are_valid_and_survive_yaml(name, pytestconfig):
+    recipe = load_recipe(pytestconfig.rootpath / "recipes" / f"{name}.yaml")
+    assert parse_recipe(recipe.to_yaml()) == recipe
