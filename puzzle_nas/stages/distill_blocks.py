@@ -243,7 +243,7 @@ def _keep(run, recipe, layer: int, trainee: Trainee, start: float, end: float, d
     ]
     facts |= {
         "tokens": recipe.bld.tokens,
-        "held_out_loss_start": start,
+        "held_out_loss_start": start if math.isfinite(start) else None,
         "held_out_loss_end": end if math.isfinite(end) else None,
         "fell_back": fell_back,
         "loss_curve": [value if math.isfinite(value) else None for value in curve],

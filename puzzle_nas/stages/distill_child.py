@@ -91,6 +91,8 @@ class Training:
         """Add a point to the curve; keep the weights if they are the best so far."""
         candidate = copy.deepcopy(self.child).to(self.parent.dtype)
         kl = self.reference.compare(candidate).kl_nats
+        if not math.isfinite(kl):
+            return
         recent = self.losses[-self.recipe.gkd.evaluate_every_steps :]
         loss = sum(recent) / len(recent) if recent else None
         self.curve.append({"step": step, "selection_kl_nats": kl, **({} if loss is None else {"loss": loss})})
@@ -134,6 +136,12 @@ class Training:
             for step in range(begin, len(self.batches)):
                 tokens = self.tokens[self.batches[step]].to(self.parent.device)
                 loss = gkd_loss(self.parent, self.child, tokens, self.recipe.gkd)
+                if not math.isfinite(loss.item()):
+                    console.print(
+                        f"  The loss of GKD is {loss.item()} at step {step + 1}: it stops here and the best checkpoint "
+                        "so far counts. Try a lower gkd.learning_rate."
+                    )
+                    break
                 loss.backward()
                 self.optimiser.step(step)
                 self.losses.append(loss.item())

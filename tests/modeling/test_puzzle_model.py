@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from puzzle_nas.modeling import PuzzleConfig, PuzzleForCausalLM
@@ -107,14 +108,15 @@ def test_a_checkpoint_loads_without_our_package(tmp_path):
     model.save_pretrained(tmp_path / "child")
     tokens = torch.randint(1, 97, (1, 8))
     with torch.no_grad():
-        torch.save({"tokens": tokens, "logits": model(tokens).logits}, tmp_path / "expected.pt")
+        save_file({"tokens": tokens, "logits": model(tokens).logits}, tmp_path / "expected.safetensors")
     code = f"""
-import sys, torch
+import sys
+from safetensors.torch import load_file
 sys.modules["puzzle_nas"] = None
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "child")!r}, trust_remote_code=True)
-expected = torch.load({str(tmp_path / "expected.pt")!r})
-assert torch.equal(model(expected["tokens"]).logits, expected["logits"])
+expected = load_file({str(tmp_path / "expected.safetensors")!r})
+assert model(expected["tokens"]).logits.equal(expected["logits"])
 assert model.generate(expected["tokens"], max_new_tokens=3).shape == (1, 11)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)

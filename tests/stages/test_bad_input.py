@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import puzzle
 
 
-def refused(*arguments, contains):
+def check_refused(*arguments, contains):
     """Check that a command is refused with one sentence, and return it."""
     result = puzzle(*arguments, check=False)
     assert result.returncode == 2, result.stdout + result.stderr
@@ -42,24 +42,24 @@ def copy_of_run(tiny_run, tmp_path):
 
 
 def test_missing_recipe():
-    refused("run", "nowhere.yaml", contains=["There is no recipe nowhere.yaml"])
+    check_refused("run", "nowhere.yaml", contains=["There is no recipe nowhere.yaml"])
 
 
 def test_unknown_key(recipe, tmp_path):
-    refused("run", recipe(gdk={}), "--run-dir", tmp_path / "r", contains=["gdk", "Did you mean gkd?"])
-    refused("run", recipe(), "search.limit.speedup=2", "--run-dir", tmp_path / "r", contains=["search.limit"])
+    check_refused("run", recipe(gdk={}), "--run-dir", tmp_path / "r", contains=["gdk", "Did you mean gkd?"])
+    check_refused("run", recipe(), "search.limit.speedup=2", "--run-dir", tmp_path / "r", contains=["search.limit"])
     assert not (tmp_path / "r").exists()
 
 
 def test_value_out_of_range(recipe, tmp_path):
-    refused("run", recipe(), "gkd.tokens=-5", "--run-dir", tmp_path / "r", contains=["gkd.tokens", "-5"])
+    check_refused("run", recipe(), "gkd.tokens=-5", "--run-dir", tmp_path / "r", contains=["gkd.tokens", "-5"])
 
 
 def test_missing_checkpoint(recipe, tmp_path):
-    refused("run", recipe(parent="./no/such/model"), "--run-dir", tmp_path / "r", contains=["./no/such/model"])
+    check_refused("run", recipe(parent="./no/such/model"), "--run-dir", tmp_path / "r", contains=["./no/such/model"])
     (tmp_path / "empty").mkdir()
     empty = recipe(parent=str(tmp_path / "empty"))
-    refused("run", empty, "--run-dir", tmp_path / "r2", contains=["config.json"])
+    check_refused("run", empty, "--run-dir", tmp_path / "r2", contains=["config.json"])
 
 
 def test_truncated_checkpoint(recipe, tmp_path, tiny_parent):
@@ -67,7 +67,7 @@ def test_truncated_checkpoint(recipe, tmp_path, tiny_parent):
     weights = tmp_path / "cut/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200_000])
     cut = recipe(parent=str(tmp_path / "cut"))
-    refused("run", cut, "--run-dir", tmp_path / "r", contains=["incomplete or damaged"])
+    check_refused("run", cut, "--run-dir", tmp_path / "r", contains=["incomplete or damaged"])
     assert not (tmp_path / "r/parent.json").exists()
 
 
@@ -75,7 +75,7 @@ def test_unknown_family(recipe, tmp_path):
     (tmp_path / "opt").mkdir()
     (tmp_path / "opt/config.json").write_text(json.dumps({"model_type": "opt"}))
     opt = recipe(parent=str(tmp_path / "opt"))
-    refused("run", opt, "--run-dir", tmp_path / "r", contains=["'opt'", "llama, mistral, qwen2, qwen3"])
+    check_refused("run", opt, "--run-dir", tmp_path / "r", contains=["'opt'", "llama, mistral, qwen2, qwen3"])
 
 
 def test_tokenizer_of_another_model(recipe, tmp_path, tiny_parent):
@@ -86,51 +86,51 @@ def test_tokenizer_of_another_model(recipe, tmp_path, tiny_parent):
     vocab |= {f"<new{i}>": len(vocab) + i for i in range(9)}
     path.write_text(json.dumps(tokenizer))
     mixed = recipe(parent=str(tmp_path / "mixed"))
-    refused("run", mixed, "--run-dir", tmp_path / "r", contains=["1033", "1024", "belongs to another model"])
+    check_refused("run", mixed, "--run-dir", tmp_path / "r", contains=["1033", "1024", "belongs to another model"])
 
 
 def test_empty_and_tiny_data(recipe, tmp_path, tiny_settings):
     for name, text in (("empty.txt", ""), ("tiny.txt", "A few words.")):
         (tmp_path / name).write_text(text)
         data = {**tiny_settings["data"], "sources": [{"source": str(tmp_path / name)}]}
-        refused("run", recipe(data=data), "--run-dir", tmp_path / name.removesuffix(".txt"), contains=[name])
+        check_refused("run", recipe(data=data), "--run-dir", tmp_path / name.removesuffix(".txt"), contains=[name])
 
 
 def test_kv_heads_that_do_not_divide(recipe, tmp_path):
     bad = recipe(search_space={"kv_heads": [3]})
-    refused("run", bad, "--run-dir", tmp_path / "r", contains=["kv_heads", "3 does not divide", "1, 2"])
+    check_refused("run", bad, "--run-dir", tmp_path / "r", contains=["kv_heads", "3 does not divide", "1, 2"])
 
 
 def test_impossible_limits(tiny_run):
-    sentence = refused("search", tiny_run, "--limit", "speedup=1000", contains=["speedup=1000 can reach"])
+    sentence = check_refused("search", tiny_run, "--limit", "speedup=1000", contains=["speedup=1000 can reach"])
     assert "Loosen a limit" in sentence
-    both = refused(
+    both = check_refused(
         "search", tiny_run, "--limit", "speedup=1000", "--limit", "parameters=10", contains=["parameters=10 can reach"]
     )
     assert "speedup=1000 can reach" in both
     assert not list((tiny_run / "search").glob("speedup=1000*"))
-    refused("search", tiny_run, "--limit", "sped=2", contains=["'sped' is not a limit", "speedup"])
+    check_refused("search", tiny_run, "--limit", "sped=2", contains=["'sped' is not a limit", "speedup"])
 
 
 def test_impossible_limits_are_found_before_the_long_stages(recipe, tmp_path):
     impossible = recipe(search={"limits": {"speedup": 500}})
-    refused("run", impossible, "--run-dir", tmp_path / "r", contains=["speedup=500 can reach"])
+    check_refused("run", impossible, "--run-dir", tmp_path / "r", contains=["speedup=500 can reach"])
     assert not (tmp_path / "r/library").exists()
 
 
 def test_run_folder_of_another_recipe(recipe, copy_of_run, tiny_settings):
     data = {**tiny_settings["data"], "sequence_length": 16}
-    refused("run", recipe(data=data), "--run-dir", copy_of_run, contains=["belongs to another recipe", "data"])
+    check_refused("run", recipe(data=data), "--run-dir", copy_of_run, contains=["belongs to another recipe", "data"])
 
 
 def test_no_run_folder(tmp_path):
-    refused("show", tmp_path, contains=["summary.json is missing", "puzzle report"])
-    refused("score-blocks", tmp_path, contains=["is no run folder"])
+    check_refused("show", tmp_path, contains=["summary.json is missing", "puzzle report"])
+    check_refused("score-blocks", tmp_path, contains=["is no run folder"])
 
 
 def test_a_stage_whose_input_is_missing(recipe, tmp_path):
     puzzle("run", recipe(), "--run-dir", tmp_path / "r", "--to", "prepare-data")
-    refused("score-blocks", tmp_path / "r", contains=["no finished distill-blocks", "puzzle distill-blocks"])
+    check_refused("score-blocks", tmp_path / "r", contains=["no finished distill-blocks", "puzzle distill-blocks"])
 
 
 def test_corrupted_artifact(copy_of_run, tiny_run):
@@ -138,7 +138,7 @@ def test_corrupted_artifact(copy_of_run, tiny_run):
     data = bytearray(target.read_bytes())
     data[-1] ^= 1
     target.write_bytes(data)
-    refused("distill-blocks", copy_of_run, contains=["ffn.w96.safetensors is corrupted", "--again"])
+    check_refused("distill-blocks", copy_of_run, contains=["ffn.w96.safetensors is corrupted", "--again"])
     puzzle("distill-blocks", copy_of_run, "--again")
     assert target.read_bytes() == (tiny_run / "library/main/layer_01/ffn.w96.safetensors").read_bytes()
 
@@ -159,7 +159,7 @@ def test_full_disk(recipe, tmp_path):
 
 
 def test_command_line_mistakes(tiny_run):
-    refused("run", "x.yaml", "--form", "search", contains=["--form"])
-    refused("search", contains=["Name a run folder"])
-    refused("search", tiny_run, "--limit", "speedup", contains=["NAME=NUMBER"])
-    refused("generate", tiny_run / "nothing", "hello", contains=["no checkpoint"])
+    check_refused("run", "x.yaml", "--form", "search", contains=["--form"])
+    check_refused("search", contains=["Name a run folder"])
+    check_refused("search", tiny_run, "--limit", "speedup", contains=["NAME=NUMBER"])
+    check_refused("generate", tiny_run / "nothing", "hello", contains=["no checkpoint"])

@@ -158,3 +158,14 @@ def test_blocks_learn_what_they_are_taught(tiny_run, tmp_path):
 def test_the_prediction_of_the_parent_is_printed(tiny_run):
     out = (tiny_run.parent / "tiny.out").read_text()
     assert re.search(r"parent predicted \d+ ms, measured whole \d+ ms, predicted over measured \d\.\d+", out)
+
+
+def test_distillation_that_diverges_leaves_the_start_and_says_so(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "copy")
+    out = puzzle("distill-child", tmp_path / "copy", "gkd.learning_rate=1e12", "gkd.gradient_clip=null").stdout
+    assert "the child stays as it was" in out
+    facts = json.loads((tmp_path / "copy/gkd.json").read_text())
+    assert facts["best_step"] == 0
+    refitted = tmp_path / ("copy/child-refit" if (tmp_path / "copy/child-refit").exists() else "copy/child")
+    name = "model.safetensors"
+    assert (tmp_path / "copy/child-gkd" / name).read_bytes() == (refitted / name).read_bytes()
