@@ -149,7 +149,7 @@ def test_blocks_learn_what_they_are_taught(tiny_run, tmp_path):
     """From random weights BLD must lower the error on text that it has not seen, by a lot."""
     shutil.copytree(tiny_run, tmp_path / "copy")
     puzzle("build-library", tmp_path / "copy", "library.initialisation=random")
-    puzzle("distill-blocks", tmp_path / "copy")
+    puzzle("distill-blocks", tmp_path / "copy", "bld.tokens=32768", "bld.learning_rate=3e-3")
     facts = [json.loads(p.read_text()) for p in (tmp_path / "copy/library/main").rglob("ffn.w*.json")]
     assert len(facts) == 8
     assert all(f["held_out_loss_end"] < 0.9 * f["held_out_loss_start"] for f in facts)
