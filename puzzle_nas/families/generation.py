@@ -31,5 +31,8 @@ def generate(checkpoint: Path, prompt: str, max_new_tokens: int, chat: bool, tem
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     arguments = {**inputs.to(device), "max_new_tokens": max_new_tokens, "streamer": streamer, **sampling}
-    Thread(target=model.generate, kwargs=arguments, daemon=True).start()
+    thread = Thread(target=model.generate, kwargs=arguments, daemon=True)
+    thread.start()
     yield from streamer
+    # A thread that still computes while the interpreter ends aborts the process.
+    thread.join()
