@@ -171,3 +171,32 @@ def test_distillation_that_diverges_leaves_the_start_and_says_so(tiny_run, tmp_p
     refitted = tmp_path / ("copy/child-refit" if (tmp_path / "copy/child-refit").exists() else "copy/child")
     name = "model.safetensors"
     assert (tmp_path / "copy/child-gkd" / name).read_bytes() == (refitted / name).read_bytes()
+
+
+def test_global_distillation_lowers_kl_on_text_it_has_not_seen(tiny_run):
+    """On a fixed child, every FFN narrowed, so that measured times have no say."""
+    from puzzle_nas.families import child_config
+    from puzzle_nas.families.loading import build
+    from puzzle_nas.library import variant_weights
+    from puzzle_nas.recipe import GKDSettings
+    from puzzle_nas.stages.distill_child import gkd_loss
+    from puzzle_nas.training.optimiser import Optimiser
+
+    run = RunFolder(tiny_run)
+    parent, shape = load_parent(run)
+    architecture = Architecture.of_parent(shape)
+    weights = dict(parent.state_dict())
+    for layer in range(shape.num_hidden_layers):
+        architecture = architecture.replaced(layer, GatedFFN(96))
+        for name, weight in variant_weights(run, parent, layer, GatedFFN(96)).items():
+            weights[f"model.layers.{layer}.{name}"] = weight.clone()
+    child = build(child_config(parent.config, architecture), weights)
+    unseen, train = tokens_of(tiny_run, "validation"), tokens_of(tiny_run, "train")
+    before = independent_kl(parent, child, unseen)
+    child.model.layers.requires_grad_(True)
+    settings, steps = GKDSettings(learning_rate=3e-4), 60
+    optimiser = Optimiser(child, settings, steps)
+    for step in range(steps):
+        gkd_loss(parent, child, train[8 * step % 480 :][:8], settings).backward()
+        optimiser.step(step)
+    assert independent_kl(parent, child, unseen) < 0.95 * before
