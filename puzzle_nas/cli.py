@@ -217,6 +217,37 @@ def _search_table(path, limits, minimize, maximize, solutions, min_different, ga
         print("  totals: " + ", ".join(f"{name}={value:.6g}" for name, value in s.costs.items()))
 
 
+@app.command("frontier")
+def frontier_command(
+    run_dir: RunArgument,
+    limit_range: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=FROM:TO[:COUNT]",
+            help="Default: speed-ups from 1.05 to the largest that can be reached. The recipe's other limits hold.",
+        ),
+    ] = None,
+) -> None:
+    """The best child and the baselines over a range of limits: RUN/search/frontier.json, and .html to look at."""
+    from puzzle_nas import pipeline
+    from puzzle_nas.architecture_search import ArchitectureSearch
+    from puzzle_nas.artifacts import RunFolder, read_json, write_bytes, write_json
+    from puzzle_nas.frontier import LimitRange, solve_frontier
+    from puzzle_nas.progress import console
+    from puzzle_nas.report.page import render_frontier
+    from puzzle_nas.report.tables import show_frontier
+
+    run = RunFolder(run_dir)
+    recipe = pipeline.open_run(run)
+    asked = LimitRange.parse(limit_range) if limit_range else None
+    frontier = solve_frontier(recipe, ArchitectureSearch.load(recipe, run), asked)
+    write_json(run.frontier, frontier)
+    picture = run.frontier.with_suffix(".html")
+    write_bytes(picture, render_frontier(frontier, read_json(run.parent)["source"]).encode())
+    console.print(show_frontier(frontier))
+    print(f"Written to {run.frontier}; the picture is {picture}.")
+
+
 def _print_summary(run_dir: Path, as_json: bool = False) -> None:
     from puzzle_nas.artifacts import RunFolder, read_json
     from puzzle_nas.progress import console

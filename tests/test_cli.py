@@ -51,6 +51,18 @@ def test_search_on_a_table_with_fused_layers_and_a_fixed_cost(tmp_path):
     assert refused.returncode == 2 and "ms <= 30 can come to 38 (8 above the limit)" in refused.stderr
 
 
+def test_the_example_of_the_documentation(tmp_path, pytestconfig):
+    text = (pytestconfig.rootpath / "docs/search.md").read_text()
+    table, command, answer = text.split("```")[1:6:2]
+    (tmp_path / "costs.csv").write_text(table.lstrip())
+    found = json.loads(puzzle(*command.split()[2:], cwd=tmp_path).stdout)
+    said = json.loads(answer.removeprefix("json"))
+    assert found["solutions"] == said["solutions"]
+    impossible = ["--minimize", "loss", "--limit", "runtime_ms=5"]
+    refused = puzzle("search", "--table", "costs.csv", *impossible, cwd=tmp_path, check=False)
+    assert refused.stderr.removeprefix("puzzle: ").strip() in " ".join(text.split())
+
+
 def test_search_says_what_it_cannot_combine(tmp_path):
     (tmp_path / "table.csv").write_text(TABLE)
     for arguments, message in (
