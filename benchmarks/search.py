@@ -150,6 +150,13 @@ def violations(asked: Problem, choice: Choice) -> int:
     return sum(totals[limit.column] > Fraction(limit.maximum or 0.0) for limit in asked.limits)
 
 
+def timed(solver: Callable[[Problem], Choice | None], asked: Problem) -> tuple[float, Choice | None]:
+    """Seconds, at most the time limit, and the choice, None when there was none in time."""
+    started = time.perf_counter()
+    choice = solver(asked)
+    return (SECONDS if choice is None else min(SECONDS, time.perf_counter() - started)), choice
+
+
 def main() -> None:
     """Print the table and keep the figures."""
     figures: dict[str, float] = {"gap": GAP, "time_limit_seconds": SECONDS}
@@ -163,13 +170,9 @@ def main() -> None:
         for asked in TABLES[label]:
             line = f"{label:28s}"
             for name, solver in SOLVERS.items():
-                started = time.perf_counter()
-                choice = solver(asked)
-                spent = time.perf_counter() - started
-                if spent >= SECONDS or choice is None:
-                    timeouts[name] += 1
-                    spent = SECONDS
+                spent, choice = timed(solver, asked)
                 seconds[name].append(spent)
+                timeouts[name] += spent == SECONDS
                 if choice is None:
                     unsolved[name] += 1
                     objectives[name].append(math.nan)
@@ -185,9 +188,9 @@ def main() -> None:
                 continue
             ratio = statistics.mean(seconds["ours"]) / statistics.mean(seconds[name])
             figures[f"seconds_ours_over_{name}_{label}"] = round(ratio, 4)
-            worse = [a / b for a, b in zip(objectives["ours"], objectives[name], strict=True) if not math.isnan(a + b)]
-            if worse:
-                figures[f"objective_ours_over_{name}_{label}"] = round(statistics.mean(worse), 7)
+            ratios = [a / b for a, b in zip(objectives["ours"], objectives[name], strict=True) if not math.isnan(a + b)]
+            if ratios:
+                figures[f"objective_ours_over_{name}_{label}"] = round(statistics.mean(ratios), 7)
     for suffix, name in (("", "ours"), ("_cbc", "cbc"), ("_python_mip", "python_mip")):
         figures[f"limit_violations{suffix}"] = broken[name]
         figures[f"timeouts{suffix}"] = timeouts[name]
