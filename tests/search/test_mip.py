@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -224,6 +228,14 @@ def test_out_of_time_gives_the_best_found_with_its_gap():
     assert solution.gap == (solution.score - solution.bound) / solution.score > 1e-6
     assert all(solution.costs[limit.column] <= (limit.maximum or 0) for limit in problem.limits)
     assert solution.seconds < 3
+
+
+def test_ctrl_c_ends_the_search_at_once():
+    started = time.monotonic()
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        solve(correlated_problem(), gap=0.0, time_limit_seconds=60.0)
+    assert time.monotonic() - started < 20
 
 
 def test_time_runs_out():
