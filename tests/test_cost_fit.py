@@ -8,7 +8,12 @@ from puzzle_nas.architecture import GatedFFN, LinearAttention, NoOpAttention, No
 from puzzle_nas.cost_fit import fit, random_mixtures, uniform_models
 
 SHAPE = ParentShape(
-    num_hidden_layers=6, hidden_size=64, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+    num_hidden_layers=6,
+    hidden_size=64,
+    intermediate_size=256,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
 )
 SPECS = [SHAPE.parent_spec("attention"), LinearAttention(), NoOpAttention()]
 SPECS += [SHAPE.parent_spec("ffn"), GatedFFN(128), NoOpFFN()]
