@@ -16,6 +16,7 @@ from puzzle_nas.costs import CostTable
 from puzzle_nas.errors import InfeasibleError
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.search import (
+    FewerSolutionsError,
     InfeasibleLimitsError,
     Limit,
     Problem,
@@ -106,14 +107,23 @@ class ArchitectureSearch:
             "parameters": self.costs.parameters(architecture),
         }
 
-    def solve(self, limits: dict[str, float], gap: float, time_limit_seconds: float) -> Solution:
-        """The best choice within the limits.
+    def solve(
+        self,
+        limits: dict[str, float],
+        gap: float,
+        time_limit_seconds: float,
+        num_solutions: int = 1,
+        min_different: int = 1,
+    ) -> list[Solution]:
+        """The best choices within the limits, as `search.solve`; fewer of them where fewer differ that much.
 
         Raises:
             InfeasibleError: names each limit, in the user's terms, and the tightest value that can be reached.
         """
         try:
-            return solve(self.problem(limits), gap, time_limit_seconds)[0]
+            return solve(self.problem(limits), gap, time_limit_seconds, num_solutions, min_different)
+        except FewerSolutionsError as error:
+            return error.solutions
         except InfeasibleLimitsError as error:
             raise InfeasibleError(_explain(self, limits, error)) from error
 

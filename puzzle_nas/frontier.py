@@ -98,7 +98,7 @@ def solve_frontier(recipe: Recipe, found: ArchitectureSearch, limit_range: Limit
         for index, value in enumerate(limit_range.values):
             limits = {**others, limit_range.name: value}
             try:
-                child = found.solve(limits, gap, seconds)
+                (child,) = found.solve(limits, gap, seconds)
             except InfeasibleError as error:
                 infeasible = error
                 rows.append({"model": "child", "limit": value, "infeasible": str(error)})

@@ -149,7 +149,14 @@ class SearchSettings(Settings):
     """Relative optimality gap at which the solver may stop."""
     time_limit_seconds: float = Field(60.0, gt=0)
     """Longest time for one solve."""
-    verify_attempts: int = Field(3, ge=0)
+    verify: int = Field(1, ge=1)
+    """How many of the best architectures are assembled and measured on the selection split; the best of them counts."""
+    min_different: int = Field(8, ge=1)
+    """Positions in which those differ from each other."""
+    refine_rounds: int = Field(0, ge=0)
+    """How often scores are taken anew around the best child so far, as long as that helps, and the search repeated
+    near it. A round takes as long as all scores."""
+    speed_attempts: int = Field(3, ge=0)
     """How often the found architecture is timed beside the parent and, where its measured speed-up falls short of the
     limit, searched anew with a tighter one. 0 trusts the cost table, as does a table given with costs.file."""
 

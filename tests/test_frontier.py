@@ -109,7 +109,7 @@ def test_another_range_and_limits_that_hold_throughout(run, found):
     first, _, last = (row for row in frontier["rows"] if row["model"] == "child")
     assert "can reach" in first["infeasible"]
     assert last["parameters"] <= parent and last["speedup_predicted"] >= 1.3
-    assert last["score_sum"] == pytest.approx(found.solve({"speedup": 1.3}, 0.0, 60).score, rel=1e-4)
+    assert last["score_sum"] == pytest.approx(found.solve({"speedup": 1.3}, 0.0, 60)[0].score, rel=1e-4)
     assert frontier["other_limits"] == {"speedup": 1.3}
     assert "Throughout, speedup = 1.3" in render_frontier(frontier, "tiny")
     with pytest.raises(InfeasibleError, match="can reach"):

@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from puzzle_nas.architecture import Architecture, Choice
+from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.library import assemble, variant_layer
 from puzzle_nas.modeling import PuzzleForCausalLM
+from puzzle_nas.progress import progress
+from puzzle_nas.recipe import SearchSettings
+from puzzle_nas.search import InfeasibleLimitsError, solve
 from puzzle_nas.training.comparison import ParentReference
 from puzzle_nas.training.replacement import ReplacementWalk
 
@@ -66,3 +72,66 @@ class Trials:
             if layer + 1 < len(architecture.layers):
                 walk.advance()
         return scores
+
+
+MAX_CHANGES = (4, 8, 16, 32)
+"""How far from the best child so far the search may go: scores around it hold near it. Each is tried and measured."""
+
+
+class Refinement:
+    """From the search's best choices to the child whose measured KL is lowest."""
+
+    def __init__(self, found: ArchitectureSearch, settings: SearchSettings, trials: Trials):
+        self.found, self.settings, self.trials = found, settings, trials
+        self.tried: list[dict[str, Any]] = []
+        """What was measured, in order: how it was found, its summed score, its KL."""
+        self._near: tuple[ArchitectureSearch, Architecture] | None = None
+
+    def best(self, limits: dict[str, float]) -> Architecture:
+        """The best child within the limits. Asked again, for tighter ones, it takes no new scores.
+
+        Raises:
+            InfeasibleError: nothing meets the limits.
+        """
+        if self._near is not None:
+            return self._best_near(*self._near, limits)[1]
+        settings = self.settings
+        candidates = self.found.solve(
+            limits, settings.gap, settings.time_limit_seconds, settings.verify, settings.min_different
+        )
+        kl, best = self._measured("search", self.found, [self.found.architecture(c) for c in candidates])
+        for number in range(1, settings.refine_rounds + 1):
+            layers = len(best.layers)
+            with progress(f"score around the child, round {number}/{settings.refine_rounds}, layer", layers) as ticker:
+                scores = self.trials.scores_around(best, self.found.scores, ticker.advance)
+            self._near = replace(self.found, scores=scores), best
+            refined_kl, refined = self._best_near(*self._near, limits)
+            if refined_kl >= kl:
+                break
+            kl, best = refined_kl, refined
+        return best
+
+    def _best_near(
+        self, near: ArchitectureSearch, around: Architecture, limits: dict[str, float]
+    ) -> tuple[float, Architecture]:
+        proposals = []
+        for max_changes in (*MAX_CHANGES, len(near.scores)):
+            problem = near.problem(limits, around, max_changes)
+            try:
+                (solution,) = solve(problem, self.settings.gap, self.settings.time_limit_seconds)
+            except InfeasibleLimitsError:
+                # Tighter limits may be out of reach within few changes, never within any number.
+                continue
+            if (proposal := near.architecture(solution)) not in proposals:
+                proposals.append(proposal)
+        return self._measured("refinement", near, proposals)
+
+    def _measured(
+        self, how: str, found: ArchitectureSearch, proposals: list[Architecture]
+    ) -> tuple[float, Architecture]:
+        results = [(self.trials.kl_nats(architecture), architecture) for architecture in proposals]
+        self.tried += [
+            {"found_by": how, "score_sum": found.score_of(architecture), "selection_kl_nats": kl}
+            for kl, architecture in results
+        ]
+        return min(results, key=lambda result: result[0])
