@@ -52,7 +52,7 @@ def search(
     return result
 
 
-VERIFY_REPEATS = 5
+VERIFY_REPEATS = 15
 MARGIN = 1.005
 """How much further than the shortfall a limit is tightened."""
 
@@ -71,7 +71,8 @@ def verified(found: ArchitectureSearch, recipe: Recipe, run: RunFolder) -> dict[
     limit, attempts = asked["speedup"], []
     for _ in range(settings.verify_attempts):
         probe = probe_model(parent, Architecture.from_list(result["architecture"]))
-        measured = statistics.median(speedups(parent, probe, found.costs.scenarios, VERIFY_REPEATS))
+        ratios = speedups(parent, probe, found.costs.scenarios, VERIFY_REPEATS, recipe.costs.decode_steps_measured)
+        measured = statistics.median(ratios)
         attempts.append({"speedup_predicted": result["speedup_predicted"], "speedup_measured": measured})
         console.print(f"  predicted {result['speedup_predicted']:.3f}x, measured {measured:.3f}x")
         if measured >= asked["speedup"]:
