@@ -5,30 +5,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from transformers.cache_utils import DynamicCache
 
 from puzzle_nas.architecture import Scenario
+from puzzle_nas.engines.base import Engine, RequestTime
 from puzzle_nas.modeling import PuzzleForCausalLM
 
 
-@dataclass(frozen=True)
-class RequestTime:
-    """Milliseconds of one request batch."""
-
-    prefill_ms: float
-    """All prompt tokens, logits of the last position only."""
-    decode_step_ms: float
-    """One token for every request of the batch."""
-
-    def total_ms(self, scenario: Scenario) -> float:
-        """Prefill and every decode step."""
-        return self.prefill_ms + scenario.decode_steps * self.decode_step_ms
-
-
-class TorchEngine:
+class TorchEngine(Engine[PuzzleForCausalLM]):
     """Wall times on the model's own device and precision."""
 
     name = "torch"
