@@ -118,9 +118,7 @@ class ServingEngine(Engine[Worker]):
         Raises:
             EngineError: not installed, or the engine cannot load this export; quotes the engine.
         """
-        with Worker(
-            self.name, self.python(), self.worker_script, self.worker_arguments(), self.environment()
-        ) as worker:
+        with Worker(self.name, self.python(), self.worker_script, self.environment()) as worker:
             worker.ask(
                 "load",
                 folder=str(exported.resolve()),

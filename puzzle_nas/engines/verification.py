@@ -128,7 +128,12 @@ def verify(
 
 
 def verify_quantised(
-    engine: ServingEngine, exporter: Exporter, child: Child, exported: Path, kind: str, prompts: Sequence[Sequence[int]]
+    exporter: Exporter,
+    engine: ServingEngine,
+    child: Child,
+    exported: Path,
+    kind: str,
+    prompts: Sequence[Sequence[int]],
 ) -> dict[str, Any]:
     """Check that a quantised export still resembles the child. What it was quantised from has been verified.
 

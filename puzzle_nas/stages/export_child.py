@@ -59,7 +59,7 @@ def export_child(checkpoint: Path, to: str, dtype: str | None, quantise: str | N
         if quantise is not None:
             console.print(f"  quantise to {quantise} and verify")
             engine.quantise(partial, quantise)
-            checks[quantise] = verify_quantised(engine, exporter, child, partial, quantise, prompts)
+            checks[quantise] = verify_quantised(exporter, engine, child, partial, quantise, prompts)
         record = {
             "puzzle_nas": __version__,
             "checkpoint": {file.name: file_checksum(file) for file in sorted(checkpoint.glob("*.safetensors"))},
@@ -70,9 +70,9 @@ def export_child(checkpoint: Path, to: str, dtype: str | None, quantise: str | N
         write_json(partial / RECORD, record)
     for precision, check in checks.items():
         console.print(
-            f"  {precision}: {check['num_tokens']} tokens, log-probabilities differ by {check['mean_nats']:.2g} nats on "
-            f"average, {check['max_nats']:.2g} at most; {check['continued_likewise']} of {check['continued_tokens']} "
-            "greedily continued tokens are torch's too"
+            f"  {precision}: {check['num_tokens']} tokens, log-probabilities differ by {check['mean_nats']:.2g} nats "
+            f"on average, {check['max_nats']:.2g} at most; {check['continued_likewise']} of "
+            f"{check['continued_tokens']} greedily continued tokens are torch's too"
         )
     return folder
 
