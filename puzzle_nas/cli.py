@@ -258,6 +258,44 @@ def generate_command(
     print()
 
 
+@app.command("export")
+def export_command(
+    model: Annotated[Path, typer.Argument(metavar="RUN|CHILD", help="A run folder for its child, or a checkpoint.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="transformers, decilm, vllm or gguf.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's own.")
+    ] = None,
+    quantise: Annotated[
+        str | None, typer.Option("--quantize", metavar="TYPE", help="For gguf: q8_0, q6_k, q5_k_m, q4_k_m or q4_0.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the export gets its folder. Default: RUN/exports.")] = None,
+) -> None:
+    """What an engine serves, checked against the child with that engine."""
+    from puzzle_nas.errors import RecipeError
+    from puzzle_nas.stages.export_child import export_child
+
+    is_run = (model / "recipe.yaml").is_file()
+    if out is None and not is_run:
+        raise RecipeError(f"{model} is no run folder; say where the export of a checkpoint goes with --out FOLDER.")
+    folder = export_child(model / "child-gkd" if is_run else model, to, dtype, quantise, out or model / "exports")
+    print(f"Exported to {folder}")
+
+
+engine_app = typer.Typer(help="Serving engines, each in an environment of its own.", no_args_is_help=True)
+app.add_typer(engine_app, name="engine", rich_help_panel=None)
+
+
+@engine_app.command("install")
+def engine_install_command(
+    name: Annotated[str, typer.Argument(metavar="ENGINE", help="llama.cpp or vllm.")],
+) -> None:
+    """Install a serving engine; nothing to do where it is installed already."""
+    from puzzle_nas.engines import serving_engine
+
+    print(f"Installing {name}; this can take ten minutes.", flush=True)
+    print(f"{name} is installed in {serving_engine(name).install()}")
+
+
 def main() -> None:
     """Entry point: users' mistakes become one sentence and exit code 2."""
     import warnings

@@ -1,12 +1,13 @@
 """Engines that run and time models. One class in one file each, and one line here."""
 
 from puzzle_nas.engines.base import Engine, RequestTime, ServingEngine, Tolerance
+from puzzle_nas.engines.llama_cpp import LlamaCppEngine
 from puzzle_nas.engines.torch_engine import TorchEngine, speedups
 from puzzle_nas.engines.transformers_engine import TransformersEngine
 from puzzle_nas.errors import EngineError
 
 ENGINES: dict[str, type[Engine]] = {TorchEngine.name: TorchEngine}
-SERVING_ENGINES: dict[str, ServingEngine] = {engine.name: engine() for engine in (TransformersEngine,)}
+SERVING_ENGINES: dict[str, ServingEngine] = {engine.name: engine() for engine in (TransformersEngine, LlamaCppEngine)}
 
 
 def serving_engine(name: str) -> ServingEngine:

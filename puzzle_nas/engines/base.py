@@ -76,6 +76,8 @@ class ServingEngine(Engine[Worker]):
     """Run by the environment's Python; imports nothing of ours but what lies beside it."""
     tolerances: ClassVar[Mapping[str, Tolerance]]
     """By precision (float32, bfloat16, float16, or a quantised type)."""
+    quantised: ClassVar[tuple[str, ...]] = ()
+    """Types that `quantise` can make."""
 
     def install(self) -> Path:
         """Make the engine's environment, or see that it is there, and return its folder.
@@ -116,9 +118,7 @@ class ServingEngine(Engine[Worker]):
         Raises:
             EngineError: not installed, or the engine cannot load this export; quotes the engine.
         """
-        with Worker(
-            self.name, self.python(), self.worker_script, self.worker_arguments(), self.environment()
-        ) as worker:
+        with Worker(self.name, self.python(), self.worker_script, self.environment()) as worker:
             worker.ask(
                 "load",
                 folder=str(exported.resolve()),
@@ -135,6 +135,10 @@ class ServingEngine(Engine[Worker]):
     def continue_greedily(self, model: Worker, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
         """The `num_tokens` likeliest next tokens of each prompt, never stopping early. Prompts run batched."""
         return model.ask("continue_greedily", prompts=[list(p) for p in prompts], num_tokens=num_tokens)
+
+    def quantise(self, exported: Path, kind: str) -> None:
+        """Replace an export's weights by quantised ones, in place. `kind` is one of `quantised`."""
+        raise NotImplementedError
 
     def prepare(self, model: Worker) -> None:
         """See `Engine.prepare`."""

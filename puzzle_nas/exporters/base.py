@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from transformers import AutoConfig
 
 from puzzle_nas.architecture import Architecture, Spec
 from puzzle_nas.errors import ExportError
@@ -27,6 +28,8 @@ class Child:
 
     model: PuzzleForCausalLM
     tokenizer: Any
+    own_dtype: torch.dtype = torch.float32
+    """What the checkpoint stores."""
 
     @classmethod
     def load(cls, checkpoint: Path) -> Child:
@@ -36,7 +39,9 @@ class Child:
             CheckpointError: missing, truncated, or of an unknown family.
         """
         machine = Machine(torch.device("cpu"), torch.float32)
-        return cls(load_model(checkpoint, machine), load_tokenizer(checkpoint))
+        model = load_model(checkpoint, machine)
+        own = AutoConfig.from_pretrained(checkpoint).dtype
+        return cls(model, load_tokenizer(checkpoint), own or torch.float32)
 
     @property
     def config(self) -> PuzzleConfig:

@@ -8,9 +8,9 @@ from protocol import answer_requests
 
 sys.modules["puzzle_nas"] = None  # pyright: ignore[reportArgumentType]  # importing it fails from here on
 
-import torch
-import transformers
-from transformers import AutoModelForCausalLM
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 
 class Transformers:
@@ -22,6 +22,7 @@ class Transformers:
             torch.set_num_threads(threads)
         dtype = torch.float32 if chunk_tokens else getattr(torch, precision)
         self.model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
+        self.model.generation_config.eos_token_id = None
         self.chunk_tokens = chunk_tokens
 
     def version(self):
@@ -83,11 +84,9 @@ class Transformers:
         return self.model.generate(
             tokens,
             attention_mask=mask,
-            min_new_tokens=num_tokens,
             max_new_tokens=num_tokens,
             do_sample=False,
             pad_token_id=0,
-            eos_token_id=None,
         )
 
     def _milliseconds(self, tokens, mask, num_tokens):
