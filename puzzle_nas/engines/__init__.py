@@ -4,10 +4,13 @@ from puzzle_nas.engines.base import Engine, RequestTime, ServingEngine, Toleranc
 from puzzle_nas.engines.llama_cpp import LlamaCppEngine
 from puzzle_nas.engines.torch_engine import TorchEngine, speedups
 from puzzle_nas.engines.transformers_engine import TransformersEngine
+from puzzle_nas.engines.vllm import StockVllmEngine, VllmEngine
 from puzzle_nas.errors import EngineError
 
 ENGINES: dict[str, type[Engine]] = {TorchEngine.name: TorchEngine}
-SERVING_ENGINES: dict[str, ServingEngine] = {engine.name: engine() for engine in (TransformersEngine, LlamaCppEngine)}
+SERVING_ENGINES: dict[str, ServingEngine] = {
+    engine.name: engine() for engine in (TransformersEngine, VllmEngine, StockVllmEngine, LlamaCppEngine)
+}
 
 
 def serving_engine(name: str) -> ServingEngine:

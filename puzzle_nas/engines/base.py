@@ -87,7 +87,7 @@ class ServingEngine(Engine[Worker]):
         """
         if not self.requirements:
             raise EngineError(f"{self.name} comes with puzzle-nas; there is nothing to install.")
-        return install_environment(self.name, [["install", *self.requirements]], {"requirements": self.requirements})
+        return install_environment(self.environment_name, self.installation(), self.made_from())
 
     def python(self) -> Path:
         """The interpreter that runs the worker.
@@ -95,7 +95,22 @@ class ServingEngine(Engine[Worker]):
         Raises:
             EngineError: not installed; the message names the command that installs it.
         """
-        return environment_python(self.name) if self.requirements else Path(sys.executable)
+        if not self.requirements:
+            return Path(sys.executable)
+        return environment_python(self.environment_name, self.made_from())
+
+    @property
+    def environment_name(self) -> str:
+        """The environment's folder, and what `puzzle engine install` takes."""
+        return self.name
+
+    def installation(self) -> list[list[str]]:
+        """The pip commands that fill the environment, each the arguments after `pip`."""
+        return [["install", *self.requirements]]
+
+    def made_from(self) -> dict[str, Any]:
+        """What the environment is made from; another value means that it is out of date."""
+        return {"requirements": list(self.requirements)}
 
     def environment(self) -> dict[str, str]:
         """Environment variables that the worker and the server need."""

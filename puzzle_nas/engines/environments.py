@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import venv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from puzzle_nas.artifacts import explained_disk_errors, read_json, write_json
 from puzzle_nas.errors import EngineError
@@ -19,29 +19,33 @@ def engines_folder() -> Path:
     return Path(given).expanduser() if given else Path.home() / ".cache" / "puzzle-nas" / "engines"
 
 
-def environment_python(name: str) -> Path:
+def environment_python(name: str, made_from: Mapping[str, Any]) -> Path:
     """The interpreter of an installed engine.
 
     Raises:
-        EngineError: not installed, or only half.
+        EngineError: not installed, only half, or made from something else.
     """
     folder = engines_folder() / name
-    if not (folder / "installed.json").is_file():
+    record = folder / "installed.json"
+    if not record.is_file():
         raise EngineError(f"{name} is not installed in {folder}. Install it with: puzzle engine install {name}")
+    if read_json(record) != made_from:
+        raise EngineError(
+            f"{name} in {folder} is another version. Bring it up to date with: puzzle engine install {name}"
+        )
     return folder / "bin" / "python"
 
 
-def install_environment(name: str, steps: Sequence[Sequence[str]], made_from: dict) -> Path:
+def install_environment(name: str, steps: Sequence[Sequence[str]], made_from: Mapping[str, Any]) -> Path:
     """Make an environment by pip commands (`steps`, each the arguments after `pip`); nothing to do if it is there.
 
-    `made_from` is recorded; an environment made from something else is brought up to date by the same steps.
+    `made_from` (JSON) is recorded; an environment made from something else is brought up to date by the same steps.
 
     Raises:
         EngineError: pip failed; quotes it.
     """
     folder = engines_folder() / name
     record = folder / "installed.json"
-    made_from = json.loads(json.dumps(made_from))
     with explained_disk_errors(folder):
         if record.is_file() and read_json(record) == made_from:
             return folder

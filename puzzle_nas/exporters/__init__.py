@@ -3,7 +3,10 @@
 from puzzle_nas.exporters.base import Child, Exporter
 from puzzle_nas.exporters.gguf_format import GGUFExporter
 from puzzle_nas.exporters.transformers_format import TransformersExporter
+from puzzle_nas.exporters.vllm_format import VllmExporter
 
-EXPORTERS: dict[str, Exporter] = {exporter.name: exporter() for exporter in (TransformersExporter, GGUFExporter)}
+EXPORTERS: dict[str, Exporter] = {
+    exporter.name: exporter() for exporter in (TransformersExporter, VllmExporter, GGUFExporter)
+}
 
 __all__ = ["EXPORTERS", "Child", "Exporter"]

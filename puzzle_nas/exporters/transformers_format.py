@@ -20,9 +20,14 @@ class TransformersExporter(Exporter):
 
     def write(self, child: Child, folder: Path, dtype: str) -> None:
         """See `Exporter.write`."""
-        config: PuzzleConfig = child_config(child.config, child.architecture)
-        config.dtype = DTYPES[dtype]
-        weights = {name: weight.to(DTYPES[dtype]) for name, weight in child.model.state_dict().items()}
-        model = build(config, weights)
-        model.generation_config = child.model.generation_config
-        save_model(model, child.tokenizer, folder)
+        write_checkpoint(child, folder, dtype)
+
+
+def write_checkpoint(child: Child, folder: Path, dtype: str) -> None:
+    """The child as transformers saves it, weights in `dtype` (a key of `DTYPES`)."""
+    config: PuzzleConfig = child_config(child.config, child.architecture)
+    config.dtype = DTYPES[dtype]
+    weights = {name: weight.to(DTYPES[dtype]) for name, weight in child.model.state_dict().items()}
+    model = build(config, weights)
+    model.generation_config = child.model.generation_config
+    save_model(model, child.tokenizer, folder)

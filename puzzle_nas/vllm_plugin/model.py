@@ -5,13 +5,14 @@ Layers without softmax attention register no attention with vLLM, which then kee
 Shapes: N tokens of the whole batch, D hidden, H query heads and K key-value heads of this process, C head_dim.
 """
 
+# pyright: reportMissingImports=false
+
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import get_act_and_mul_fn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -23,7 +24,6 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.sequence import IntermediateTensors
 
 from puzzle_nas.modeling import PuzzleConfig
-from puzzle_nas.vllm_plugin.tensor_parallel import obstacle
 
 
 class PuzzleAttention(nn.Module):
@@ -133,7 +133,7 @@ class PuzzleDecoderLayer(nn.Module):
 
     def __init__(self, layer: int, vllm_config: VllmConfig, prefix: str):
         super().__init__()
-        whole: PuzzleConfig = vllm_config.model_config.hf_config
+        whole = vllm_config.model_config.hf_config
         config = whole.per_layer_config[layer]
         skip = getattr(config, "skip", [])
         self.input_layernorm = self.self_attn = self.post_attention_layernorm = self.mlp = None
@@ -213,8 +213,6 @@ class PuzzleForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config = self.config = vllm_config.model_config.hf_config
-        if reason := obstacle(config, get_tensor_model_parallel_world_size()):
-            raise ValueError(reason)
         self.model = PuzzleModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,
