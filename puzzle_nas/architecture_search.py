@@ -15,6 +15,7 @@ from puzzle_nas.costs import CostTable
 from puzzle_nas.errors import InfeasibleError
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.search import InfeasibleLimitsError, Problem, Solution, Table, solve
+from puzzle_nas.servable import servable_space
 
 
 def position(layer: int, slot: str) -> str:
@@ -36,7 +37,7 @@ class ArchitectureSearch:
     def load(cls, recipe: Recipe, run: RunFolder, scored: bool = True) -> ArchitectureSearch:
         """From the run's cost table and scores; unscored, every variant counts as harmless."""
         shape = ParentShape(**read_json(run.parent, "prepare-parent")["shape"])
-        space = search_space_of(recipe, shape)
+        space = servable_space(search_space_of(recipe, shape), shape, recipe.search.servable_by)
         scores: dict[tuple[int, str], float] = {}
         metric = recipe.scoring.metric
         field = "kl_nats" if metric == "kl" else "lm_loss_increase_nats"

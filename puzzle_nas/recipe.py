@@ -138,6 +138,8 @@ class SearchSettings(Settings):
     limits: dict[str, float] = {"speedup": 1.3}
     """`speedup` (at least), `throughput_tokens_per_second` (at least), `latency_ms`, `memory_bytes`,
     `parameters` (at most)."""
+    servable_by: list[Literal["transformers", "vllm", "vllm-stock", "llama.cpp"]] = []
+    """Offer only what each of these can serve; vllm (with our plugin), llama.cpp and transformers serve everything."""
     gap: float = Field(1e-4, ge=0)
     """Relative optimality gap at which the solver may stop."""
     time_limit_seconds: float = Field(60.0, gt=0)

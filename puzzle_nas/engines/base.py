@@ -76,6 +76,8 @@ class ServingEngine(Engine[Worker]):
     """Run by the environment's Python; imports nothing of ours but what lies beside it."""
     tolerances: ClassVar[Mapping[str, Tolerance]]
     """By precision (float32, bfloat16, float16, or a quantised type)."""
+    reads_tokenizer: ClassVar[bool] = False
+    """Whether it has a tokenizer of its own, written into the export, that must agree with the child's."""
     quantised: ClassVar[tuple[str, ...]] = ()
     """Types that `quantise` can make."""
 
@@ -150,6 +152,10 @@ class ServingEngine(Engine[Worker]):
     def continue_greedily(self, model: Worker, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
         """The `num_tokens` likeliest next tokens of each prompt, never stopping early. Prompts run batched."""
         return model.ask("continue_greedily", prompts=[list(p) for p in prompts], num_tokens=num_tokens)
+
+    def tokenize(self, model: Worker, text: str) -> list[int]:
+        """Token ids of a text by the engine's own tokenizer, with what it puts around text."""
+        return model.ask("tokenize", text=text)
 
     def quantise(self, exported: Path, kind: str) -> None:
         """Replace an export's weights by quantised ones, in place. `kind` is one of `quantised`."""

@@ -17,6 +17,7 @@ class LlamaCppEngine(ServingEngine):
     formats = ("gguf",)
     requirements = ("llama-cpp-python[server]==0.3.36", "gguf>=0.17")
     worker_script = Path(__file__).parent / "workers" / "llama_cpp_worker.py"
+    reads_tokenizer = True
     quantised = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
     # Products with 16-bit weights round the activations to 16 bits too, with quantised weights to 8.
     tolerances = {

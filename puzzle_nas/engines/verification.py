@@ -28,6 +28,8 @@ PROMPT_LENGTHS = (
 )
 """Tokens of the prompts; those that a short context cannot hold are cut to what it can."""
 LEAST_TOKENS = 512
+AWKWARD_TEXT = "Zwölf 12345 naïve's  \n\n\tdef f(x): return x**2  # 日本語 🙂\r\n  end"
+"""What tokenizers split differently: digits, accents, apostrophes, white space, scripts."""
 CONTINUED_TOKENS = 16
 """Tokens by which every prompt is continued greedily."""
 
@@ -119,12 +121,25 @@ def verify(
     rounded = child.rounded(DTYPES[dtype])
     with engine.load(exported, dtype, exact=True) as loaded:
         found = difference(engine, loaded, rounded, prompts)
+        if engine.reads_tokenizer:
+            _compare_tokenizers(engine, loaded, child, prompts)
         version = engine.version(loaded)
     if not found.within(tolerance):
         raise ExportError(
             _complaint(exporter, engine, found, tolerance, _place(exporter, engine, child, dtype, prompts))
         )
     return {"engine": engine.name, "version": version, "tolerance": asdict(tolerance), **found.to_dict()}
+
+
+def _compare_tokenizers(engine: ServingEngine, loaded, child: Child, prompts: Sequence[Sequence[int]]) -> None:
+    for text in [AWKWARD_TEXT, *map(child.tokenizer.decode, prompts)]:
+        theirs, ours = engine.tokenize(loaded, text), child.tokenizer(text).input_ids
+        if theirs != ours:
+            at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), len(ours))
+            raise ExportError(
+                f"{engine.name} reads text otherwise than the child's tokenizer, after "
+                f"{child.tokenizer.decode(ours[:at])[-40:]!r}. Nothing was left behind."
+            )
 
 
 def verify_quantised(

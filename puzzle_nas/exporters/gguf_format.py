@@ -1,9 +1,10 @@
 """GGUF for llama.cpp, architecture `deci`.
 
 llama.cpp's `deci` layer is a norm and a mixer (attention or one matrix), then a norm and a gated FFN. It loads other
-layers too but then leaves out the residual (an attention without FFN) or stops (a first layer without mixer, a last
-one without FFN). So a child is taken apart into its sub-blocks, and these are packed into full layers anew: a linear
-FFN is a mixer of one matrix, what has no FFN behind it gets a tiny one of zeros, and empty layers vanish. The number
+layers too but then leaves out the attention (one without FFN) or stops (a first layer without mixer, a last one
+without FFN, a model without any attention). So a child is taken apart into its sub-blocks, and these are packed into
+full layers anew: a linear FFN is a mixer of one matrix, what has no FFN behind it gets a tiny one of zeros, a first
+layer without mixer a matrix of zeros, a model without attention one head of zeros, and empty layers vanish. The number
 of layers in the file is therefore not the child's.
 
 Source: llama.cpp, src/models/deci.cpp, and its convert_hf_to_gguf.py.
@@ -89,6 +90,14 @@ def _nothing(*_) -> list:
     return []
 
 
+def _idle_attention(config: PuzzleConfig) -> Mixer:
+    """One head of zeros."""
+    hidden, head = config.hidden_size, config.head_dim
+    matrices = {f"attn_{name}.weight": torch.zeros(head, hidden) for name in "qkv"}
+    tensors = {"attn_norm.weight": torch.ones(hidden), **matrices, "attn_output.weight": torch.zeros(hidden, head)}
+    return Mixer(1, 1, tensors)
+
+
 def neighbouring_pairs(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Rows of queries or keys in the order in which llama.cpp rotates them: neighbours instead of halves."""
     halves = weight.reshape(num_heads, 2, -1, *weight.shape[1:])
@@ -115,8 +124,11 @@ def packed(parts: Iterable[Mixer | FeedForward], config: PuzzleConfig) -> list[t
             layers[-1] = (layers[-1][0], part)
         else:
             layers.append((None, part))
-    layers = layers or [(None, None)]
-    if layers[0][0] is None:
+    if not any(mixer and mixer.num_key_value_heads for mixer, _ in layers):
+        if not layers or layers[0][0] is not None:
+            layers.insert(0, (None, None))
+        layers[0] = (_idle_attention(config), layers[0][1])
+    elif layers[0][0] is None:
         layers[0] = (_matrix(torch.ones(hidden), torch.zeros(hidden, hidden), config), layers[0][1])
     return [(mixer, ffn or idle_ffn) for mixer, ffn in layers]
 

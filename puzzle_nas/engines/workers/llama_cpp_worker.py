@@ -12,6 +12,7 @@ import numpy as np
 from protocol import answer_requests
 
 CHUNK_TOKENS = 512
+LOG_LEVEL_ERROR = 4
 
 
 class LlamaCpp:
@@ -134,7 +135,7 @@ class LlamaCpp:
         return np.random.default_rng(0).integers(0, self._vocab_size, (batch_size, length)).tolist()
 
     def _last_complaint(self):
-        errors = [text.strip() for level, text in self._said if level >= 4 and text.strip()]
+        errors = [text.strip() for level, text in self._said if level == LOG_LEVEL_ERROR and text.strip()]
         return errors[0] if errors else "llama.cpp gave no reason"
 
 
