@@ -135,15 +135,23 @@ class ServingEngine(Engine[Worker]):
         Raises:
             EngineError: not installed, or the engine cannot load this export; quotes the engine.
         """
-        with Worker(self.name, self.python(), self.worker_script, self.environment()) as worker:
-            worker.ask(
-                "load",
-                folder=str(exported.resolve()),
-                precision=precision,
-                threads=threads,
-                chunk_tokens=VERIFICATION_CHUNK_TOKENS if exact else None,
-            )
+        with self.start() as worker:
+            self.load_into(worker, exported, precision, threads, exact)
             yield worker
+
+    def start(self) -> Worker:
+        """A worker that has loaded nothing yet."""
+        return Worker(self.name, self.python(), self.worker_script, self.environment())
+
+    def load_into(self, worker: Worker, exported: Path, precision: str, threads: int | None, exact: bool) -> None:
+        """See `load`; what the worker had loaded before, it forgets."""
+        worker.ask(
+            "load",
+            folder=str(exported.resolve()),
+            precision=precision,
+            threads=threads,
+            chunk_tokens=VERIFICATION_CHUNK_TOKENS if exact else None,
+        )
 
     def log_probabilities(self, model: Worker, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """log p(token t + 1 | tokens 0..t) in nats, one fewer than each prompt has tokens. Prompts run batched."""

@@ -2,6 +2,7 @@
 
 # pyright: reportMissingImports=false
 
+import gc
 import os
 import resource
 import time
@@ -26,6 +27,8 @@ class Vllm:
 
     def load(self, folder, precision, threads, chunk_tokens):
         """See engines/base.py. With `chunk_tokens`, arithmetic is float32 and prompts are taken in such pieces."""
+        self._llm = self._engine = None
+        gc.collect()
         if threads:
             torch.set_num_threads(threads)
         exact = {"dtype": "float32", "max_num_batched_tokens": chunk_tokens, "max_num_seqs": 8, "enforce_eager": True}
