@@ -296,6 +296,57 @@ def engine_install_command(
     print(f"{name} is installed in {serving_engine(name).install()}")
 
 
+@app.command("bench")
+def bench_command(
+    parent: Annotated[Path, typer.Argument(metavar="PARENT", help="An export of the parent.")],
+    child: Annotated[Path, typer.Argument(metavar="CHILD", help="An export of the child.")],
+    engine: Annotated[str, typer.Option(help="llama.cpp, vllm or transformers.")],
+    scenarios: Annotated[str, typer.Option(help="table3, or PROMPT/OUTPUT lengths such as 128/64,512/32.")] = "table3",
+    scale: Annotated[int, typer.Option(min=1, help="Divide the lengths by this.")] = 8,
+    batch_sizes: Annotated[str, typer.Option(help="Batch sizes to choose the best from.")] = "1,4,16",
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats, of which the median counts.")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the engine's own choice.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON.")] = None,
+) -> None:
+    """Time a parent and a child on the engine that serves them."""
+    from puzzle_nas.artifacts import write_json
+    from puzzle_nas.engines import serving_engine
+    from puzzle_nas.errors import RecipeError
+    from puzzle_nas.stages.bench_child import bench, scenario_lengths
+
+    try:
+        sizes = [int(size) for size in batch_sizes.split(",")]
+    except ValueError:
+        raise RecipeError(f"'{batch_sizes}' are no batch sizes; write numbers with commas, such as 1,4,16.") from None
+    lengths = scenario_lengths(scenarios, scale)
+    result = bench(serving_engine(engine), {"parent": parent, "child": child}, lengths, sizes, repeats, threads)
+    print(f"{'prompt/output':>14s} {'batch':>9s} {'parent':>10s} {'child':>10s}  speed-up  (tokens per second)")
+    for name, row in result["scenarios"].items():
+        before, after = row["parent"], row["child"]
+        sizes_text = f"{before['batch_size']}, {after['batch_size']}"
+        rates = f"{before['tokens_per_second']:10.1f} {after['tokens_per_second']:10.1f}"
+        print(f"{name:>14s} {sizes_text:>9s} {rates}  {row['speedup']:.3f}x")
+    if out is not None:
+        write_json(out, result)
+
+
+@app.command("serve")
+def serve_command(
+    export: Annotated[Path, typer.Argument(metavar="EXPORT", help="An export folder, such as RUN/exports/gguf-q8_0.")],
+    engine: Annotated[str, typer.Option(help="llama.cpp or vllm.")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on loopback.")] = 8000,
+) -> None:
+    """Start the engine's own OpenAI-compatible server; Ctrl-C ends it."""
+    from puzzle_nas.engines import serving_engine
+    from puzzle_nas.engines.server import served
+
+    chosen = serving_engine(engine)
+    chosen.precision_of(export)
+    with served(chosen, export, port) as server:
+        print(f"{engine} is ready. Try:\n{server.curl}", flush=True)
+        server.process.wait()
+
+
 def main() -> None:
     """Entry point: users' mistakes become one sentence and exit code 2."""
     import warnings

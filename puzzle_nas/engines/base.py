@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from puzzle_nas.architecture import Scenario
+from puzzle_nas.artifacts import read_json
 from puzzle_nas.engines.environments import environment_python, install_environment
 from puzzle_nas.engines.worker import Worker
-from puzzle_nas.errors import EngineError
+from puzzle_nas.errors import EngineError, ExportError
 
 M = TypeVar("M")
 
 VERIFICATION_CHUNK_TOKENS = 64
 """Tokens that an engine takes at once during verification, so that prompts of moderate length cross borders."""
+
+EXPORT_RECORD = "export.json"
+"""What a finished export is, and how it was verified."""
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,20 @@ class ServingEngine(Engine[Worker]):
         Raises:
             EngineError: the engine has no server.
         """
+
+    def precision_of(self, exported: Path) -> str:
+        """The precision of a finished export.
+
+        Raises:
+            ExportError: there is no finished export, or one for another engine.
+        """
+        if not (exported / EXPORT_RECORD).is_file():
+            raise ExportError(f"{exported} is no export. Make one with: puzzle export CHILD --to {self.formats[0]}")
+        record = read_json(exported / EXPORT_RECORD)
+        if record["format"] not in self.formats:
+            formats = " or ".join(self.formats)
+            raise ExportError(f"{exported} holds {record['format']}, and {self.name} loads {formats}.")
+        return record["precision"]
 
     @contextmanager
     def load(self, exported: Path, precision: str, threads: int | None = None, exact: bool = False) -> Iterator[Worker]:

@@ -12,13 +12,12 @@ from puzzle_nas import __version__
 from puzzle_nas.artifacts import complete_folder, file_checksum, write_json
 from puzzle_nas.data.sources import PYTHON_STDLIB, documents
 from puzzle_nas.engines import serving_engine
+from puzzle_nas.engines.base import EXPORT_RECORD
 from puzzle_nas.engines.verification import LEAST_TOKENS, cut_prompts, verify, verify_quantised
 from puzzle_nas.errors import ExportError
 from puzzle_nas.exporters import EXPORTERS, Child
 from puzzle_nas.progress import console
 from puzzle_nas.recipe import SourceSettings
-
-RECORD = "export.json"
 
 
 def export_child(checkpoint: Path, to: str, dtype: str | None, quantise: str | None, exports: Path) -> Path:
@@ -67,7 +66,7 @@ def export_child(checkpoint: Path, to: str, dtype: str | None, quantise: str | N
             "precision": quantise or dtype,
             "verification": checks,
         }
-        write_json(partial / RECORD, record)
+        write_json(partial / EXPORT_RECORD, record)
     for precision, check in checks.items():
         console.print(
             f"  {precision}: {check['num_tokens']} tokens, log-probabilities differ by {check['mean_nats']:.2g} nats "
