@@ -65,6 +65,8 @@ class DeciLMExporter(Exporter):
     def config_json(self, child: Child, dtype: str) -> dict[str, Any]:
         """The checkpoint's config.json."""
         config = child.config
+        # Sizes that differ between layers can be read of the whole only so.
+        whole = config.to_dict()
         same = (
             "vocab_size",
             "hidden_size",
@@ -90,7 +92,7 @@ class DeciLMExporter(Exporter):
             "model_type": "nemotron-nas",
             "auto_map": {"AutoConfig": f"{CONFIGURATION_CODE.stem}.DeciLMConfig"},
             "dtype": dtype,
-            **{name: getattr(config, name) for name in same},
+            **{name: whole[name] for name in same},
             "attention_bias": config.attention_output_bias,
             "qkv_bias": config.query_key_value_bias,
             "block_configs": [
