@@ -131,6 +131,10 @@ class ServingEngine(Engine[Worker]):
             EngineError: the engine has no server.
         """
 
+    def last_words(self, lines: list[str]) -> str:
+        """Why a server ended, from what it wrote."""
+        return " / ".join(lines[-3:])[-500:] or "it said nothing"
+
     def precision_of(self, exported: Path) -> str:
         """The precision of a finished export.
 

@@ -72,8 +72,7 @@ def _wait_until_ready(engine, process, port: int, log, timeout_seconds: float) -
     while time.monotonic() < deadline:
         if process.poll() is not None:
             log.seek(0)
-            lines = [line.strip() for line in log.read().splitlines() if line.strip()]
-            words = " / ".join(lines[-3:])[-500:] or "it said nothing"
+            words = engine.last_words([line.strip() for line in log.read().splitlines() if line.strip()])
             raise EngineError(f"{engine.name}'s server ended with exit code {process.returncode}: {words}")
         try:
             with opener.open(f"http://{LOOPBACK}:{port}/v1/models", timeout=5) as answer:

