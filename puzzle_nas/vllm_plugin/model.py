@@ -23,6 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
+from puzzle_nas import modeling
 from puzzle_nas.modeling import PuzzleConfig
 
 
@@ -213,6 +214,7 @@ class PuzzleForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config = self.config = vllm_config.model_config.hf_config
+        self.is_quantised = vllm_config.quant_config is not None
         self.model = PuzzleModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,
@@ -243,5 +245,26 @@ class PuzzleForCausalLM(nn.Module):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Fill the parameters from the checkpoint; returns the names of those filled."""
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        """Fill the parameters from the checkpoint; returns the names of those filled.
+
+        Raises:
+            ValueError: the checkpoint lacks weights. vLLM itself would leave those of products at random.
+        """
+        missing = set() if self.is_quantised else checkpoint_names(self.config)
+
+        def noted():
+            for name, weight in weights:
+                missing.discard(name)
+                yield name, weight
+
+        filled = AutoWeightsLoader(self).load_weights(noted(), mapper=self.hf_to_vllm_mapper)
+        if missing:
+            raise ValueError(f"The checkpoint lacks {len(missing)} weights, {min(missing)} among them.")
+        return filled
+
+
+def checkpoint_names(config: PuzzleConfig) -> set[str]:
+    """The weights of a complete, unquantised checkpoint."""
+    with torch.device("meta"):
+        names = set(modeling.PuzzleForCausalLM(config).state_dict())
+    return names - {"lm_head.weight"} if config.tie_word_embeddings else names
