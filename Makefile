@@ -20,9 +20,10 @@ quickstart-smoke: install-use
 test: install engines
 	$(BIN)/python -m pytest
 
-# What exports are verified with; llama.cpp is built from source, once for each machine.
+# What exports are verified with, once for each machine: llama.cpp is built from source, vLLM is 3.4 GB.
 engines: install-use
 	$(BIN)/puzzle engine install llama.cpp
+	$(BIN)/puzzle engine install vllm
 
 check: install
 	$(BIN)/ruff check .
