@@ -159,6 +159,11 @@ class RunFolder:
         return self / "search" / name / "architecture.json"
 
     @property
+    def frontier(self) -> Path:
+        """The best children and the baselines over a range of limits; the picture lies beside it, .html."""
+        return self / "search" / "frontier.json"
+
+    @property
     def summary(self) -> Path:
         """Everything that `puzzle show` prints."""
         return self / "summary.json"
