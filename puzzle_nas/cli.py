@@ -340,7 +340,7 @@ def bench_command(
     scale: Annotated[int, typer.Option(min=1, help="Divide the lengths by this.")] = 8,
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes to choose the best from.")] = "1,4,16",
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats, of which the median counts.")] = 3,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the engine's own choice.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: one for each core.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON.")] = None,
 ) -> None:
     """Time a parent and a child on the engine that serves them."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import psutil
-
 from puzzle_nas.artifacts import explained_disk_errors
 from puzzle_nas.engines.base import LOOPBACK, ServingEngine, Tolerance
 from puzzle_nas.engines.worker import Worker
@@ -46,7 +44,7 @@ class LlamaCppEngine(ServingEngine):
 
     def server_command(self, exported: Path, port: int) -> list[str]:
         """See `ServingEngine.server_command`."""
-        threads = str(psutil.cpu_count(logical=False) or 1)
+        threads = str(len(os.sched_getaffinity(0)))
         return [
             *(str(self.python()), str(WORKERS / "llama_cpp_server.py")),
             *("--model", str(exported / "model.gguf"), "--host", LOOPBACK, "--port", str(port)),
