@@ -7,14 +7,18 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file
 
 from puzzle_nas import cli
+from puzzle_nas.architecture_search import ArchitectureSearch
+from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.engines import SERVING_ENGINES
 from puzzle_nas.engines.base import EXPORT_RECORD
 from puzzle_nas.engines.server import served
 from puzzle_nas.errors import EngineError, ExportError
 from puzzle_nas.exporters import EXPORTERS
 from puzzle_nas.families.loading import save_model
+from puzzle_nas.recipe import parse_recipe
 from puzzle_nas.stages.export_child import export_child
 from tests.conftest import puzzle
 from tests.exporters.children import EVERY_KIND, child_of
@@ -142,3 +146,24 @@ def test_a_server_that_ends_is_quoted(tmp_path):
         served(SERVING_ENGINES["llama.cpp"], tmp_path, 18432),
     ):
         pass
+
+
+def test_a_run_exports_its_child(tiny_run, tmp_path, monkeypatch, capsys, check_refused):
+    monkeypatch.setattr(
+        sys, "argv", ["puzzle", "export", str(tiny_run), "--to", "transformers", "--out", str(tmp_path)]
+    )
+    cli.main()
+    assert f"Exported to {tmp_path / 'transformers-float32'}" in capsys.readouterr().out
+    exported = load_file(tmp_path / "transformers-float32" / "model.safetensors")
+    assert exported.keys() == load_file(tiny_run / "child-gkd" / "model.safetensors").keys()
+    check_refused("export", tiny_run, "--to", "gguf", "--out", tmp_path, contains=["its tokenizer splits text"])
+    assert [folder.name for folder in tmp_path.iterdir()] == ["transformers-float32"]
+
+
+def test_a_recipe_keeps_the_child_servable(tiny_run):
+    text = (tiny_run / "recipe.yaml").read_text()
+    recipe = parse_recipe(text, ["search.servable_by=[vllm-stock, llama.cpp]"])
+    space = ArchitectureSearch.load(recipe, RunFolder(tiny_run)).space
+    kinds = {(layer, spec.id) for layer, _, spec in space}
+    assert (1, "attention.no_op") in kinds and (0, "attention.no_op") not in kinds
+    assert not any(variant.endswith("linear") for _, variant in kinds)
