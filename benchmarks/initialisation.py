@@ -1,6 +1,7 @@
 """Mean replace-1-block KL of each variant kind: the paper's initialisation, least squares, and BLD from each.
 
-Runs the real pipeline four times on SmolLM2-135M-Instruct, on some layers to save time (LAYERS), with the
+The last column trains with the paper's loss, normalised over the batch and not for each token (bld.normalise).
+Runs the real pipeline five times on SmolLM2-135M-Instruct, on some layers to save time (LAYERS), with the
 quickstart's text. python benchmarks/initialisation.py [BLD_TOKENS]
 """
 
@@ -23,12 +24,14 @@ LAYERS = (2, 5, 11, 14, 17, 22, 28)
 """Spread over the depth, the two with massive activations, 11 and 28, among them."""
 
 
-def run_one(base: Path, initialisation: str, bld_tokens: int) -> dict[str, list[float]]:
+def run_one(base: Path, initialisation: str, bld_tokens: int, normalise: str = "token") -> dict[str, list[float]]:
     """KL by variant id, over LAYERS."""
-    folder = RunFolder(Path("runs/benchmark-initialisation") / f"{initialisation}-{bld_tokens}")
+    name = f"{initialisation}-{bld_tokens}-{normalise}"
+    folder = RunFolder(Path("runs/benchmark-initialisation") / name)
     overrides = [
         f"library.initialisation={initialisation}",
         f"bld.tokens={bld_tokens}",
+        f"bld.normalise={normalise}",
         "search_space.layers=" + json.dumps({i: [] for i in range(30) if i not in LAYERS}),
         "search_space.kv_heads=null",
         "search_space.width_fractions=[0.75, 0.5, 0.25, 0.1]",
@@ -36,7 +39,7 @@ def run_one(base: Path, initialisation: str, bld_tokens: int) -> dict[str, list[
     ]
     recipe = load_recipe(Path("recipes/quickstart.yaml"), overrides)
     if not (folder / "data").exists() and base.exists():
-        # The text is the same for all four.
+        # The text is the same for all.
         for name in ("parent", "data", "parent.json", "stages/prepare_parent.json", "stages/prepare_data.json"):
             source, target = base / name, folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +65,7 @@ def main() -> None:
         "least_squares": run_one(base, "least_squares", 0),
         "paper_then_bld": run_one(base, "paper", tokens),
         "least_squares_then_bld": run_one(base, "least_squares", tokens),
+        "same_by_batch": run_one(base, "least_squares", tokens, "batch"),
     }
     figures: dict[str, float] = {"bld_tokens": tokens, "layers": len(LAYERS)}
     print(f"{'mean KL, nats':18s}" + "".join(f"{name:>24s}" for name in columns))

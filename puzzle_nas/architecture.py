@@ -22,6 +22,8 @@ class Spec:
 
     slot: ClassVar[str]
     kind: ClassVar[str]
+    empty: ClassVar[bool] = False
+    """Whether nothing is left to run."""
 
     @property
     def id(self) -> str:
@@ -73,6 +75,7 @@ class NoOpAttention(Spec):
 
     slot: ClassVar[str] = "attention"
     kind: ClassVar[str] = "no_op"
+    empty: ClassVar[bool] = True
 
     def layer_config(self) -> dict[str, Any]:
         """See `Spec.layer_config`."""
@@ -115,6 +118,7 @@ class NoOpFFN(Spec):
 
     slot: ClassVar[str] = "ffn"
     kind: ClassVar[str] = "no_op"
+    empty: ClassVar[bool] = True
 
     def layer_config(self) -> dict[str, Any]:
         """See `Spec.layer_config`."""

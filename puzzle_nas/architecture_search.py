@@ -6,6 +6,7 @@ estimate the child's damage, the summed costs predict its costs (Puzzle, section
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,17 @@ from puzzle_nas.artifacts import RunFolder, read_json
 from puzzle_nas.costs import CostTable
 from puzzle_nas.errors import InfeasibleError
 from puzzle_nas.recipe import Recipe, search_space_of
-from puzzle_nas.search import InfeasibleLimitsError, Problem, Solution, Table, solve
+from puzzle_nas.search import (
+    InfeasibleLimitsError,
+    Problem,
+    Solution,
+    Table,
+    greedy,
+    homogeneous,
+    max_params,
+    no_op_only,
+    solve,
+)
 from puzzle_nas.servable import servable_space
 
 
@@ -96,6 +107,25 @@ class ArchitectureSearch:
             return solve(self.problem(limits), gap, time_limit_seconds)[0]
         except InfeasibleLimitsError as error:
             raise InfeasibleError(_explain(self, limits, error)) from error
+
+    def baselines(
+        self, problem: Problem, child: Solution, gap: float, time_limit_seconds: float
+    ) -> dict[str, Callable[[], Solution]]:
+        """What a child is compared with under the same limits, each found when called (Puzzle, tables 10-12)."""
+        groups = {position(layer, slot): layer for layer, slot, _ in self.space}
+        slots = {position(layer, slot): slot for layer, slot, _ in self.space}
+        plain = {
+            (position(layer, slot), spec.id)
+            for layer, slot, spec in self.space
+            if spec.kind == "no_op" or spec == self.shape.parent_spec(slot)
+        }
+        restricted = no_op_only(problem, lambda place, variant: (place, variant) in plain)
+        return {
+            "greedy": lambda: greedy(problem, groups),
+            "homogeneous": lambda: homogeneous(problem, "runtime_ms", child.costs["runtime_ms"], groups, slots),
+            "max_params": lambda: max_params(problem, "parameters", gap, time_limit_seconds),
+            "no_op_only": lambda: solve(restricted, gap, time_limit_seconds)[0],
+        }
 
 
 def _explain(found: ArchitectureSearch, limits: dict[str, float], error: InfeasibleLimitsError) -> str:

@@ -118,13 +118,16 @@ def search_command(
     """
     from puzzle_nas.errors import RecipeError
 
+    if (table is None) == (run_dir is None):
+        raise RecipeError("Name either a run folder or a table with --table.")
     if table is not None:
         _search_table(
             table, limit or [], minimize, maximize, solutions, min_different, gap, time_limit_seconds, as_json
         )
         return
-    if run_dir is None:
-        raise RecipeError("Name a run folder, or a table with --table.")
+    assert run_dir is not None
+    if minimize or maximize or solutions != 1 or min_different != 1:
+        raise RecipeError("--minimize, --maximize, --solutions and --min-different are for a table; add --table FILE.")
     if not limit:
         _run_stage("search", run_dir, [], again)
         return
@@ -182,7 +185,7 @@ def _search_table(path, limits, minimize, maximize, solutions, min_different, ga
         column, _, value = text.partition("=")
         low, colon, high = value.rpartition(":")
         try:
-            bounds.append(Limit(column, float(low) if colon and low else None, float(high) if high else None))
+            bounds.append(Limit(column, float(low) if low else None, float(high) if high or not colon else None))
         except ValueError:
             raise RecipeError(f"'{text}' is not a limit; write COLUMN=MAX or COLUMN=MIN:MAX.") from None
     start = time.perf_counter()
@@ -207,10 +210,42 @@ def _search_table(path, limits, minimize, maximize, solutions, min_different, ga
         print(json.dumps(result, indent=1))
         return
     for number, s in enumerate(found, start=1):
-        print(f"solution {number}: score {s.score:.6g} (bound {s.bound:.6g}, {s.status})")
+        bound = "no bound" if s.bound is None else f"bound {s.bound:.6g}"
+        print(f"solution {number}: score {s.score:.6g} ({bound}, {s.status})")
         for layer, variant in s.choices.items():
             print(f"  {layer}: {variant}")
         print("  totals: " + ", ".join(f"{name}={value:.6g}" for name, value in s.costs.items()))
+
+
+@app.command("frontier")
+def frontier_command(
+    run_dir: RunArgument,
+    limit_range: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=FROM:TO[:COUNT]",
+            help="Default: speed-ups from 1.05 to the largest that can be reached. The recipe's other limits hold.",
+        ),
+    ] = None,
+) -> None:
+    """The best child and the baselines over a range of limits: RUN/search/frontier.json, and .html to look at."""
+    from puzzle_nas import pipeline
+    from puzzle_nas.architecture_search import ArchitectureSearch
+    from puzzle_nas.artifacts import RunFolder, read_json, write_bytes, write_json
+    from puzzle_nas.frontier import LimitRange, solve_frontier
+    from puzzle_nas.progress import console
+    from puzzle_nas.report.page import render_frontier
+    from puzzle_nas.report.tables import show_frontier
+
+    run = RunFolder(run_dir)
+    recipe = pipeline.open_run(run)
+    asked = LimitRange.parse(limit_range) if limit_range else None
+    frontier = solve_frontier(recipe, ArchitectureSearch.load(recipe, run), asked)
+    write_json(run.frontier, frontier)
+    picture = run.frontier.with_suffix(".html")
+    write_bytes(picture, render_frontier(frontier, read_json(run.parent)["source"]).encode())
+    console.print(show_frontier(frontier))
+    print(f"Written to {run.frontier}; the picture is {picture}.")
 
 
 def _print_summary(run_dir: Path, as_json: bool = False) -> None:
@@ -305,7 +340,7 @@ def bench_command(
     scale: Annotated[int, typer.Option(min=1, help="Divide the lengths by this.")] = 8,
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes to choose the best from.")] = "1,4,16",
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats, of which the median counts.")] = 3,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the engine's own choice.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: one for each core.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON.")] = None,
 ) -> None:
     """Time a parent and a child on the engine that serves them."""

@@ -116,10 +116,14 @@ class CostSettings(Settings):
     """How runtimes are measured."""
 
     file: Path | None = None
-    """A cost table to use instead of measuring."""
-    repeats: int = Field(7, ge=1)
+    """A cost table to use instead of measuring. It must come from this machine, engine, precision and thread count."""
+    force: bool = False
+    """Use `file` wherever it comes from: to search on one machine for another."""
+    mixtures: int = Field(24, ge=1)
+    """Random architectures that are timed besides the stacks of one variant. More of them predict better."""
+    repeats: int = Field(3, ge=1)
     """Interleaved repeats, of which the median counts."""
-    decode_steps_measured: int = Field(12, ge=1)
+    decode_steps_measured: int = Field(8, ge=1)
     """Decode steps timed in one repeat, around the middle of the decode."""
 
 

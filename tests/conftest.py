@@ -26,7 +26,7 @@ TINY_SETTINGS = {
     },
     "search_space": {"width_fractions": [0.5, 0.25]},
     "scenarios": [{"name": "chat", "batch_size": 2, "prefill_tokens": 16, "decode_tokens": 8}],
-    "costs": {"repeats": 3, "decode_steps_measured": 4},
+    "costs": {"mixtures": 6, "repeats": 3, "decode_steps_measured": 4},
     "bld": {"tokens": 4096, "batch_tokens": 256, "checkpoint_every_steps": 4, "learning_rate": 1e-3},
     "search": {"limits": {"speedup": 1.2}},
     "gkd": {"tokens": 8192, "batch_tokens": 256, "evaluate_every_steps": 8, "learning_rate": 1e-3},

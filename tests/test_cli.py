@@ -33,6 +33,48 @@ def test_search_on_a_table(tmp_path):
     assert json.loads(band.stdout)["solutions"][0]["costs"]["ms"] in (10, 12)
 
 
+def test_search_on_a_table_with_fused_layers_and_a_fixed_cost(tmp_path):
+    rows = ["embeddings,fixed,1,0,30", "0,full,1,0,10", "0,half,1,1,6", "0,fused,2,2.5,8", "1,full,1,0,10"]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["layer,variant,span,loss,ms", *rows]))
+    arguments = ["search", "--table", table, "--minimize", "loss", "--gap", 0, "--json"]
+    (best,) = json.loads(puzzle(*arguments, "--limit", "ms=40").stdout)["solutions"]
+    assert best == {
+        "choices": {"embeddings": "fixed", "0": "fused"},
+        "score": 2.5,
+        "bound": 2.5,
+        "gap": 0,
+        "costs": {"loss": 2.5, "ms": 38},
+        "status": "optimal",
+    }
+    refused = puzzle(*arguments, "--limit", "ms=30", check=False)
+    assert refused.returncode == 2 and "ms <= 30 can come to 38 (8 above the limit)" in refused.stderr
+
+
+def test_the_example_of_the_documentation(tmp_path, pytestconfig):
+    text = (pytestconfig.rootpath / "docs/search.md").read_text()
+    table, command, answer = text.split("```")[1:6:2]
+    (tmp_path / "costs.csv").write_text(table.lstrip())
+    found = json.loads(puzzle(*command.split()[2:], cwd=tmp_path).stdout)
+    said = json.loads(answer.removeprefix("json"))
+    assert found["solutions"] == said["solutions"]
+    impossible = ["--minimize", "loss", "--limit", "runtime_ms=5"]
+    refused = puzzle("search", "--table", "costs.csv", *impossible, cwd=tmp_path, check=False)
+    assert refused.stderr.removeprefix("puzzle: ").strip() in " ".join(text.split())
+
+
+def test_search_says_what_it_cannot_combine(tmp_path):
+    (tmp_path / "table.csv").write_text(TABLE)
+    for arguments, message in (
+        ([], "either a run folder or a table"),
+        ([tmp_path, "--table", tmp_path / "table.csv"], "either a run folder or a table"),
+        ([tmp_path, "--solutions", 2], "are for a table"),
+        (["--table", tmp_path / "table.csv", "--minimize", "loss", "--limit", "ms"], "write COLUMN=MAX"),
+    ):
+        refused = puzzle("search", *arguments, check=False)
+        assert refused.returncode == 2 and message in refused.stderr
+
+
 @pytest.mark.parametrize("command", ["run", "search", "show", "generate", "score-blocks"])
 def test_every_command_explains_itself(command):
     text = puzzle(command, "--help").stdout

@@ -109,17 +109,26 @@ def interleaved_medians(
     }
 
 
+@torch.inference_mode()
 def speedups(
-    parent: PuzzleForCausalLM, child: PuzzleForCausalLM, scenarios: Sequence[Scenario], repeats: int
+    parent: PuzzleForCausalLM,
+    child: PuzzleForCausalLM,
+    scenarios: Sequence[Scenario],
+    repeats: int,
+    decode_steps_measured: int,
 ) -> list[float]:
-    """The parent's time over the child's on the weighted mix of whole request batches, for each interleaved repeat."""
+    """The parent's time over the child's on the weighted mix of request batches, for each interleaved repeat.
+
+    Of the decode only some steps around its middle are timed, as for the cost table.
+    """
     engine = TorchEngine()
     for model in (parent, child):
         engine.prepare(model)
     ratios = []
     for _ in range(repeats):
         mix = [
-            sum(s.weight * engine.time_request(model, s).total_ms(s) for s in scenarios) for model in (parent, child)
+            sum(s.weight * engine.time_parts(model, s, decode_steps_measured).total_ms(s) for s in scenarios)
+            for model in (parent, child)
         ]
         ratios.append(mix[0] / mix[1])
     return ratios

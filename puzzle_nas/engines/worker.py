@@ -26,14 +26,13 @@ class Worker:
 
     def __enter__(self) -> Worker:
         self._log = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=self._environment,
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+        try:
+            self._process = subprocess.Popen(self._command, text=True, env=self._environment, **pipes)
+        except OSError as error:
+            raise EngineError(
+                f"{self.engine}'s Python does not start; delete its folder and install it anew: {error}"
+            ) from error
         return self
 
     def __exit__(self, *_) -> None:

@@ -243,20 +243,29 @@ def architecture_of(config: PuzzleConfig) -> Architecture:
     return Architecture(tuple(layers))
 
 
-def probe_model(parent: PuzzleForCausalLM, architecture: Architecture) -> PuzzleForCausalLM:
-    """A model to be timed: the parent's weights, shared, where they fit the architecture, random ones elsewhere."""
-    config = child_config(parent.config, architecture)
+def probe_model(
+    parent: PuzzleForCausalLM, architecture: Architecture, placeholders: dict[tuple, torch.Tensor] | None = None
+) -> PuzzleForCausalLM:
+    """A model to be timed: the parent's weights, shared, where they fit the architecture, random ones elsewhere.
+
+    `placeholders` keeps the random ones, so that several probes share them.
+    """
+    placeholders = {} if placeholders is None else placeholders
     with torch.device("meta"):
-        wanted = PuzzleForCausalLM(config).state_dict()
+        wanted = PuzzleForCausalLM(child_config(parent.config, architecture)).state_dict()
     given = parent.state_dict()
     generator = torch.Generator().manual_seed(0)
-    weights = {
-        name: given[name]
-        if name in given and given[name].shape == meta.shape
-        else torch.randn(meta.shape, generator=generator).mul_(0.02).to(device=parent.device, dtype=parent.dtype)
-        for name, meta in wanted.items()
-    }
-    return build(config, weights)
+    weights = {}
+    for name, meta in wanted.items():
+        if name in given and given[name].shape == meta.shape:
+            weights[name] = given[name]
+            continue
+        key = (name, meta.shape)
+        if key not in placeholders:
+            random = torch.randn(meta.shape, generator=generator).mul_(0.02)
+            placeholders[key] = random.to(device=parent.device, dtype=parent.dtype)
+        weights[name] = placeholders[key]
+    return build(child_config(parent.config, architecture), weights)
 
 
 def shape_of(config: PreTrainedConfig) -> ParentShape:

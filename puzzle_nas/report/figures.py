@@ -66,6 +66,20 @@ class Point:
     is_child: bool
 
 
+@dataclass(frozen=True)
+class FrontierLine:
+    """One way to choose children, over a range of limits."""
+
+    label: str
+    costs: Sequence[float]
+    """Predicted, such as the speed-up."""
+    scores: Sequence[float]
+    """Summed replace-1-block scores."""
+    is_child: bool
+    scattered: bool
+    """Several children for each limit: points without a line."""
+
+
 def variant_colours(specs: Iterable[Spec]) -> dict[str, str]:
     """A colour for each variant id of one slot, given in order of size."""
     colours: dict[str, str] = {}
@@ -275,6 +289,27 @@ def frontier_figure(points: Sequence[Point]) -> go.Figure:
     figure.update_xaxes(title_text="predicted speed-up", range=[left, right], ticksuffix="x", nticks=6)
     figure.update_yaxes(title_text="validation KL, nats", **axis)
     return _styled(figure, height)
+
+
+def search_frontier_figure(lines: Sequence[FrontierLine], x_title: str, y_title: str) -> go.Figure:
+    """Summed score against predicted cost, both on log axes, one line for each model (Puzzle, Figure 5)."""
+    figure = go.Figure()
+    colours = iter((FEWER_HEADS, LINEAR, NO_OP, "#8a63b8", "#8a939c"))
+    for line in lines:
+        colour = PARENT if line.is_child else next(colours)
+        width, size = (3, 8) if line.is_child else (1.5, 6)
+        figure.add_scatter(
+            x=list(line.costs),
+            y=[score if score > 0 else None for score in line.scores],
+            name=line.label,
+            mode="markers" if line.scattered else "lines+markers",
+            line={"color": colour, "width": width},
+            marker={"size": 4 if line.scattered else size, "color": colour},
+            hovertemplate=f"{line.label}: %{{x:.4g}}, %{{y:.4g}}<extra></extra>",
+        )
+    figure.update_xaxes(title_text=x_title, **log_axis(cost for line in lines for cost in line.costs))
+    figure.update_yaxes(title_text=y_title, **log_axis(score for line in lines for score in line.scores))
+    return _styled(figure, 520)
 
 
 def prediction_figure(predicted_ms: Mapping[str, float], measured_ms: Mapping[str, float]) -> go.Figure:

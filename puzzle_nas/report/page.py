@@ -23,7 +23,7 @@ from puzzle_nas.artifacts import RunFolder, read_json
 from puzzle_nas.costs import CostTable
 from puzzle_nas.recipe import Recipe
 from puzzle_nas.report import figures
-from puzzle_nas.report.tables import MODEL_COLUMNS, model_rows, prediction_note, speed_note
+from puzzle_nas.report.tables import MODEL_COLUMNS, frontier_rows, model_rows, prediction_note, speed_note
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
@@ -114,7 +114,13 @@ def render_page(recipe: Recipe, run: RunFolder, summary: dict[str, Any]) -> str:
         ("How this was made", _making(recipe, run, summary)),
     ]
     body = "".join(f"<section><h2>{escape(title)}</h2>{content}</section>\n" for title, content in sections)
-    title = escape(f"Puzzle: a child of {summary['parent']['source']}")
+    content = f"{_headline(summary)}\n{body}"
+    return _document(f"Puzzle: a child of {summary['parent']['source']}", content)
+
+
+def _document(title: str, content: str) -> str:
+    """A self-contained page."""
+    title = escape(title)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -129,8 +135,7 @@ def render_page(recipe: Recipe, run: RunFolder, summary: dict[str, Any]) -> str:
 <main>
 <h1>{title}</h1>
 <noscript><p>The figures of this page need JavaScript; its tables do not.</p></noscript>
-{_headline(summary)}
-{body}</main>
+{content}</main>
 </body>
 </html>
 """
@@ -510,4 +515,49 @@ def _making(recipe: Recipe, run: RunFolder, summary: Mapping[str, Any]) -> str:
         _scrolling(f"<tbody>\n{rows}</tbody>")
         + _table(columns, scenarios)
         + f"<details><summary>Resolved recipe</summary><pre>{escape(recipe.to_yaml())}</pre></details>\n"
+    )
+
+
+# The frontier
+
+FRONTIER_MODELS = {
+    "child": ("child", "the best summed score within the limits"),
+    "greedy": ("greedy", "layer by layer, each within its share of the limits"),
+    "homogeneous": ("homogeneous", "one choice for all layers, mixed to the child's predicted runtime"),
+    "max_params": ("max-params", "the most parameters within the limits"),
+    "no_op_only": ("no-op only", "the best of only the parent's sub-blocks and no-ops"),
+    "random": (
+        "random",
+        "drawn from the library within the limits, at most 1 % faster than the child, several at each limit",
+    ),
+}
+"""By name in the table: label, and what it is."""
+
+
+def render_frontier(frontier: Mapping[str, Any], parent: str) -> str:
+    """The page of `puzzle frontier`: what `puzzle_nas.frontier` solved, as a picture and a table."""
+    column, axis = {
+        "memory_bytes": ("memory_bytes", "memory of parameters and KV cache, bytes"),
+        "parameters": ("parameters", "parameters"),
+    }.get(frontier["limit"], ("speedup_predicted", "predicted speed-up"))
+    unit = {"kl": "KL", "lm_loss": "LM loss increase"}[frontier["metric"]]
+    lines = []
+    for model, (label, _) in FRONTIER_MODELS.items():
+        own = [row for row in frontier["rows"] if row["model"] == model and "infeasible" not in row]
+        costs, scores = [row[column] for row in own], [row["score_sum"] for row in own]
+        lines.append(figures.FrontierLine(label, costs, scores, model == "child", model == "random"))
+    held = ", ".join(f"{name} = {value:g}" for name, value in frontier["other_limits"].items())
+    text = _paragraph(
+        f"Each point is a whole architecture: the sum of its replace-1-block scores ({unit}, nats) against its "
+        f"predicted costs. Lower is better. Nothing was assembled." + (f" Throughout, {held}." if held else "")
+    )
+    figure = figures.search_frontier_figure([line for line in lines if line.costs], axis, f"summed score: {unit}, nats")
+    columns, rows = frontier_rows(frontier)
+    return _document(
+        f"Puzzle: the frontier of {parent}",
+        text
+        + _figure("frontier", figure, "Quality against cost")
+        + _table(columns, rows)
+        + _table(("model", "what it is"), FRONTIER_MODELS.values(), text=("what it is",))
+        + _paragraph("A dash: nothing of that kind meets the limits. For random, the median.", "note"),
     )

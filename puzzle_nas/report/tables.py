@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -120,3 +122,26 @@ def _footer(summary: dict[str, Any]) -> Text:
     stages = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
     time = f"Time: {sum(seconds.values()):.0f} s ({stages})."
     return Text("\n".join([speed_note(summary), prediction_note(summary), time]))
+
+
+def frontier_rows(frontier: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a frontier: a limit, then the summed score of every model, `-` where there is none."""
+    models = list(dict.fromkeys(row["model"] for row in frontier["rows"]))
+    rows = []
+    for value in frontier["values"]:
+        at = [row for row in frontier["rows"] if row["limit"] == value]
+        sums = {m: [row["score_sum"] for row in at if row["model"] == m and "score_sum" in row] for m in models}
+        rows.append([f"{value:.4g}", *(f"{statistics.median(s):.4f}" if s else "-" for s in sums.values())])
+    return [frontier["limit"], *(model.replace("_", "-") for model in models)], rows
+
+
+def show_frontier(frontier: Mapping[str, Any]) -> Table:
+    """A frontier for the terminal."""
+    columns, rows = frontier_rows(frontier)
+    title = "Summed score at each limit (random: the median of several)"
+    table = Table(title=title, title_justify="left", box=None)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for cells in rows:
+        table.add_row(*cells)
+    return table

@@ -55,7 +55,7 @@ def solve(
         SearchTimeoutError: the time was up before any choice was found.
         RecipeError: arguments out of range.
     """
-    if gap < 0 or time_limit_seconds <= 0 or num_solutions < 1 or min_different < 1:
+    if not (gap >= 0 and time_limit_seconds > 0 and num_solutions >= 1 and min_different >= 1):
         raise RecipeError(
             "A search needs gap >= 0, time_limit_seconds > 0, num_solutions >= 1 and min_different >= 1; "
             f"given {gap}, {time_limit_seconds}, {num_solutions} and {min_different}."

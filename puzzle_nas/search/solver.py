@@ -8,6 +8,7 @@ rest. Whatever comes back is checked against every row in exact arithmetic.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from dataclasses import dataclass, replace
 
@@ -178,10 +179,30 @@ def _run(model: highspy.HighsLp, deadline: float, gap: float, start: np.ndarray 
             known = highspy.HighsSolution()
             known.col_value = start
             highs.setSolution(known)
-        highs.run()
+        _interruptible(highs)
         if highs.getModelStatus() in (Status.kOptimal, Status.kInfeasible, Status.kTimeLimit):
             break
     return highs
+
+
+def _interruptible(highs: highspy.Highs) -> None:
+    """Solve beside the caller's thread, so that Ctrl-C ends it at once."""
+    done = threading.Event()
+
+    def solve() -> None:
+        try:
+            highs.run()
+        finally:
+            done.set()
+
+    highs.HandleUserInterrupt = True
+    threading.Thread(target=solve, daemon=True).start()
+    try:
+        done.wait()
+    except KeyboardInterrupt:
+        highs.cancelSolve()
+        done.wait()
+        raise
 
 
 def _relax(program: Program, deadline: float) -> tuple[np.ndarray, np.ndarray] | None:

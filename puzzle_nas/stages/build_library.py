@@ -22,7 +22,7 @@ SETTINGS = ("seed", "precision", "device", "search_space", "library")
 OUTPUTS = ("library/initial/*/*",)
 
 OBSERVED_BATCH_TOKENS = 4096
-HELD_BACK_TOKENS = 2048
+HELD_BACK_TOKENS = 1024
 """Enough to tell initialisations apart that differ much; those that do not differ much need no choosing."""
 
 

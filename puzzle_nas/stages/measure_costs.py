@@ -1,21 +1,24 @@
 """What every variant costs: bytes exactly, runtime as measured on an engine. File: costs/ENGINE.json.
 
-Runtimes come from whole models in which every layer has the same variant in one slot and the parent's in the other,
-less the model that has nothing in that slot. So each variant is timed among its neighbours, out of a cold cache, and
-not in a loop of its own. Embeddings, final norm and LM head are the model without any sub-block.
+Runtimes come from whole models: stacks of one variant, and random mixtures. So each variant is timed among
+neighbours, out of a cold cache, and not in a loop of its own. `cost_fit` says how they become costs of single variants.
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 import psutil
 import torch
 
-from puzzle_nas.architecture import SLOTS, Architecture, NoOpAttention, NoOpFFN, ParentShape, Spec
+from puzzle_nas.architecture import Architecture, NoOpAttention, NoOpFFN, Scenario, Spec
 from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
+from puzzle_nas.cost_fit import fit, random_mixtures, uniform_models
 from puzzle_nas.engines import RequestTime, TorchEngine
 from puzzle_nas.engines.torch_engine import interleaved_medians
 from puzzle_nas.errors import ArtifactError
@@ -38,7 +41,7 @@ BUSY_PERCENT = 20.0
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Measure, or take over the recipe's cost table; then see that the recipe's limits can be met at all."""
     if recipe.costs.file is not None:
-        write_json(run.costs("torch"), _given_table(recipe, recipe.costs.file))
+        write_json(run.costs("torch"), _given_table(recipe))
     else:
         write_json(run.costs("torch"), _measured_table(recipe, run))
     unscored = ArchitectureSearch.load(recipe, run, scored=False)
@@ -61,17 +64,18 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
             f"  Other work keeps this machine {busy:.0f} % busy: runtimes will be off. Better measure when it is idle."
         )
     specs = search_space_of(recipe, shape).kinds()
-    for spec in (NoOpAttention(), NoOpFFN()):
-        if spec not in specs:
-            specs.append(spec)
-    scenarios = {s.name: s.scenario() for s in recipe.scenarios}
-    probes = {name: probe_model(parent, architecture) for name, architecture in _architectures(shape, specs).items()}
+    specs += [spec for spec in (NoOpAttention(), NoOpFFN()) if spec not in specs]
+    stacks = uniform_models(shape, specs)
+    models = stacks | random_mixtures(shape, specs, recipe.costs.mixtures, recipe.seed)
+    placeholders: dict[tuple, torch.Tensor] = {}
+    probes = {name: probe_model(parent, architecture, placeholders) for name, architecture in models.items()}
     probes["parent"] = parent
+    scenarios = {s.name: s.scenario() for s in recipe.scenarios}
     engine = TorchEngine()
     with torch.inference_mode(), progress("measure costs, repeat", recipe.costs.repeats) as ticker:
         for model in probes.values():
             engine.prepare(model)
-        parts = interleaved_medians(
+        times = interleaved_medians(
             list(probes),
             scenarios,
             lambda name, scenario: engine.time_parts(probes[name], scenario, recipe.costs.decode_steps_measured),
@@ -81,33 +85,42 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
         whole = interleaved_medians(
             ["parent"], scenarios, lambda name, s: engine.time_request(probes[name], s), 3, lambda: None
         )["parent"]
-    layers = shape.num_hidden_layers
-    table = {
+    return {
         "machine": describe(machine),
         "other_load_percent": busy,
         "load_average_1_min": os.getloadavg()[0],
-        "num_hidden_layers": layers,
-        "bytes": _bytes(parent, probes, specs),
-        "scenarios": {},
+        "num_hidden_layers": shape.num_hidden_layers,
+        "bytes": _bytes(parent, {name: probes[name] for name in stacks}, specs),
+        "scenarios": {
+            name: {
+                **_fitted(models, {model: times[model][name] for model in models}, scenario),
+                "parent_measured": asdict(whole[name]),
+            }
+            for name, scenario in scenarios.items()
+        },
     }
-    for name in scenarios:
-        empty = parts["empty"][name]
-        variants = {
-            spec.id: _per_layer(parts[_probe_name(shape, spec)][name], parts[_without(spec.slot)][name], layers)
-            for spec in specs
-        }
-        table["scenarios"][name] = {
-            "fixed": {"prefill_ms": empty.prefill_ms, "decode_step_ms": empty.decode_step_ms},
-            "variants": variants,
-            "parent_measured": {
-                "prefill_ms": whole[name].prefill_ms,
-                "decode_step_ms": whole[name].decode_step_ms,
-            },
-        }
-    return table
 
 
-def _given_table(recipe: Recipe, path: Path) -> dict:
+def _fitted(models: Mapping[str, Architecture], times: Mapping[str, RequestTime], scenario: Scenario) -> dict[str, Any]:
+    """The additive costs of one scenario, and how far off they are on models that the fit has not seen."""
+    parts = {
+        "prefill_ms": fit(models, {name: time.prefill_ms for name, time in times.items()}),
+        "decode_step_ms": fit(models, {name: time.decode_step_ms for name, time in times.items()}),
+    }
+    whole = fit(models, {name: time.total_ms(scenario) for name, time in times.items()})
+    return {
+        "fixed": {part: found.fixed for part, found in parts.items()},
+        "variants": {
+            variant: {part: found.variants[variant] for part, found in parts.items()}
+            for variant in parts["prefill_ms"].variants
+        },
+        "prediction_error_median": statistics.median(abs(error) for error in whole.relative_errors.values()),
+    }
+
+
+def _given_table(recipe: Recipe) -> dict:
+    path = recipe.costs.file
+    assert path is not None
     if not path.is_file():
         raise ArtifactError(f"There is no cost table {path}; leave out costs.file to measure one.")
     table = read_json(path)
@@ -116,32 +129,15 @@ def _given_table(recipe: Recipe, path: Path) -> dict:
     if lacking:
         missing = ", ".join(sorted(lacking))
         raise ArtifactError(f"The cost table {path} lacks {missing}; leave out costs.file to measure one.")
+    here = describe(machine_of(recipe))
+    differing = [name for name, value in here.items() if table["machine"].get(name) != value]
+    if differing and not recipe.costs.force:
+        differences = "; ".join(f"{name} {table['machine'].get(name)}, here {here[name]}" for name in differing)
+        raise ArtifactError(
+            f"The cost table {path} belongs to another place ({differences}); leave out costs.file to measure one, "
+            "or set costs.force=true to search for that place."
+        )
     return table
-
-
-def _probe_name(shape: ParentShape, spec: Spec) -> str:
-    return "parent" if spec == shape.parent_spec(spec.slot) else spec.id
-
-
-def _without(slot: str) -> str:
-    return (NoOpAttention() if slot == "attention" else NoOpFFN()).id
-
-
-def _architectures(shape: ParentShape, specs: list[Spec]) -> dict[str, Architecture]:
-    """Probe name -> the same block in every layer."""
-    parent = {slot: shape.parent_spec(slot) for slot in SLOTS}
-    blocks: dict[str, dict[str, Spec]] = {"empty": {"attention": NoOpAttention(), "ffn": NoOpFFN()}}
-    for spec in specs:
-        if spec != parent[spec.slot]:
-            blocks[spec.id] = {**parent, spec.slot: spec}
-    return {name: Architecture((block,) * shape.num_hidden_layers) for name, block in blocks.items()}
-
-
-def _per_layer(with_it: RequestTime, without: RequestTime, layers: int) -> dict[str, float]:
-    return {
-        "prefill_ms": max(0.0, with_it.prefill_ms - without.prefill_ms) / layers,
-        "decode_step_ms": max(0.0, with_it.decode_step_ms - without.decode_step_ms) / layers,
-    }
 
 
 def _bytes(parent: PuzzleForCausalLM, probes: dict[str, PuzzleForCausalLM], specs: list[Spec]) -> dict:
@@ -159,5 +155,5 @@ def _bytes(parent: PuzzleForCausalLM, probes: dict[str, PuzzleForCausalLM], spec
             "parameter_bytes": count * itemsize,
             "kv_bytes_per_token": variant_of(spec).kv_bytes_per_token(spec, parent.config, itemsize),
         }
-    fixed = sum(w.numel() for w in probes["empty"].parameters())
+    fixed = sum(w.numel() for name, w in parent.named_parameters() if not name.startswith("model.layers."))
     return {"fixed": {"parameters": fixed, "parameter_bytes": fixed * itemsize}, "variants": variants}

@@ -27,6 +27,7 @@ from puzzle_nas.modeling.modeling_puzzle import PuzzleAttention, PuzzleLinearAtt
 from puzzle_nas.progress import progress
 from puzzle_nas.recipe import Recipe
 from puzzle_nas.report.model_card import model_card
+from puzzle_nas.subblocks.statistics import fast_products
 from puzzle_nas.training.comparison import ParentReference
 
 NAME = "refit_child"
@@ -82,8 +83,9 @@ def _solve(layer, slot: str, child_hidden, goal_hidden, inputs, ridge: float) ->
         error = goal.flatten(0, 1).float() - hidden.flatten(0, 1).float() - matrix(context).flatten(0, 1).float()
         weight = goal.flatten(0, 1).float().norm(dim=-1, keepdim=True).clamp_min(1e-6) ** -2
         weighted = (x * weight).T
-        gram = gram + (weighted @ x).double()
-        cross = cross + (weighted @ error).double()
+        with fast_products(context):
+            gram = gram + (weighted @ x).double()
+            cross = cross + (weighted @ error).double()
     assert matrix is not None and isinstance(gram, torch.Tensor)
     damping = ridge * gram.diagonal().mean().clamp_min(1e-20)
     change = torch.linalg.solve(gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), cross).T

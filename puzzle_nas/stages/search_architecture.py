@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 from puzzle_nas.architecture import Architecture
-from puzzle_nas.architecture_search import ArchitectureSearch, position
+from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder, write_json
 from puzzle_nas.engines import speedups
 from puzzle_nas.errors import InfeasibleError
@@ -15,13 +14,14 @@ from puzzle_nas.families import load_parent
 from puzzle_nas.families.loading import probe_model
 from puzzle_nas.progress import console
 from puzzle_nas.recipe import Recipe
-from puzzle_nas.search import Solution, greedy, homogeneous, max_params
 
 NAME = "search_architecture"
 COMMAND = "search"
 NEEDS = ("score_blocks", "measure_costs")
 SETTINGS = ("search", "scenarios", "search_space")
 OUTPUTS = ("search/main/architecture.json",)
+BASELINES = ("greedy", "homogeneous", "max_params")
+"""Those that every run assembles and evaluates."""
 
 
 def search(
@@ -35,13 +35,6 @@ def search(
     problem = found.problem(limits)
     best = found.solve(limits, gap, time_limit_seconds)
     chosen = found.describe(best)
-    groups = {position(layer, slot): layer for layer, slot, _ in found.space}
-    slots = {position(layer, slot): slot for layer, slot, _ in found.space}
-    baselines: dict[str, Callable[[], Solution]] = {
-        "greedy": lambda: greedy(problem, groups),
-        "homogeneous": lambda: homogeneous(problem, "runtime_ms", best.costs["runtime_ms"], groups, slots),
-        "max_params": lambda: max_params(problem, "parameters", gap, time_limit_seconds),
-    }
     result = {
         "limits": limits,
         **chosen,
@@ -50,15 +43,16 @@ def search(
         "gap": best.gap,
         "baselines": {},
     }
-    for name, baseline in baselines.items():
+    baselines = found.baselines(problem, best, gap, time_limit_seconds)
+    for name in BASELINES:
         try:
-            result["baselines"][name] = found.describe(baseline())
+            result["baselines"][name] = found.describe(baselines[name]())
         except InfeasibleError as error:
             result["baselines"][name] = {"infeasible": str(error)}
     return result
 
 
-VERIFY_REPEATS = 5
+VERIFY_REPEATS = 15
 MARGIN = 1.005
 """How much further than the shortfall a limit is tightened."""
 
@@ -77,7 +71,8 @@ def verified(found: ArchitectureSearch, recipe: Recipe, run: RunFolder) -> dict[
     limit, attempts = asked["speedup"], []
     for _ in range(settings.verify_attempts):
         probe = probe_model(parent, Architecture.from_list(result["architecture"]))
-        measured = statistics.median(speedups(parent, probe, found.costs.scenarios, VERIFY_REPEATS))
+        ratios = speedups(parent, probe, found.costs.scenarios, VERIFY_REPEATS, recipe.costs.decode_steps_measured)
+        measured = statistics.median(ratios)
         attempts.append({"speedup_predicted": result["speedup_predicted"], "speedup_measured": measured})
         console.print(f"  predicted {result['speedup_predicted']:.3f}x, measured {measured:.3f}x")
         if measured >= asked["speedup"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from puzzle_nas.architecture import GroupedAttention, LinearAttention, NoOpAttention
@@ -11,50 +13,69 @@ from puzzle_nas.subblocks.layers import Weights, subblock_layer, subblock_weight
 from puzzle_nas.subblocks.statistics import Activations, Moments, moments
 
 
-def merge_heads(weight: torch.Tensor, heads: int, head_dim: int) -> torch.Tensor:
-    """Mean-pool neighbouring KV heads down to `heads` (Puzzle, section 2). Shape [K * C, ...] -> [heads * C, ...]."""
-    split = weight.float().view(heads, -1, head_dim, *weight.shape[1:])
-    return split.mean(dim=1).reshape(heads * head_dim, *weight.shape[1:]).to(weight)
+def grouped_weights(
+    spec: GroupedAttention, layer: PuzzleDecoderLayer, merge: Callable[[torch.Tensor], torch.Tensor]
+) -> Weights:
+    """The parent's attention with fewer keys and values.
 
-
-def merged_weights(spec: GroupedAttention, layer: PuzzleDecoderLayer) -> Weights:
-    """The parent's attention with pooled keys and values."""
-    head_dim = layer.self_attn.head_dim
+    `merge` makes one head of each group of neighbours: [groups, heads in a group, ...] -> [groups, ...].
+    """
+    groups, head_dim = spec.num_key_value_heads, layer.self_attn.head_dim
     weights = subblock_weights(layer, "attention")
     for name, weight in weights.items():
         if ".k_proj." in name or ".v_proj." in name:
-            weights[name] = merge_heads(weight, spec.num_key_value_heads, head_dim)
+            rest = weight.shape[1:]
+            merged = merge(weight.float().view(groups, -1, head_dim, *rest))
+            weights[name] = merged.reshape(groups * head_dim, *rest).to(weight)
     return weights
 
 
 class Grouped(Variant[GroupedAttention]):
-    """Softmax attention with fewer KV heads; least squares refits the output projection to the merged heads."""
+    """Softmax attention with fewer KV heads.
+
+    The paper pools the keys and values of a group. Keys of different heads point in unrelated directions, so least
+    squares keeps one head of each group as it is, and refits the output projection to it; held-back KL says which.
+    """
 
     spec_class = GroupedAttention
 
     def observations(self, spec, layer):
-        """What the output projection receives when the heads are merged, against the parent's attention output."""
-        merged = subblock_layer(layer.self_attn.config, layer.layer_type, spec, merged_weights(spec, layer))
+        """What the output projection receives when one head of each group is kept, against the parent's output."""
 
-        def observe(batch: Activations) -> Moments:
-            context_BTE = merged.self_attn.context(batch.attention_in_BTD, **batch.inputs)[0]
-            target = batch.attention_out_ND
-            if layer.self_attn.o_proj.bias is not None:
-                target = target - layer.self_attn.o_proj.bias
-            return moments(context_BTE.flatten(0, 1), target)
+        def observer(weights: Weights) -> Callable[[Activations], Moments]:
+            grouped = subblock_layer(layer.self_attn.config, layer.layer_type, spec, weights)
 
-        return {spec.id: observe}
+            def observe(batch: Activations) -> Moments:
+                context_BTE = grouped.self_attn.context(batch.attention_in_BTD, **batch.inputs)[0]
+                target = batch.attention_out_ND
+                if layer.self_attn.o_proj.bias is not None:
+                    target = target - layer.self_attn.o_proj.bias
+                return moments(context_BTE.flatten(0, 1), target)
+
+            return observe
+
+        return {f"{spec.id}.{name}": observer(weights) for name, weights in self._kept_heads(spec, layer).items()}
 
     def paper(self, spec, context):
         """Mean-pooled keys and values."""
-        return merged_weights(spec, context.layer)
+        return grouped_weights(spec, context.layer, lambda heads: heads.mean(dim=1))
 
     def least_squares(self, spec, context):
-        """Mean-pooled keys and values, and the output projection that fits them best."""
-        weights = merged_weights(spec, context.layer)
-        output = solve_ridge(context.statistics[spec.id], context.ridge)
+        """Each head of a group kept, with the output projection that fits it best."""
         name = "self_attn.o_proj.weight"
-        return {"output": {**weights, name: like(output, weights[name])}}
+        candidates = {}
+        for choice, weights in self._kept_heads(spec, context.layer).items():
+            output = solve_ridge(context.statistics[f"{spec.id}.{choice}"], context.ridge)
+            candidates[choice] = {**weights, name: like(output, weights[name])}
+        return candidates
+
+    @staticmethod
+    def _kept_heads(spec: GroupedAttention, layer: PuzzleDecoderLayer) -> dict[str, Weights]:
+        group_size = layer.self_attn.config.num_key_value_heads // spec.num_key_value_heads
+        return {
+            f"head_{kept}": grouped_weights(spec, layer, lambda heads, kept=kept: heads[:, kept])
+            for kept in range(group_size)
+        }
 
     def kv_bytes_per_token(self, spec, config, itemsize):
         """Keys and values of every KV head."""

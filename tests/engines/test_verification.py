@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
+from puzzle_nas.architecture import Scenario
 from puzzle_nas.data.sources import documents
 from puzzle_nas.engines import SERVING_ENGINES
+from puzzle_nas.engines.llama_cpp import LlamaCppEngine
 from puzzle_nas.engines.verification import (
     CONTINUED_TOKENS,
     LEAST_TOKENS,
@@ -172,9 +174,23 @@ def test_a_missing_engine_is_one_sentence(tmp_path, monkeypatch):
         SERVING_ENGINES["llama.cpp"].python()
 
 
-def test_times_and_memory_come_from_the_engine(tmp_path):
-    from puzzle_nas.architecture import Scenario
+def test_an_installation_that_fails_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("PUZZLE_ENGINES", str(tmp_path))
+    monkeypatch.setattr(LlamaCppEngine, "requirements", (str(tmp_path / "nothing"),))
+    with pytest.raises(EngineError, match=r"^pip could not install llama\.cpp: .*nothing"):
+        LlamaCppEngine().install()
+    with pytest.raises(EngineError, match="is not installed"):
+        LlamaCppEngine().python()
+    (tmp_path / "llama.cpp" / "installed.json").write_text("{}")
+    (tmp_path / "llama.cpp" / "bin" / "python").unlink()
+    with (
+        pytest.raises(EngineError, match=r"llama\.cpp's Python does not start"),
+        LlamaCppEngine().load(tmp_path, "float32"),
+    ):
+        pass
 
+
+def test_times_and_memory_come_from_the_engine(tmp_path):
     child, engine = child_of(EVERY_KIND), SERVING_ENGINES["llama.cpp"]
     GGUFExporter().write(child, tmp_path, "float32")
     scenario = Scenario("chat", 3, 40, 9)

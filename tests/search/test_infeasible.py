@@ -20,10 +20,15 @@ def strict_problems(draw) -> Problem:
     columns = {
         name: [[draw(numbers) for _ in range(size)] for size in sizes] for name in ("score", "memory", "runtime")
     }
+    longest = [len(sizes) - position for position in range(len(sizes))]
+    spans = [
+        [1, *(draw(st.integers(1, most)) for _ in range(size - 1))] for most, size in zip(longest, sizes, strict=True)
+    ]
     bound = st.integers(-100, 200).map(lambda n: n / 10)
     low, high = draw(bound), draw(bound)
     limits = (Limit("memory", maximum=low), Limit("runtime", draw(st.sampled_from([None, low])), high))
-    return Problem(table_of(columns), "score", limits=limits, fixed={"memory": 1.0})
+    table = table_of(columns, draw(st.sampled_from([None, spans])))
+    return Problem(table, "score", limits=limits, fixed={"memory": 1.0})
 
 
 def tightest(problem: Problem, column: str, end: str, others: bool) -> Fraction | None:

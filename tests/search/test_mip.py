@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -43,7 +47,8 @@ def problems(draw, spans: bool = False, scale: float = 1.0) -> Problem:
     free = Problem(table, "score", sense, (), fixed)
     choices = every_choice(free)
     limits = []
-    for column in draw(st.sampled_from([(), ("memory",), ("memory", "runtime"), ("memory", "score")])):
+    limited = [(), ("memory",), ("memory", "runtime"), ("memory", "score"), ("memory", "runtime", "score", "memory")]
+    for column in draw(st.sampled_from(limited)):
         anchor = float(draw(st.sampled_from(choices)).totals[column])
         anchor = draw(st.sampled_from([anchor, float(np.nextafter(anchor, -np.inf)), anchor + 0.5]))
         ends = [(None, anchor), (anchor, None), (anchor, anchor), (anchor - 1, anchor)]
@@ -88,8 +93,8 @@ def test_spans_equal_brute_force(problem):
     check_against_brute_force(problem)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(problems(), st.integers(1, 3))
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.one_of(problems(), problems(spans=True)), st.integers(1, 3))
 def test_diverse_solutions_equal_brute_force_one_after_the_other(problem, min_different):
     choices = [choice for choice in every_choice(problem) if meets(problem, choice)]
     if not choices:
@@ -183,6 +188,56 @@ def test_no_limits_takes_the_best_of_every_position():
     assert solution.choices == {0: "b", 1: "a"}
 
 
+@pytest.mark.parametrize(("positions", "variants"), [(200, 400), (64, 1000)])
+def test_big_tables_reach_the_gap(positions, variants):
+    problem = random_problem(0, positions, variants)
+    (solution,) = solve(problem, gap=1e-4)
+    assert solution.status == "optimal" and solution.gap is not None and solution.gap <= 1e-4
+    for limit in problem.limits:
+        column, names = problem.table.columns[limit.column], problem.table.variants
+        exact = sum(Fraction(float(column[i][names[i].index(v)])) for i, v in solution.choices.items())
+        assert limit.maximum is not None and exact <= Fraction(limit.maximum)
+
+
+@pytest.mark.parametrize("factor", [2.0**-50, 2.0**50])
+def test_the_unit_of_the_score_does_not_matter(factor):
+    problem = random_problem(2, 20, 10)
+    columns = dict(problem.table.columns)
+    columns["score"] = tuple(factor * values for values in columns["score"])
+    scaled = Problem(Table(problem.table.positions, problem.table.variants, columns), "score", limits=problem.limits)
+    (one,), (other,) = solve(problem, gap=0.0), solve(scaled, gap=0.0)
+    assert other.status == "optimal" and other.gap == 0
+    assert other.score / factor == pytest.approx(one.score, rel=1e-15)
+
+
+def correlated_problem() -> Problem:
+    """Five limits on costs whose sum is nearly the negated score: far beyond a second."""
+    rng = np.random.default_rng(0)
+    costs = rng.integers(100, 1000, (5, 30, 20)).astype(float)
+    score = 1e4 - costs.sum(axis=0) + rng.integers(0, 100, (30, 20))
+    columns = {"score": tuple(score), **{f"cost{i}": tuple(cost) for i, cost in enumerate(costs)}}
+    table = Table(tuple(range(30)), (tuple(f"v{j}" for j in range(20)),) * 30, columns)
+    limits = tuple(Limit(f"cost{i}", maximum=float(cost.mean(axis=1).sum())) for i, cost in enumerate(costs))
+    return Problem(table, "score", limits=limits)
+
+
+def test_out_of_time_gives_the_best_found_with_its_gap():
+    problem = correlated_problem()
+    (solution,) = solve(problem, gap=1e-6, time_limit_seconds=1.0)
+    assert solution.status == "feasible" and solution.bound is not None and solution.bound < solution.score
+    assert solution.gap == (solution.score - solution.bound) / solution.score > 1e-6
+    assert all(solution.costs[limit.column] <= (limit.maximum or 0) for limit in problem.limits)
+    assert solution.seconds < 3
+
+
+def test_ctrl_c_ends_the_search_at_once():
+    started = time.monotonic()
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        solve(correlated_problem(), gap=0.0, time_limit_seconds=60.0)
+    assert time.monotonic() - started < 20
+
+
 def test_time_runs_out():
     problem = random_problem(1, 60, 40, 0.6)
     try:
@@ -194,6 +249,7 @@ def test_time_runs_out():
 
 
 @pytest.mark.parametrize("name", ["gap", "time_limit_seconds", "num_solutions", "min_different"])
-def test_arguments_out_of_range(name):
+@pytest.mark.parametrize("value", [-1, float("nan")])
+def test_arguments_out_of_range(name, value):
     with pytest.raises(RecipeError, match="A search needs"):
-        solve(random_problem(0, 2, 2), **{name: -1})
+        solve(random_problem(0, 2, 2), **{name: value})

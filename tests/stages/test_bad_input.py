@@ -163,3 +163,15 @@ def test_command_line_mistakes(tiny_run):
     check_refused("search", contains=["Name a run folder"])
     check_refused("search", tiny_run, "--limit", "speedup", contains=["NAME=NUMBER"])
     check_refused("generate", tiny_run / "nothing", "hello", contains=["no checkpoint"])
+
+
+def test_cost_table_from_elsewhere(recipe, tmp_path, tiny_run):
+    table = json.loads((tiny_run / "costs/torch.json").read_text())
+    table["machine"]["processor"] = "Another Processor"
+    file = tmp_path / "elsewhere.json"
+    file.write_text(json.dumps(table))
+    arguments = ("run", recipe(), f"costs.file={file}", "--run-dir", tmp_path / "r", "--to", "measure_costs")
+    check_refused(*arguments, contains=["Another Processor", "costs.force=true"])
+    assert not (tmp_path / "r/costs/torch.json").exists()
+    puzzle(*arguments, "costs.force=true")
+    assert (tmp_path / "r/costs/torch.json").exists()

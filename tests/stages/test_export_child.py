@@ -1,20 +1,24 @@
 """`puzzle export`, `puzzle bench` and `puzzle serve` through the command line, and what users get wrong."""
 
 import json
-import os
 import resource
 import shlex
 import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file
 
+from puzzle_nas import cli
+from puzzle_nas.architecture_search import ArchitectureSearch
+from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.engines import SERVING_ENGINES
 from puzzle_nas.engines.base import EXPORT_RECORD
 from puzzle_nas.engines.server import served
 from puzzle_nas.errors import EngineError, ExportError
 from puzzle_nas.exporters import EXPORTERS
 from puzzle_nas.families.loading import save_model
+from puzzle_nas.recipe import parse_recipe
 from puzzle_nas.stages.export_child import export_child
 from tests.conftest import puzzle
 from tests.exporters.children import EVERY_KIND, child_of
@@ -34,13 +38,21 @@ def exported(checkpoint, tmp_path_factory):
     return export_child(checkpoint, "gguf", None, None, tmp_path_factory.mktemp("exports"))
 
 
-def check_refused(*arguments, contains, environment=None):
-    command = [sys.executable, "-m", "puzzle_nas.cli", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
-    assert result.returncode == 2, result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-    for text in contains:
-        assert text in result.stderr
+@pytest.fixture
+def check_refused(monkeypatch, capsys):
+    """Run the command line in this process, where torch is imported already."""
+
+    def check(*arguments, contains):
+        monkeypatch.setattr(sys, "argv", ["puzzle", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_code:
+            cli.main()
+        message = capsys.readouterr().err
+        assert exit_code.value.code == 2
+        assert len(message.strip().splitlines()) == 1
+        for text in contains:
+            assert text in message
+
+    return check
 
 
 def test_an_export_says_how_it_was_verified(exported):
@@ -74,7 +86,7 @@ def test_an_export_that_differs_is_not_left_behind(checkpoint, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_mistakes_are_one_sentence(checkpoint, tmp_path, exported):
+def test_mistakes_are_one_sentence(checkpoint, tmp_path, exported, check_refused, monkeypatch):
     out = ("--out", tmp_path)
     check_refused("export", tmp_path / "nothing", "--to", "gguf", *out, contains=["There is no checkpoint"])
     check_refused("export", checkpoint, "--to", "gguf", contains=["no run folder", "--out FOLDER"])
@@ -82,19 +94,14 @@ def test_mistakes_are_one_sentence(checkpoint, tmp_path, exported):
     check_refused("export", checkpoint, "--to", "gguf", "--dtype", "int3", *out, contains=["int3", "float32, bfloat16"])
     check_refused("export", checkpoint, "--to", "gguf", "--quantize", "q1", *out, contains=["to q1; types: q8_0, q6_k"])
     check_refused("export", checkpoint, "--to", "decilm", *out, contains=["attention.linear (layer 2, 5)"])
-    missing = {"PUZZLE_ENGINES": str(tmp_path / "engines")}
-    check_refused(
-        "export",
-        checkpoint,
-        *("--to", "gguf", *out),
-        contains=["llama.cpp is not installed in", "puzzle engine install llama.cpp"],
-        environment=missing,
-    )
     check_refused("engine", "install", "tgi", contains=["'tgi'", "llama.cpp"])
     check_refused("engine", "install", "transformers", contains=["nothing to install"])
     check_refused("serve", checkpoint, "--engine", "llama.cpp", contains=["is no export", "puzzle export"])
     check_refused("serve", exported, "--engine", "transformers", contains=["holds gguf", "loads transformers"])
     check_refused("bench", exported, exported, "--engine", "llama.cpp", "--scenarios", "x", contains=["'x'", "table3"])
+    monkeypatch.setenv("PUZZLE_ENGINES", str(tmp_path / "engines"))
+    install = "puzzle engine install llama.cpp"
+    check_refused("export", checkpoint, "--to", "gguf", *out, contains=["llama.cpp is not installed in", install])
     assert not list(tmp_path.iterdir())
 
 
@@ -139,3 +146,24 @@ def test_a_server_that_ends_is_quoted(tmp_path):
         served(SERVING_ENGINES["llama.cpp"], tmp_path, 18432),
     ):
         pass
+
+
+def test_a_run_exports_its_child(tiny_run, tmp_path, monkeypatch, capsys, check_refused):
+    monkeypatch.setattr(
+        sys, "argv", ["puzzle", "export", str(tiny_run), "--to", "transformers", "--out", str(tmp_path)]
+    )
+    cli.main()
+    assert f"Exported to {tmp_path / 'transformers-float32'}" in capsys.readouterr().out
+    exported = load_file(tmp_path / "transformers-float32" / "model.safetensors")
+    assert exported.keys() == load_file(tiny_run / "child-gkd" / "model.safetensors").keys()
+    check_refused("export", tiny_run, "--to", "gguf", "--out", tmp_path, contains=["its tokenizer splits text"])
+    assert [folder.name for folder in tmp_path.iterdir()] == ["transformers-float32"]
+
+
+def test_a_recipe_keeps_the_child_servable(tiny_run):
+    text = (tiny_run / "recipe.yaml").read_text()
+    recipe = parse_recipe(text, ["search.servable_by=[vllm-stock, llama.cpp]"])
+    space = ArchitectureSearch.load(recipe, RunFolder(tiny_run)).space
+    kinds = {(layer, spec.id) for layer, _, spec in space}
+    assert (1, "attention.no_op") in kinds and (0, "attention.no_op") not in kinds
+    assert not any(variant.endswith("linear") for _, variant in kinds)

@@ -88,3 +88,12 @@ def test_paper_merge_is_the_mean_of_neighbouring_heads(layer_one):
     merged = variant_of(GroupedAttention(1)).paper(GroupedAttention(1), context)["self_attn.k_proj.weight"]
     parent = context.layer.self_attn.k_proj.weight
     torch.testing.assert_close(merged, (parent[:32] + parent[32:]) / 2)
+
+
+def test_least_squares_keeps_one_head_of_each_group(layer_one):
+    context, _ = layer_one
+    solved = variant_of(GroupedAttention(1)).least_squares(GroupedAttention(1), context)
+    parent = context.layer.self_attn.k_proj.weight
+    for head in range(2):
+        kept = solved[f"head_{head}"]["self_attn.k_proj.weight"]
+        torch.testing.assert_close(kept, parent[32 * head : 32 * (head + 1)])

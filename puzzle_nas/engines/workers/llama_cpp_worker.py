@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.metadata
+import os
 import resource
 import time
 from pathlib import Path
@@ -29,7 +30,9 @@ class LlamaCpp:
     def load(self, folder, precision, threads, chunk_tokens):
         """See engines/base.py. With `chunk_tokens`, no flash attention and a float32 cache."""
         self._path = Path(folder) / "model.gguf"
-        self._threads, self._exact = threads, chunk_tokens is not None
+        # llama.cpp's own default is four threads, whatever the machine has; they spin.
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._exact = chunk_tokens is not None
         self._chunk_tokens = chunk_tokens or CHUNK_TOKENS
         parameters = llama_cpp.llama_model_default_params()
         # Repacked weights are less exact, and Q8_0 ones crash on machines with AMX.
@@ -149,8 +152,7 @@ class Context:
         parameters.n_ctx = num_sequences * (-(-length // 256) * 256)
         parameters.n_batch = max(owner._chunk_tokens, num_sequences)
         parameters.n_ubatch = max(owner._chunk_tokens, num_sequences)
-        if owner._threads:
-            parameters.n_threads = parameters.n_threads_batch = owner._threads
+        parameters.n_threads = parameters.n_threads_batch = owner._threads
         if owner._exact:
             parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
             parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
