@@ -181,7 +181,7 @@ def test_an_installation_that_fails_is_one_sentence(tmp_path, monkeypatch):
         LlamaCppEngine().install()
     with pytest.raises(EngineError, match="is not installed"):
         LlamaCppEngine().python()
-    (tmp_path / "llama.cpp" / "installed.json").write_text("{}")
+    (tmp_path / "llama.cpp" / "installed.json").write_text(json.dumps(LlamaCppEngine().made_from()))
     (tmp_path / "llama.cpp" / "bin" / "python").unlink()
     with (
         pytest.raises(EngineError, match=r"llama\.cpp's Python does not start"),
