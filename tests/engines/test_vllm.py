@@ -165,6 +165,27 @@ def test_times_and_memory(vllm, tmp_path):
     assert memory["peak_bytes"] > 1e8
 
 
+def test_tensor_parallelism_that_does_not_fit_is_named():
+    code = """
+from puzzle_nas.modeling import PuzzleConfig
+from puzzle_nas.vllm_plugin.settings import undividable
+sizes = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=6, intermediate_size=48)
+def reason(processes, **layer):
+    return undividable(PuzzleConfig(**sizes, per_layer_config={1: layer}), processes)
+assert reason(2, num_key_value_heads=1) is None
+assert reason(3, num_key_value_heads=3) is reason(6, num_key_value_heads=3) is None
+assert reason(2, num_key_value_heads=3) == "the 3 KV heads of layer 1"
+assert reason(2, num_key_value_heads=3, attention_linear=True) is None
+assert reason(2, intermediate_size=37) == "the FFN width 37 of layer 1"
+assert reason(2, intermediate_size=37, mlp_linear=True) is reason(2, intermediate_size=37, skip=["mlp"]) is None
+assert reason(4) == "the 6 query heads"
+assert reason(5) == "the hidden size 96"
+"""
+    command = [SERVING_ENGINES["vllm"].python(), "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_its_environment_is_installed_and_of_this_version():
     python = SERVING_ENGINES["vllm"].python()
     listed = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout
