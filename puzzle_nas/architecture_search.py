@@ -28,6 +28,7 @@ from puzzle_nas.search import (
     no_op_only,
     solve,
 )
+from puzzle_nas.servable import servable_space
 
 
 def position(layer: int, specs: Sequence[Spec]) -> str:
@@ -49,7 +50,7 @@ class ArchitectureSearch:
     def load(cls, recipe: Recipe, run: RunFolder, scored: bool = True) -> ArchitectureSearch:
         """From the run's cost table and scores; unscored, every variant counts as harmless."""
         shape = ParentShape(**read_json(run.parent, "prepare-parent")["shape"])
-        space = search_space_of(recipe, shape)
+        space = servable_space(search_space_of(recipe, shape), shape, recipe.search.servable_by)
         own = {shape.parent_spec(slot) for slot in SLOTS}
         scores: dict[Choice, float] = {}
         metric = recipe.scoring.metric

@@ -43,10 +43,12 @@ def explained_disk_errors(path: Path):
     except PuzzleError:
         raise
     except Exception as error:
-        # safetensors reports I/O trouble with an exception of its own that only quotes the number.
+        # safetensors reports I/O trouble with an exception of its own that only quotes the number; numpy's says how
+        # much it could write.
         number = error.errno if isinstance(error, OSError) else None
         full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if number in full or any(f"(os error {n})" in str(error) for n in full):
+        quoted = any(f"(os error {n})" in str(error) for n in full) or "requested and" in str(error)
+        if number in full or quoted:
             raise ArtifactError(
                 f"The disk is full, or a file may not grow: {path} could not be written. Make room and run the same "
                 "command again; what is done is kept."

@@ -27,3 +27,11 @@ class InfeasibleError(PuzzleError):
 
 class SearchTimeoutError(PuzzleError):
     """The solver ran out of time before it found any architecture that meets the limits."""
+
+
+class ExportError(PuzzleError):
+    """A child that a format cannot hold, or an export that does not compute what the child computes."""
+
+
+class EngineError(PuzzleError):
+    """A serving engine that is not installed, does not start, or stops."""

@@ -145,6 +145,8 @@ class SearchSettings(Settings):
     """`speedup`, `throughput_tokens_per_second` (at least); `latency_ms`, `time_to_first_token_ms`,
     `time_per_output_token_ms`, `memory_bytes`, `parameters` (at most). Times and throughput hold in every scenario, or
     in one (`latency_ms@chat`), or on the weighted mean (`latency_ms@mix`)."""
+    servable_by: list[Literal["transformers", "vllm", "vllm-stock", "llama.cpp"]] = []
+    """Offer only what each of these can serve; vllm (with our plugin), llama.cpp and transformers serve everything."""
     gap: float = Field(1e-4, ge=0)
     """Relative optimality gap at which the solver may stop."""
     time_limit_seconds: float = Field(60.0, gt=0)

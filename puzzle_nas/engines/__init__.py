@@ -1,7 +1,37 @@
-"""Engines that run and time models. One class in one file each."""
+"""Engines that run and time models. One class in one file each, and one line here."""
 
-from puzzle_nas.engines.torch_engine import RequestTime, TorchEngine, speedups
+from puzzle_nas.engines.base import Engine, RequestTime, ServingEngine, Tolerance
+from puzzle_nas.engines.llama_cpp import LlamaCppEngine
+from puzzle_nas.engines.torch_engine import TorchEngine, speedups
+from puzzle_nas.engines.transformers_engine import TransformersEngine
+from puzzle_nas.engines.vllm import StockVllmEngine, VllmEngine
+from puzzle_nas.errors import EngineError
 
-ENGINES = {TorchEngine.name: TorchEngine}
+ENGINES: dict[str, type[Engine]] = {TorchEngine.name: TorchEngine}
+SERVING_ENGINES: dict[str, ServingEngine] = {
+    engine.name: engine() for engine in (TransformersEngine, VllmEngine, StockVllmEngine, LlamaCppEngine)
+}
 
-__all__ = ["ENGINES", "RequestTime", "TorchEngine", "speedups"]
+
+def serving_engine(name: str) -> ServingEngine:
+    """A serving engine by name.
+
+    Raises:
+        EngineError: there is none of that name.
+    """
+    if name not in SERVING_ENGINES:
+        raise EngineError(f"There is no serving engine '{name}'; engines: {', '.join(SERVING_ENGINES)}.")
+    return SERVING_ENGINES[name]
+
+
+__all__ = [
+    "ENGINES",
+    "SERVING_ENGINES",
+    "Engine",
+    "RequestTime",
+    "ServingEngine",
+    "Tolerance",
+    "TorchEngine",
+    "serving_engine",
+    "speedups",
+]

@@ -6,7 +6,6 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,21 +13,8 @@ from torch.utils._pytree import tree_iter
 from transformers.cache_utils import DynamicCache
 
 from puzzle_nas.architecture import Scenario
+from puzzle_nas.engines.base import Engine, RequestTime
 from puzzle_nas.modeling import PuzzleForCausalLM
-
-
-@dataclass(frozen=True)
-class RequestTime:
-    """Milliseconds of one request batch."""
-
-    prefill_ms: float
-    """All prompt tokens, logits of the last position only."""
-    decode_step_ms: float
-    """One token for every request of the batch."""
-
-    def total_ms(self, scenario: Scenario) -> float:
-        """Prefill and every decode step."""
-        return self.prefill_ms + scenario.decode_steps * self.decode_step_ms
 
 
 class _Allocations(TorchDispatchMode):
@@ -56,7 +42,7 @@ class _Allocations(TorchDispatchMode):
         self.held_bytes -= num_bytes
 
 
-class TorchEngine:
+class TorchEngine(Engine[PuzzleForCausalLM]):
     """Wall times on the model's own device and precision."""
 
     name = "torch"

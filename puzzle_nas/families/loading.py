@@ -18,7 +18,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.initialization import no_init_weights
 from transformers.utils.logging import disable_progress_bar
 
-from puzzle_nas.architecture import Architecture, ParentShape
+from puzzle_nas.architecture import (
+    Architecture,
+    GatedFFN,
+    GroupedAttention,
+    LinearAttention,
+    LinearFFN,
+    NoOpAttention,
+    NoOpFFN,
+    ParentShape,
+    Spec,
+)
 from puzzle_nas.artifacts import RunFolder, explained_disk_errors, read_json
 from puzzle_nas.errors import CheckpointError, RecipeError
 from puzzle_nas.families.registry import family_of
@@ -203,13 +213,34 @@ def build(config: PuzzleConfig, weights: Mapping[str, torch.Tensor]) -> PuzzleFo
 
 
 def child_config(parent_config: PuzzleConfig, architecture: Architecture) -> PuzzleConfig:
-    """The parent's configuration with every layer as `architecture` says."""
+    """The parent's configuration with every layer as `architecture` says; fewer layers are the first ones."""
     fields = parent_config.to_dict()
+    fields["num_hidden_layers"] = len(architecture.layers)
+    fields["layer_types"] = fields["layer_types"][: len(architecture.layers)]
     for name in ("per_layer_config", "model_type", "architectures", "transformers_version", "auto_map"):
         fields.pop(name, None)
     config = PuzzleConfig(**fields, per_layer_config=architecture.per_layer_config())
     config._attn_implementation = parent_config._attn_implementation
     return config
+
+
+def architecture_of(config: PuzzleConfig) -> Architecture:
+    """What stands in every layer; the inverse of `child_config`."""
+    layers = []
+    for layer in config.per_layer_config:
+        skip = getattr(layer, "skip", [])
+        attention: Spec = GroupedAttention(layer.num_key_value_heads)
+        if "attention" in skip:
+            attention = NoOpAttention()
+        elif layer.attention_linear:
+            attention = LinearAttention()
+        ffn: Spec = GatedFFN(layer.intermediate_size)
+        if "mlp" in skip:
+            ffn = NoOpFFN()
+        elif layer.mlp_linear:
+            ffn = LinearFFN()
+        layers.append({"attention": attention, "ffn": ffn})
+    return Architecture(tuple(layers))
 
 
 def probe_model(

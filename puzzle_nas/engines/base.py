@@ -1,0 +1,222 @@
+"""What every engine does: time request batches; serving engines also give log-probabilities and serve."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from puzzle_nas.architecture import Scenario
+from puzzle_nas.artifacts import read_json
+from puzzle_nas.engines.environments import environment_python, install_environment
+from puzzle_nas.engines.worker import Worker
+from puzzle_nas.errors import EngineError, ExportError
+
+M = TypeVar("M")
+
+VERIFICATION_CHUNK_TOKENS = 64
+"""Tokens that an engine takes at once during verification, so that prompts of moderate length cross borders."""
+
+EXPORT_RECORD = "export.json"
+"""What a finished export is, and how it was verified."""
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class RequestTime:
+    """Milliseconds of one request batch."""
+
+    prefill_ms: float
+    """All prompt tokens, logits of the last position only."""
+    decode_step_ms: float
+    """One token for every request of the batch."""
+
+    def total_ms(self, scenario: Scenario) -> float:
+        """Prefill and every decode step."""
+        return self.prefill_ms + scenario.decode_steps * self.decode_step_ms
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far an engine's log-probabilities of given tokens may lie from torch's, in nats."""
+
+    mean_nats: float
+    max_nats: float
+
+
+class Engine(ABC, Generic[M]):
+    """Times models of type `M`."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def prepare(self, model: M) -> None:
+        """Run once, so that kernels are chosen and memory is touched."""
+
+    @abstractmethod
+    def time_request(self, model: M, scenario: Scenario) -> RequestTime:
+        """A whole request batch, every decode step included."""
+
+    @abstractmethod
+    def time_parts(self, model: M, scenario: Scenario, decode_steps: int) -> RequestTime:
+        """A whole prefill, and some decode steps around the middle of the decode."""
+
+
+class ServingEngine(Engine[Worker]):
+    """An engine in an environment and a process of its own, driven through a worker script.
+
+    The worker answers `load`, `log_probabilities`, `continue_greedily`, `time_request`, `time_parts` and `memory`;
+    see engines/workers/protocol.py. A model of this engine is the worker that has loaded it.
+    """
+
+    formats: ClassVar[tuple[str, ...]]
+    """Keys of `exporters.EXPORTERS` that it loads; the first is what it is measured on."""
+    requirements: ClassVar[tuple[str, ...]]
+    """What pip installs into its environment; empty means that it runs in ours."""
+    worker_script: ClassVar[Path]
+    """Run by the environment's Python; imports nothing of ours but what lies beside it."""
+    tolerances: ClassVar[Mapping[str, Tolerance]]
+    """By precision (float32, bfloat16, float16, or a quantised type)."""
+    reads_tokenizer: ClassVar[bool] = False
+    """Whether it has a tokenizer of its own, written into the export, that must agree with the child's."""
+    quantised: ClassVar[tuple[str, ...]] = ()
+    """Types that `quantise` can make."""
+
+    def install(self) -> Path:
+        """Make the engine's environment, or see that it is there, and return its folder.
+
+        Raises:
+            EngineError: pip failed, or the engine needs no environment of its own.
+        """
+        if not self.requirements:
+            raise EngineError(f"{self.name} comes with puzzle-nas; there is nothing to install.")
+        return install_environment(self.environment_name, self.installation(), self.made_from())
+
+    def python(self) -> Path:
+        """The interpreter that runs the worker.
+
+        Raises:
+            EngineError: not installed; the message names the command that installs it.
+        """
+        if not self.requirements:
+            return Path(sys.executable)
+        return environment_python(self.environment_name, self.made_from())
+
+    @property
+    def environment_name(self) -> str:
+        """The environment's folder, and what `puzzle engine install` takes."""
+        return self.name
+
+    def installation(self) -> list[list[str]]:
+        """The pip commands that fill the environment, each the arguments after `pip`."""
+        return [["install", *self.requirements]]
+
+    def made_from(self) -> dict[str, Any]:
+        """What the environment is made from; another value means that it is out of date."""
+        return {"requirements": list(self.requirements)}
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables that the worker and the server need."""
+        return {}
+
+    @abstractmethod
+    def server_command(self, exported: Path, port: int) -> list[str]:
+        """What serves an export on loopback with the OpenAI API.
+
+        Raises:
+            EngineError: the engine has no server.
+        """
+
+    def last_words(self, lines: list[str]) -> str:
+        """Why a server ended, from what it wrote."""
+        return " / ".join(lines[-3:])[-500:] or "it said nothing"
+
+    def precision_of(self, exported: Path) -> str:
+        """The precision of a finished export.
+
+        Raises:
+            ExportError: there is no finished export, or one for another engine.
+        """
+        if not (exported / EXPORT_RECORD).is_file():
+            raise ExportError(f"{exported} is no export. Make one with: puzzle export CHILD --to {self.formats[0]}")
+        record = read_json(exported / EXPORT_RECORD)
+        if record["format"] not in self.formats:
+            formats = " or ".join(self.formats)
+            raise ExportError(f"{exported} holds {record['format']}, and {self.name} loads {formats}.")
+        return record["precision"]
+
+    @contextmanager
+    def load(self, exported: Path, precision: str, threads: int | None = None, exact: bool = False) -> Iterator[Worker]:
+        """A worker that has loaded an export folder; it ends with the context.
+
+        `exact` is for verification: the most precise arithmetic, chunks of `VERIFICATION_CHUNK_TOKENS`.
+
+        Raises:
+            EngineError: not installed, or the engine cannot load this export; quotes the engine.
+        """
+        with self.start() as worker:
+            self.load_into(worker, exported, precision, threads, exact)
+            yield worker
+
+    def start(self) -> Worker:
+        """A worker that has loaded nothing yet."""
+        return Worker(self.name, self.python(), self.worker_script, self.environment())
+
+    def load_into(self, worker: Worker, exported: Path, precision: str, threads: int | None, exact: bool) -> None:
+        """See `load`; what the worker had loaded before, it forgets."""
+        worker.ask(
+            "load",
+            folder=str(exported.resolve()),
+            precision=precision,
+            threads=threads,
+            chunk_tokens=VERIFICATION_CHUNK_TOKENS if exact else None,
+        )
+
+    def log_probabilities(self, model: Worker, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """log p(token t + 1 | tokens 0..t) in nats, one fewer than each prompt has tokens. Prompts run batched."""
+        return model.ask("log_probabilities", prompts=[list(p) for p in prompts])
+
+    def continue_greedily(self, model: Worker, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+        """The `num_tokens` likeliest next tokens of each prompt, never stopping early. Prompts run batched."""
+        return model.ask("continue_greedily", prompts=[list(p) for p in prompts], num_tokens=num_tokens)
+
+    def tokenize(self, model: Worker, text: str) -> list[int]:
+        """Token ids of a text by the engine's own tokenizer, with what it puts around text."""
+        return model.ask("tokenize", text=text)
+
+    def quantise(self, exported: Path, kind: str) -> None:
+        """Replace an export's weights by quantised ones, in place. `kind` is one of `quantised`."""
+        raise NotImplementedError
+
+    def prepare(self, model: Worker) -> None:
+        """See `Engine.prepare`."""
+        self.time_request(model, Scenario("warm-up", 1, 8, 3))
+
+    def time_request(self, model: Worker, scenario: Scenario) -> RequestTime:
+        """See `Engine.time_request`."""
+        return RequestTime(**model.ask("time_request", **_sizes(scenario)))
+
+    def time_parts(self, model: Worker, scenario: Scenario, decode_steps: int) -> RequestTime:
+        """See `Engine.time_parts`."""
+        steps = min(decode_steps, scenario.decode_steps)
+        return RequestTime(**model.ask("time_parts", **_sizes(scenario), measured_steps=steps))
+
+    def memory(self, model: Worker) -> dict[str, int | None]:
+        """`peak_bytes` of the worker so far and `kv_cache_bytes_per_token` of one sequence; None where unknown."""
+        return model.ask("memory")
+
+    def version(self, model: Worker) -> dict[str, Any]:
+        """Versions of everything that computes."""
+        return model.ask("version")
+
+
+def _sizes(scenario: Scenario) -> dict[str, int]:
+    return {
+        "batch_size": scenario.batch_size,
+        "prefill_tokens": scenario.prefill_tokens,
+        "decode_steps": scenario.decode_steps,
+    }

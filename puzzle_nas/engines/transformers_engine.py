@@ -1,0 +1,26 @@
+"""transformers itself, in a process that cannot import our package: the child as its users load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from puzzle_nas.engines.base import ServingEngine, Tolerance
+from puzzle_nas.errors import EngineError
+
+
+class TransformersEngine(ServingEngine):
+    """`from_pretrained(..., trust_remote_code=True)`, without any code of ours but what the checkpoint carries."""
+
+    name = "transformers"
+    formats = ("transformers",)
+    requirements = ()
+    worker_script = Path(__file__).parent / "workers" / "transformers_worker.py"
+    tolerances = {
+        "float32": Tolerance(mean_nats=1e-5, max_nats=1e-4),
+        "bfloat16": Tolerance(mean_nats=1e-5, max_nats=1e-4),
+        "float16": Tolerance(mean_nats=1e-5, max_nats=1e-4),
+    }
+
+    def server_command(self, exported: Path, port: int) -> list[str]:
+        """See `ServingEngine.server_command`."""
+        raise EngineError("transformers is no server; serve with: puzzle serve CHILD --engine llama.cpp")

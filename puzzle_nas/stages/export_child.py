@@ -1,0 +1,90 @@
+"""Checkpoint -> what an engine serves, checked against the child. Folder: exports/FORMAT-PRECISION/.
+
+Not one of the pipeline's stages: it is asked for by name and any number of exports may lie side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from puzzle_nas import __version__
+from puzzle_nas.artifacts import complete_folder, file_checksum, write_json
+from puzzle_nas.data.sources import PYTHON_STDLIB, documents
+from puzzle_nas.engines import serving_engine
+from puzzle_nas.engines.base import EXPORT_RECORD
+from puzzle_nas.engines.verification import LEAST_TOKENS, cut_prompts, verify, verify_quantised
+from puzzle_nas.errors import ExportError
+from puzzle_nas.exporters import EXPORTERS, Child
+from puzzle_nas.progress import console
+from puzzle_nas.recipe import SourceSettings
+
+
+def export_child(checkpoint: Path, to: str, dtype: str | None, quantise: str | None, exports: Path) -> Path:
+    """Write, verify and only then name an export; its folder.
+
+    Args:
+        checkpoint: a child's (or parent's) folder.
+        to: a key of `EXPORTERS`.
+        dtype: precision of the weights; None keeps the checkpoint's own.
+        quantise: the engine's quantised type, such as q8_0, or None.
+        exports: where the export gets its folder.
+
+    Raises:
+        ExportError: the format cannot hold the child, or the engine computes something else from it.
+        EngineError: the engine that verifies is not installed, or fails.
+    """
+    if to not in EXPORTERS:
+        raise ExportError(f"There is no export format '{to}'; formats: {', '.join(EXPORTERS)}.")
+    exporter = EXPORTERS[to]
+    child = Child.load(checkpoint)
+    exporter.refuse(child)
+    engine = serving_engine(exporter.engine)
+    engine.python()
+    own = str(child.own_dtype).removeprefix("torch.")
+    dtype = dtype or own
+    if dtype not in exporter.dtypes:
+        raise ExportError(f"{to} is not written in {dtype}; precisions: {', '.join(exporter.dtypes)}.")
+    if quantise is not None and quantise not in engine.quantised:
+        kinds = ", ".join(engine.quantised) or "none"
+        raise ExportError(f"{engine.name} does not quantise {to} to {quantise}; types: {kinds}.")
+    prompts = cut_prompts(_text_tokens(child), child.config.max_position_embeddings)
+    folder = exports / f"{to}-{quantise or dtype}"
+    with complete_folder(folder) as partial:
+        console.print(f"  write {to}, {dtype}")
+        exporter.write(child, partial, dtype)
+        console.print(f"  verify with {engine.name}")
+        checks = {dtype: verify(exporter, engine, child, partial, dtype, prompts)}
+        if quantise is not None:
+            console.print(f"  quantise to {quantise} and verify")
+            engine.quantise(partial, quantise)
+            checks[quantise] = verify_quantised(exporter, engine, child, partial, quantise, prompts)
+        record = {
+            "puzzle_nas": __version__,
+            "checkpoint": {file.name: file_checksum(file) for file in sorted(checkpoint.glob("*.safetensors"))},
+            "format": to,
+            "precision": quantise or dtype,
+            "verification": checks,
+        }
+        write_json(partial / EXPORT_RECORD, record)
+    for precision, check in checks.items():
+        console.print(
+            f"  {precision}: {check['num_tokens']} tokens, log-probabilities differ by {check['mean_nats']:.2g} nats "
+            f"on average, {check['max_nats']:.2g} at most; {check['continued_likewise']} of "
+            f"{check['continued_tokens']} greedily continued tokens are torch's too"
+        )
+    return folder
+
+
+def _text_tokens(child: Child) -> list[int]:
+    """Real text, of more tokens than verification needs."""
+    tokens: list[int] = []
+    for text in _texts():
+        tokens += child.tokenizer(text, add_special_tokens=False).input_ids
+        if len(tokens) > 4 * LEAST_TOKENS:
+            break
+    return tokens
+
+
+def _texts() -> Iterator[str]:
+    return documents(SourceSettings(source=PYTHON_STDLIB), seed=0)

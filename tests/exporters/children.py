@@ -1,0 +1,105 @@
+"""Small random children of every shape, with a byte-level BPE tokenizer."""
+
+import functools
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from puzzle_nas.data.sources import documents
+from puzzle_nas.exporters import Child
+from puzzle_nas.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle_nas.recipe import SourceSettings
+
+SIZES = {
+    "vocab_size": 331,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "initializer_range": 0.1,
+    "pad_token_id": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EMPTY = {"skip": ["attention", "mlp"]}
+EVERY_KIND = {
+    0: {"skip": ["attention"]},
+    1: {"num_key_value_heads": 2, "skip": ["mlp"]},
+    2: {"attention_linear": True, "intermediate_size": 32},
+    3: EMPTY,
+    4: {"num_key_value_heads": 1, "mlp_linear": True},
+    5: {"attention_linear": True, "mlp_linear": True},
+    6: {"skip": ["attention"], "mlp_linear": True},
+    7: {"skip": ["mlp"]},
+}
+CHILDREN = {
+    "the parent": {},
+    "every kind": EVERY_KIND,
+    "empty at both ends": {0: EMPTY, 7: EMPTY, 3: {"attention_linear": True, "skip": ["mlp"]}},
+    "linear at both ends": {i: {"attention_linear": True, "mlp_linear": True} for i in (0, 7)},
+    "no attention at all": {i: {"skip": ["attention"]} for i in range(8)},
+    "no FFN at all": {i: {"skip": ["mlp"]} for i in range(8)},
+    "nothing at all": {i: EMPTY for i in range(8)},
+}
+STOCK_SAFE = {
+    1: {"num_key_value_heads": 2, "intermediate_size": 48},
+    2: {"skip": ["attention"]},
+    3: EMPTY,
+    4: {"num_key_value_heads": 1, "skip": ["mlp"]},
+    7: {"skip": ["mlp"]},
+}
+FAMILIES = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "wide heads": {"head_dim": 32},
+    "biases as in Qwen2": {"query_key_value_bias": True},
+    "biases everywhere": {"query_key_value_bias": True, "attention_output_bias": True, "mlp_bias": True},
+    "Llama 3's rotary positions": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "stretched rotary positions": {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    },
+}
+
+
+@functools.cache
+def tokenizer(individual_digits=False):
+    raw = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    raw.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level]) if individual_digits else byte_level
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SIZES["vocab_size"],
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    source = documents(SourceSettings(source="python-stdlib"), seed=0)
+    raw.train_from_iterator([*(next(source) for _ in range(20)), "12345 " * 100], trainer)
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+
+
+def child_of(per_layer=None, **changes):
+    """A random child in which no weight is left at a value that hides its absence."""
+    torch.manual_seed(0)
+    config = PuzzleConfig(**{**SIZES, **changes}, per_layer_config=per_layer or {})
+    model = PuzzleForCausalLM(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return Child(model, tokenizer())

@@ -1,0 +1,169 @@
+"""`puzzle export`, `puzzle bench` and `puzzle serve` through the command line, and what users get wrong."""
+
+import json
+import resource
+import shlex
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from puzzle_nas import cli
+from puzzle_nas.architecture_search import ArchitectureSearch
+from puzzle_nas.artifacts import RunFolder
+from puzzle_nas.engines import SERVING_ENGINES
+from puzzle_nas.engines.base import EXPORT_RECORD
+from puzzle_nas.engines.server import served
+from puzzle_nas.errors import EngineError, ExportError
+from puzzle_nas.exporters import EXPORTERS
+from puzzle_nas.families.loading import save_model
+from puzzle_nas.recipe import parse_recipe
+from puzzle_nas.stages.export_child import export_child
+from tests.conftest import puzzle
+from tests.exporters.children import EVERY_KIND, child_of
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("child")
+    child = child_of(EVERY_KIND)
+    save_model(child.model, child.tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory):
+    """A verified GGUF of the child with every kind."""
+    return export_child(checkpoint, "gguf", None, None, tmp_path_factory.mktemp("exports"))
+
+
+@pytest.fixture
+def check_refused(monkeypatch, capsys):
+    """Run the command line in this process, where torch is imported already."""
+
+    def check(*arguments, contains):
+        monkeypatch.setattr(sys, "argv", ["puzzle", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_code:
+            cli.main()
+        message = capsys.readouterr().err
+        assert exit_code.value.code == 2
+        assert len(message.strip().splitlines()) == 1
+        for text in contains:
+            assert text in message
+
+    return check
+
+
+def test_an_export_says_how_it_was_verified(exported):
+    assert exported.name == "gguf-float32"
+    record = json.loads((exported / EXPORT_RECORD).read_text())
+    check = record["verification"]["float32"]
+    assert check["num_tokens"] >= 512 and check["max_nats"] <= check["tolerance"]["max_nats"]
+    assert check["version"]["llama-cpp-python"]
+    assert sorted(file.name for file in exported.iterdir()) == [EXPORT_RECORD, "model.gguf"]
+
+
+def test_a_quantised_export_through_the_command_line(checkpoint, tmp_path):
+    out = puzzle("export", checkpoint, "--to", "gguf", "--quantize", "q8_0", "--out", tmp_path).stdout
+    assert f"Exported to {tmp_path / 'gguf-q8_0'}" in out
+    assert [folder.name for folder in tmp_path.iterdir()] == ["gguf-q8_0"]
+    verification = json.loads((tmp_path / "gguf-q8_0" / EXPORT_RECORD).read_text())["verification"]
+    assert list(verification) == ["float32", "q8_0"]
+
+
+def test_an_export_that_differs_is_not_left_behind(checkpoint, tmp_path, monkeypatch):
+    write = EXPORTERS["gguf"].write
+
+    def wrong(child, folder, dtype):
+        child.model.model.norm.weight.mul_(1.01)
+        write(child, folder, dtype)
+        child.model.model.norm.weight.div_(1.01)
+
+    monkeypatch.setattr(EXPORTERS["gguf"], "write", wrong)
+    with pytest.raises(ExportError, match=r"does not compute this child.*Nothing was left behind"):
+        export_child(checkpoint, "gguf", None, None, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_one_sentence(checkpoint, tmp_path, exported, check_refused, monkeypatch):
+    out = ("--out", tmp_path)
+    check_refused("export", tmp_path / "nothing", "--to", "gguf", *out, contains=["There is no checkpoint"])
+    check_refused("export", checkpoint, "--to", "gguf", contains=["no run folder", "--out FOLDER"])
+    check_refused("export", checkpoint, "--to", "onnx", *out, contains=["'onnx'", "transformers, decilm", "gguf"])
+    check_refused("export", checkpoint, "--to", "gguf", "--dtype", "int3", *out, contains=["int3", "float32, bfloat16"])
+    check_refused("export", checkpoint, "--to", "gguf", "--quantize", "q1", *out, contains=["to q1; types: q8_0, q6_k"])
+    check_refused("export", checkpoint, "--to", "decilm", *out, contains=["attention.linear (layer 2, 5)"])
+    check_refused("engine", "install", "tgi", contains=["'tgi'", "llama.cpp"])
+    check_refused("engine", "install", "transformers", contains=["nothing to install"])
+    check_refused("serve", checkpoint, "--engine", "llama.cpp", contains=["is no export", "puzzle export"])
+    check_refused("serve", exported, "--engine", "transformers", contains=["holds gguf", "loads transformers"])
+    check_refused("bench", exported, exported, "--engine", "llama.cpp", "--scenarios", "x", contains=["'x'", "table3"])
+    monkeypatch.setenv("PUZZLE_ENGINES", str(tmp_path / "engines"))
+    install = "puzzle engine install llama.cpp"
+    check_refused("export", checkpoint, "--to", "gguf", *out, contains=["llama.cpp is not installed in", install])
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk(checkpoint, tmp_path):
+    def no_large_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    command = [sys.executable, "-m", "puzzle_nas.cli", "export", checkpoint, "--to", "gguf", "--out", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=no_large_files)
+    assert result.returncode == 2, result.stderr
+    assert "The disk is full" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_bench_times_both_in_turns(exported, tmp_path):
+    arguments = ("--engine", "llama.cpp", "--scenarios", "32/8,8/16", "--scale", "1", "--batch-sizes", "1,2")
+    out = puzzle("bench", exported, exported, *arguments, "--repeats", "2", "--out", tmp_path / "bench.json").stdout
+    assert "32/8" in out and "x" in out
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert list(result["scenarios"]) == ["32/8", "8/16"]
+    for row in result["scenarios"].values():
+        assert len(row["speedup_by_repeat"]) == 2
+        assert row["child"]["batch_size"] in (1, 2) and row["child"]["time_to_first_token_ms"] > 0
+    assert result["memory"]["child"]["kv_cache_bytes_per_token"] == 448
+    assert result["memory"]["child"]["weight_bytes"] == (exported / "model.gguf").stat().st_size
+
+
+def test_a_server_answers_the_curl_line_that_is_printed(exported):
+    with served(SERVING_ENGINES["llama.cpp"], exported, 18431) as server:
+        command = shlex.split(server.curl.replace("curl -s", "curl -s --noproxy '*'"))
+        answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        assert answer["usage"]["completion_tokens"] > 0
+        with pytest.raises(EngineError, match="Port 18431 is taken"), served(server, exported, 18431):
+            pass
+    assert server.process.poll() is not None
+
+
+def test_a_server_that_ends_is_quoted(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"nonsense")
+    with (
+        pytest.raises(EngineError, match=r"llama\.cpp's server ended with exit code 1: "),
+        served(SERVING_ENGINES["llama.cpp"], tmp_path, 18432),
+    ):
+        pass
+
+
+def test_a_run_exports_its_child(tiny_run, tmp_path, monkeypatch, capsys, check_refused):
+    monkeypatch.setattr(
+        sys, "argv", ["puzzle", "export", str(tiny_run), "--to", "transformers", "--out", str(tmp_path)]
+    )
+    cli.main()
+    assert f"Exported to {tmp_path / 'transformers-float32'}" in capsys.readouterr().out
+    exported = load_file(tmp_path / "transformers-float32" / "model.safetensors")
+    assert exported.keys() == load_file(tiny_run / "child-gkd" / "model.safetensors").keys()
+    check_refused("export", tiny_run, "--to", "gguf", "--out", tmp_path, contains=["its tokenizer splits text"])
+    assert [folder.name for folder in tmp_path.iterdir()] == ["transformers-float32"]
+
+
+def test_a_recipe_keeps_the_child_servable(tiny_run):
+    text = (tiny_run / "recipe.yaml").read_text()
+    recipe = parse_recipe(text, ["search.servable_by=[vllm-stock, llama.cpp]"])
+    space = ArchitectureSearch.load(recipe, RunFolder(tiny_run)).space
+    kinds = {(layer, spec.id) for layer, _, spec in space}
+    assert (1, "attention.no_op") in kinds and (0, "attention.no_op") not in kinds
+    assert not any(variant.endswith("linear") for _, variant in kinds)
