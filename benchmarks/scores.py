@@ -1,0 +1,130 @@
+"""Does the sum of replace-1-block scores say how good a child is, and what does measuring children add?
+
+Part 1: random architectures at several speed-ups, sums of scores against the real KL of the assembled child on other
+text (the selection split). Part 2, at three speed-ups: the search's own choice, the best of six diverse ones measured
+(search.verify), and two rounds of refinement (search.refine_rounds); all chosen on the selection split and reported
+on validation. Nothing is distilled. Reads runs/quickstart. python benchmarks/scores.py [SPEEDUP ...]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from results import RESULTS, save
+
+from puzzle_nas.architecture_search import ArchitectureSearch
+from puzzle_nas.artifacts import RunFolder
+from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.families import load_parent
+from puzzle_nas.library import assemble
+from puzzle_nas.pipeline import open_run
+from puzzle_nas.recipe import SearchSettings
+from puzzle_nas.search import Limit, solve
+from puzzle_nas.training.comparison import ParentReference
+from puzzle_nas.training.refinement import Refinement, Trials
+
+BANDS = (1.1, 1.2, 1.35, 1.5, 1.7, 2.0)
+PER_BAND = 10
+NOISES = (0.3, 1.0, 3.0)
+"""Scores are multiplied by exp(noise * normal) before the search: from near the best to nearly random."""
+SPEEDUPS = (1.25, 1.5, 2.0)
+
+
+def spearman(x: list[float], y: list[float]) -> float:
+    """Rank correlation."""
+    ranks = [np.argsort(np.argsort(v)).astype(float) for v in (x, y)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def random_children(found: ArchitectureSearch, rng: np.random.Generator):
+    """(speed-up, architecture), spread over the frontier's range."""
+    for speedup in BANDS:
+        for number in range(PER_BAND):
+            noise = NOISES[number % len(NOISES)]
+            scores = {choice: score * np.exp(noise * rng.normal()) for choice, score in found.scores.items()}
+            noisy = replace(found, scores=scores)
+            problem = noisy.problem({"speedup": speedup})
+            (limit,) = problem.limits
+            assert limit.maximum is not None
+            band = Limit(limit.column, minimum=0.98 * limit.maximum, maximum=limit.maximum)
+            (solution,) = solve(replace(problem, limits=(band,)), gap=1e-3)
+            yield speedup, noisy.architecture(solution)
+
+
+def additivity(found: ArchitectureSearch, trials: Trials) -> dict[str, float]:
+    """Part 1."""
+    rows = []
+    for speedup, architecture in random_children(found, np.random.default_rng(0)):
+        real, changed = (
+            trials.kl_nats(architecture),
+            [s for _, _, s in architecture if s not in found.parent.layers[0].values()],
+        )
+        linears = sum(spec.kind == "linear" for spec in changed)
+        rows.append((speedup, found.score_of(architecture), real, len(changed), linears))
+        print("{:.2f}x  sum {:7.3f}  real {:7.3f}  {:2d} changes, {:2d} of them linear".format(*rows[-1]), flush=True)
+    sums, reals = [row[1] for row in rows], [row[2] for row in rows]
+    in_bands = [spearman(*zip(*[row[1:3] for row in rows if row[0] == band], strict=True)) for band in BANDS]
+    ratios = [real / total for total, real in zip(sums, reals, strict=True)]
+    many_linears = [
+        r for r, row in zip(ratios, rows, strict=True) if row[4] > statistics.median(row[4] for row in rows)
+    ]
+    few_linears = [
+        r for r, row in zip(ratios, rows, strict=True) if row[4] <= statistics.median(row[4] for row in rows)
+    ]
+    _, axis = plt.subplots(figsize=(6, 5))
+    for band in BANDS:
+        axis.scatter(*zip(*[row[1:3] for row in rows if row[0] == band], strict=True), s=16, label=f"{band}x")
+    ends = [min(sums), max(sums)]
+    axis.plot(ends, ends, color="grey", linewidth=1)
+    axis.set(xscale="log", yscale="log", xlabel="sum of scores, nats", ylabel="KL of the assembled child, nats")
+    axis.legend(title="speed-up")
+    plt.tight_layout()
+    plt.savefig(RESULTS / "scores.png", dpi=100)
+    return {
+        "architectures": len(rows),
+        "spearman_additive_vs_real": spearman(sums, reals),
+        "spearman_within_cost_band": statistics.mean(in_bands),
+        "real_over_additive_median": statistics.median(ratios),
+        "real_over_additive_median_few_linears": statistics.median(few_linears),
+        "real_over_additive_median_many_linears": statistics.median(many_linears),
+    }
+
+
+def main() -> None:
+    """Print both parts, keep the figures, draw the first."""
+    run = RunFolder(Path("runs/quickstart"))
+    parent, _ = load_parent(run)
+    recipe = open_run(run)
+    torch.set_num_threads(recipe.threads or torch.get_num_threads())
+    found = ArchitectureSearch.load(recipe, run)
+    trials = Trials(run, parent, load_tokens(run, "scoring"), load_tokens(run, "selection"), 2048)
+    figures = additivity(found, trials)
+    for name, value in figures.items():
+        print(f"{name:40s} {value:.3f}")
+    validation = ParentReference(parent, load_tokens(run, "validation"))
+
+    def validation_kl(architecture) -> float:
+        return validation.compare(assemble(run, parent, architecture)).kl_nats
+
+    print("validation KL, nats   additive   verified   refined")
+    for speedup in map(float, sys.argv[1:]) if sys.argv[1:] else SPEEDUPS:
+        limits = {"speedup": speedup}
+        kl = {}
+        for way, verify, rounds in (("additive", 1, 0), ("verified", 6, 0), ("refined", 1, 2)):
+            settings = SearchSettings(verify=verify, refine_rounds=rounds)
+            kl[way] = validation_kl(Refinement(found, settings, trials).best(limits))
+            figures[f"validation_kl_nats_{way}.{speedup}x"] = round(kl[way], 4)
+        for way in ("verified", "refined"):
+            figures[f"real_kl_{way}_over_additive.{speedup}x"] = round(kl[way] / kl["additive"], 4)
+        print(f"{speedup:17.2f}x" + "".join(f"{value:11.3f}" for value in kl.values()), flush=True)
+    print("Written to", save("scores", figures), "and", RESULTS / "scores.png")
+
+
+if __name__ == "__main__":
+    main()
