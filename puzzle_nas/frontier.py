@@ -64,7 +64,7 @@ def reachable_speedups(found: ArchitectureSearch, limits: dict[str, float], reci
     found.solve(limits, recipe.search.gap, recipe.search.time_limit_seconds)
     problem = replace(found.problem(limits), objective="runtime_ms")
     (fastest,) = solve(problem, recipe.search.gap, recipe.search.time_limit_seconds)
-    speedup = found.describe(fastest)["speedup_predicted"]
+    speedup = found.describe(found.architecture(fastest))["speedup_predicted"]
     if speedup <= SLOWEST:
         raise InfeasibleError(
             f"The fastest child of this search space is predicted at {speedup:.3f}x; offer cheaper variants, "
@@ -104,7 +104,9 @@ def solve_frontier(recipe: Recipe, found: ArchitectureSearch, limit_range: Limit
                 rows.append({"model": "child", "limit": value, "infeasible": str(error)})
                 ticker.advance()
                 continue
-            rows.append({"model": "child", "limit": value, **found.describe(child), "gap": child.gap})
+            rows.append(
+                {"model": "child", "limit": value, **found.describe(found.architecture(child)), "gap": child.gap}
+            )
             problem = found.problem(limits)
             models: list[tuple[str, Callable[[], Solution]]] = [*found.baselines(problem, child, gap, seconds).items()]
             as_slow = Limit("runtime_ms", minimum=0.99 * child.costs["runtime_ms"])
@@ -114,7 +116,7 @@ def solve_frontier(recipe: Recipe, found: ArchitectureSearch, limit_range: Limit
                 models.append(("random", lambda alike=alike, rng=rng: random_architecture(alike, rng, seconds)))
             for model, baseline in models:
                 try:
-                    rows.append({"model": model, "limit": value, **found.describe(baseline())})
+                    rows.append({"model": model, "limit": value, **found.describe(found.architecture(baseline()))})
                 except (InfeasibleError, SearchTimeoutError) as error:
                     rows.append({"model": model, "limit": value, "infeasible": str(error)})
             ticker.advance()

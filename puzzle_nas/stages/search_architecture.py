@@ -34,7 +34,7 @@ def search(
     """
     problem = found.problem(limits)
     best = found.solve(limits, gap, time_limit_seconds)
-    chosen = found.describe(best)
+    chosen = found.describe(found.architecture(best))
     result = {
         "limits": limits,
         **chosen,
@@ -46,7 +46,7 @@ def search(
     baselines = found.baselines(problem, best, gap, time_limit_seconds)
     for name in BASELINES:
         try:
-            result["baselines"][name] = found.describe(baselines[name]())
+            result["baselines"][name] = found.describe(found.architecture(baselines[name]()))
         except InfeasibleError as error:
             result["baselines"][name] = {"infeasible": str(error)}
     return result
