@@ -25,8 +25,8 @@ class LlamaCppEngine(ServingEngine):
     # Products with 16-bit weights round the activations to 16 bits too, with quantised weights to 8.
     tolerances = {
         "float32": Tolerance(mean_nats=1e-4, max_nats=1e-3),
-        "float16": Tolerance(mean_nats=5e-3, max_nats=5e-2),
-        "bfloat16": Tolerance(mean_nats=3e-2, max_nats=4e-1),
+        "float16": Tolerance(mean_nats=2e-2, max_nats=2e-1),
+        "bfloat16": Tolerance(mean_nats=0.15, max_nats=1.5),
         "q8_0": Tolerance(mean_nats=0.1, max_nats=1.0),
         "q6_k": Tolerance(mean_nats=0.15, max_nats=2.0),
         "q5_k_m": Tolerance(mean_nats=0.5, max_nats=4.0),

@@ -72,6 +72,13 @@ def test_a_quantised_export_through_the_command_line(checkpoint, tmp_path):
     assert list(verification) == ["float32", "q8_0"]
 
 
+def test_16_bits_are_verified_in_float32_first(checkpoint, tmp_path):
+    exported = export_child(checkpoint, "gguf", "bfloat16", None, tmp_path)
+    verification = json.loads((exported / EXPORT_RECORD).read_text())["verification"]
+    assert verification["float32"]["max_nats"] < 1e-4 < verification["bfloat16"]["max_nats"]
+    assert sorted(file.name for file in exported.iterdir()) == [EXPORT_RECORD, "model.gguf"]
+
+
 def test_an_export_that_differs_is_not_left_behind(checkpoint, tmp_path, monkeypatch):
     write = EXPORTERS["gguf"].write
 
