@@ -537,7 +537,7 @@ FRONTIER_MODELS = {
 def render_frontier(frontier: Mapping[str, Any], parent: str) -> str:
     """The page of `puzzle frontier`: what `puzzle_nas.frontier` solved, as a picture and a table."""
     column, axis = {
-        "memory_bytes": ("memory_bytes", "memory of parameters and KV cache, bytes"),
+        "memory_bytes": ("memory_bytes", "memory of parameters, KV cache and working space, bytes"),
         "parameters": ("parameters", "parameters"),
     }.get(frontier["limit"], ("speedup_predicted", "predicted speed-up"))
     unit = {"kl": "KL", "lm_loss": "LM loss increase"}[frontier["metric"]]

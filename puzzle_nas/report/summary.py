@@ -86,6 +86,7 @@ def build_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
             "child_measured_over_predicted": measured["mix_ms"]["child"] / costs.mix_ms(architecture),
             "other_load_percent_at_cost_measurement": costs.data.get("other_load_percent"),
         },
+        "search": {"children_measured": search["children_measured"], "speed_checks": search["speed_checks"]},
         "refit": refit,
         "gkd": {key: gkd[key] for key in ("tokens", "best_step", "selection_kl_nats_start", "selection_kl_nats_best")},
         "machine": costs.data["machine"],

@@ -121,7 +121,19 @@ def _footer(summary: dict[str, Any]) -> Text:
     seconds = summary["seconds"]
     stages = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
     time = f"Time: {sum(seconds.values()):.0f} s ({stages})."
-    return Text("\n".join([speed_note(summary), prediction_note(summary), time]))
+    notes = [speed_note(summary), prediction_note(summary), search_note(summary), time]
+    return Text("\n".join(note for note in notes if note))
+
+
+def search_note(summary: dict[str, Any]) -> str:
+    """What measuring children gained over the search's first choice; empty where none were measured."""
+    tried = summary["search"]["children_measured"]
+    if not tried:
+        return ""
+    first, best = tried[0]["selection_kl_nats"], min(row["selection_kl_nats"] for row in tried)
+    return (
+        f"Search: of {len(tried)} children assembled and measured, KL fell from {first:.3f} to {best:.3f} (selection)."
+    )
 
 
 def frontier_rows(frontier: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -83,7 +83,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
             console.print("  No faster child can be made of this search space.")
             break
     trials = refinement.tried if refinement else []
-    write_json(run.architecture(), {**result, "limits": asked, "trials": trials, "verification": attempts})
+    write_json(run.architecture(), {**result, "limits": asked, "children_measured": trials, "speed_checks": attempts})
 
 
 def _searched(

@@ -39,6 +39,7 @@ VARIANTS = {
 }
 SIZE = {spec: 1 - (i + 1) / len(specs) for specs in VARIANTS.values() for i, spec in enumerate(specs)}
 FALLEN = (5, "ffn.linear")
+MEASURED_CHILDREN = (("search", 0.61), ("search", 0.58), ("refinement", 0.52))
 RECIPE = """
 parent: {parent}
 data: {{sources: [{{source: python-stdlib}}]}}
@@ -89,7 +90,7 @@ def cost_table() -> dict[str, Any]:
         }
         whole = {"prefill_ms": 1.02 * prefill * LAYERS, "decode_step_ms": 1.05 * step * LAYERS}
         fixed = {"prefill_ms": 9.0, "decode_step_ms": 2.0}
-        return {"fixed": fixed, "variants": parts, "parent_measured": whole}
+        return {"fixed": fixed, "variants": parts, "parent_measured": whole, "working_bytes": 5_000_000}
 
     def weights(v: float) -> dict[str, int]:
         count = round(2e6 * v)
@@ -145,7 +146,9 @@ def make_run(folder: Path, parent: str = "example/parent-135M") -> tuple[Recipe,
         "max_params": {"architecture": [], **common, "speedup_predicted": 1.3342},
     }
     search = {"limits": {"speedup": 1.3}, "architecture": child().to_list(), "score_sum": 0.4321, **common}
-    write_json(run.architecture(), search | {"baselines": baselines})
+    tried = [{"found_by": how, "score_sum": 0.4321, "selection_kl_nats": kl} for how, kl in MEASURED_CHILDREN]
+    search |= {"baselines": baselines, "children_measured": tried, "speed_checks": []}
+    write_json(run.architecture(), search)
     evaluation = {
         "parent": quality(0.0),
         "child": {"assembled": quality(0.5123), "refitted": quality(0.3977), "distilled": quality(0.2101)},
