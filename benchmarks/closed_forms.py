@@ -98,7 +98,7 @@ def main() -> None:
         if index in LAYERS:
             forms = LayerTrial(layer, parent.config, activations, batches).candidates(shape.num_key_value_heads)
             blocks = [subblock_layer(parent.config, layer.layer_type, spec, w) for spec, w in forms.values()]
-            results = walk.try_variants([("attention", block) for block in blocks])
+            results = walk.try_variants([{"attention": block} for block in blocks])
             for name, result in zip(forms, results, strict=True):
                 found.setdefault(name, []).append(float(result.kl_nats.mean()))
         batches = [a.out_ND.view_as(b) for a, b in zip(activations, batches, strict=True)]

@@ -7,9 +7,10 @@ frozen class that owns its fields. `spec.id` is a label for files, tables and pe
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from puzzle_nas.errors import RecipeError
 
@@ -208,6 +209,15 @@ class Architecture:
         return cls((block,) * shape.num_hidden_layers)
 
 
+Choice: TypeAlias = tuple[int, tuple[Spec, ...]]
+"""A layer, and the specs that are chosen there together: of one slot, or of all."""
+
+
+def choice_id(specs: Sequence[Spec]) -> str:
+    """A label such as `ffn.w768`, or `attention.kv1+ffn.w768`."""
+    return "+".join(spec.id for spec in specs)
+
+
 @dataclass(frozen=True)
 class SearchSpace:
     """The variants of every layer and slot, the parent's own first: `options[3]["ffn"]`."""
@@ -219,6 +229,14 @@ class SearchSpace:
             for slot in SLOTS:
                 for spec in slots[slot]:
                     yield layer, slot, spec
+
+    def choices(self, by_block: bool = False) -> Iterator[Choice]:
+        """What can be chosen where: every sub-block, or every pair of a layer's two."""
+        for layer, slots in enumerate(self.options):
+            if by_block:
+                yield from ((layer, specs) for specs in itertools.product(*(slots[slot] for slot in SLOTS)))
+            else:
+                yield from ((layer, (spec,)) for slot in SLOTS for spec in slots[slot])
 
     def kinds(self) -> list[Spec]:
         """Every distinct spec, in order of first appearance."""

@@ -1,22 +1,24 @@
 """A run's tables as a search problem, and its answers as architectures. No torch.
 
-A position is one slot of one layer; its options are the variants with their scores and costs. The summed scores
-estimate the child's damage, the summed costs predict its costs (Puzzle, section 3).
+A position is one slot of one layer, or a whole layer where blocks are scored; its options are the variants with their
+scores and costs. The summed scores estimate the child's damage, the summed costs predict its costs (Puzzle, section 3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from puzzle_nas.architecture import SLOTS, Architecture, ParentShape, SearchSpace, Spec
+from puzzle_nas.architecture import SLOTS, Architecture, Choice, ParentShape, SearchSpace, Spec, choice_id
 from puzzle_nas.artifacts import RunFolder, read_json
 from puzzle_nas.costs import CostTable
 from puzzle_nas.errors import InfeasibleError
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.search import (
+    FewerSolutionsError,
     InfeasibleLimitsError,
+    Limit,
     Problem,
     Solution,
     Table,
@@ -29,9 +31,9 @@ from puzzle_nas.search import (
 from puzzle_nas.servable import servable_space
 
 
-def position(layer: int, slot: str) -> str:
-    """A position's label in tables."""
-    return f"{layer:02d}.{slot}"
+def position(layer: int, specs: Sequence[Spec]) -> str:
+    """A position's label in tables: the layer, and the slot where the choice is of one slot only."""
+    return f"{layer:02d}.{specs[0].slot}" if len(specs) == 1 else f"{layer:02d}"
 
 
 @dataclass(frozen=True)
@@ -41,21 +43,22 @@ class ArchitectureSearch:
     space: SearchSpace
     shape: ParentShape
     costs: CostTable
-    scores: dict[tuple[int, str], float]
-    """Damage by layer and variant id; the parent's own is 0."""
+    scores: dict[Choice, float]
+    """Damage of every choice, sub-blocks or whole blocks; the parent's own is 0."""
 
     @classmethod
     def load(cls, recipe: Recipe, run: RunFolder, scored: bool = True) -> ArchitectureSearch:
         """From the run's cost table and scores; unscored, every variant counts as harmless."""
         shape = ParentShape(**read_json(run.parent, "prepare-parent")["shape"])
         space = servable_space(search_space_of(recipe, shape), shape, recipe.search.servable_by)
-        scores: dict[tuple[int, str], float] = {}
+        own = {shape.parent_spec(slot) for slot in SLOTS}
+        scores: dict[Choice, float] = {}
         metric = recipe.scoring.metric
         field = "kl_nats" if metric == "kl" else "lm_loss_increase_nats"
-        for layer, slot, spec in space:
-            harmless = not scored or spec == shape.parent_spec(slot)
-            path = run.score(layer, spec.id, metric=metric)
-            scores[layer, spec.id] = 0.0 if harmless else read_json(path, "score-blocks")[field]["mean"]
+        for layer, specs in space.choices(by_block=recipe.scoring.unit == "block"):
+            harmless = not scored or own.issuperset(specs)
+            path = run.score(layer, choice_id(specs), metric=metric)
+            scores[layer, specs] = 0.0 if harmless else read_json(path, "score-blocks")[field]["mean"]
         return cls(space, shape, CostTable.load(run, recipe), scores)
 
     @property
@@ -63,48 +66,65 @@ class ArchitectureSearch:
         """Every layer as in the parent."""
         return Architecture.of_parent(self.shape)
 
-    def problem(self, limits: dict[str, float]) -> Problem:
-        """Minimise the summed score within the limits."""
-        rows = [
-            {
-                "layer": position(layer, slot),
-                "variant": spec.id,
-                "score": self.scores[layer, spec.id],
-                **self.costs.columns_of(spec),
-            }
-            for layer, slot, spec in self.space
-        ]
-        bounds = tuple(self.costs.limits(limits, self.parent))
-        return Problem(Table.from_rows(rows), "score", limits=bounds, fixed=self.costs.fixed)
+    def problem(self, limits: dict[str, float], near: Architecture | None = None, max_changes: int = 0) -> Problem:
+        """Minimise the summed score within the limits; at most `max_changes` choices away from `near`."""
+        bounds = self.costs.limits(limits, self.parent)
+        rows = []
+        for (layer, specs), score in self.scores.items():
+            costs = [self.costs.columns_of(spec) for spec in specs]
+            row = {"layer": position(layer, specs), "variant": choice_id(specs), "score": score}
+            row |= {column: sum(cost[column] for cost in costs) for column in costs[0]}
+            if near is not None:
+                row["changes"] = float(not self._holds(near, layer, specs))
+            rows.append(row)
+        if near is not None:
+            bounds.append(Limit("changes", maximum=float(max_changes)))
+        return Problem(Table.from_rows(rows), "score", limits=tuple(bounds), fixed=self.costs.fixed)
+
+    @staticmethod
+    def _holds(architecture: Architecture, layer: int, specs: Sequence[Spec]) -> bool:
+        return all(architecture.layers[layer][spec.slot] == spec for spec in specs)
+
+    def score_of(self, architecture: Architecture) -> float:
+        """The summed score."""
+        return sum(score for (layer, specs), score in self.scores.items() if self._holds(architecture, layer, specs))
 
     def architecture(self, solution: Solution) -> Architecture:
         """The chosen variants as an architecture."""
-        specs: dict[tuple[int, str], Spec] = {(layer, spec.id): spec for layer, _, spec in self.space}
-        layers = range(self.shape.num_hidden_layers)
-        return Architecture(
-            tuple({slot: specs[i, solution.choices[position(i, slot)]] for slot in SLOTS} for i in layers)
-        )
+        layers: list[dict[str, Spec]] = [{} for _ in range(self.shape.num_hidden_layers)]
+        for layer, specs in self.scores:
+            if solution.choices[position(layer, specs)] == choice_id(specs):
+                layers[layer] |= {spec.slot: spec for spec in specs}
+        return Architecture(tuple(layers))
 
-    def describe(self, solution: Solution) -> dict[str, Any]:
-        """A solution as JSON."""
-        architecture = self.architecture(solution)
+    def describe(self, architecture: Architecture) -> dict[str, Any]:
+        """An architecture and what is predicted of it, as JSON."""
         return {
             "architecture": architecture.to_list(),
-            "score_sum": sum(self.scores[layer, spec.id] for layer, _, spec in architecture),
+            "score_sum": self.score_of(architecture),
             "speedup_predicted": self.costs.mix_ms(self.parent) / self.costs.mix_ms(architecture),
             "runtime_ms_predicted": self.costs.mix_ms(architecture),
             "memory_bytes": self.costs.memory_bytes(architecture),
             "parameters": self.costs.parameters(architecture),
         }
 
-    def solve(self, limits: dict[str, float], gap: float, time_limit_seconds: float) -> Solution:
-        """The best choice within the limits.
+    def solve(
+        self,
+        limits: dict[str, float],
+        gap: float,
+        time_limit_seconds: float,
+        num_solutions: int = 1,
+        min_different: int = 1,
+    ) -> list[Solution]:
+        """The best choices within the limits, as `search.solve`; fewer of them where fewer differ that much.
 
         Raises:
             InfeasibleError: names each limit, in the user's terms, and the tightest value that can be reached.
         """
         try:
-            return solve(self.problem(limits), gap, time_limit_seconds)[0]
+            return solve(self.problem(limits), gap, time_limit_seconds, num_solutions, min_different)
+        except FewerSolutionsError as error:
+            return error.solutions
         except InfeasibleLimitsError as error:
             raise InfeasibleError(_explain(self, limits, error)) from error
 
@@ -112,12 +132,12 @@ class ArchitectureSearch:
         self, problem: Problem, child: Solution, gap: float, time_limit_seconds: float
     ) -> dict[str, Callable[[], Solution]]:
         """What a child is compared with under the same limits, each found when called (Puzzle, tables 10-12)."""
-        groups = {position(layer, slot): layer for layer, slot, _ in self.space}
-        slots = {position(layer, slot): slot for layer, slot, _ in self.space}
+        groups = {position(layer, specs): layer for layer, specs in self.scores}
+        slots = {position(layer, specs): tuple(spec.slot for spec in specs) for layer, specs in self.scores}
         plain = {
-            (position(layer, slot), spec.id)
-            for layer, slot, spec in self.space
-            if spec.kind == "no_op" or spec == self.shape.parent_spec(slot)
+            (position(layer, specs), choice_id(specs))
+            for layer, specs in self.scores
+            if all(spec.empty or spec == self.shape.parent_spec(spec.slot) for spec in specs)
         }
         restricted = no_op_only(problem, lambda place, variant: (place, variant) in plain)
         return {
@@ -138,7 +158,7 @@ def _explain(found: ArchitectureSearch, limits: dict[str, float], error: Infeasi
         name = owners[report.column, report.asked]
 
         def in_users_terms(value: float, name: str = name, column: str = report.column) -> str:
-            return f"{found.costs.reachable(name, value, found.parent, column):.4g}"
+            return f"{found.costs.converted(name, value, found.parent, column):.4g}"
 
         text = f"{name}={limits[name]:g} can reach {in_users_terms(report.reachable_alone)}"
         if len(error.reports) > 1:

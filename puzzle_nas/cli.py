@@ -107,8 +107,12 @@ def search_command(
     maximize: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the table to maximise.")] = None,
     solutions: Annotated[int, typer.Option(help="How many solutions, for a table.")] = 1,
     min_different: Annotated[int, typer.Option(help="Layers in which each must differ from every earlier one.")] = 1,
-    gap: Annotated[float, typer.Option(help="Relative optimality gap at which to stop.")] = 1e-4,
-    time_limit_seconds: Annotated[float, typer.Option(help="Longest time for one solve.")] = 60.0,
+    gap: Annotated[
+        float | None, typer.Option(help="Relative optimality gap at which to stop. Default: the recipe's; 1e-4.")
+    ] = None,
+    time_limit_seconds: Annotated[
+        float | None, typer.Option(help="Longest time for one solve. Default: the recipe's; 60.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     again: Again = False,
 ) -> None:
@@ -121,14 +125,17 @@ def search_command(
     if (table is None) == (run_dir is None):
         raise RecipeError("Name either a run folder or a table with --table.")
     if table is not None:
-        _search_table(
-            table, limit or [], minimize, maximize, solutions, min_different, gap, time_limit_seconds, as_json
-        )
+        gap, seconds = 1e-4 if gap is None else gap, 60.0 if time_limit_seconds is None else time_limit_seconds
+        _search_table(table, limit or [], minimize, maximize, solutions, min_different, gap, seconds, as_json)
         return
     assert run_dir is not None
     if minimize or maximize or solutions != 1 or min_different != 1:
         raise RecipeError("--minimize, --maximize, --solutions and --min-different are for a table; add --table FILE.")
     if not limit:
+        if as_json or gap is not None or time_limit_seconds is not None:
+            raise RecipeError(
+                "--json, --gap and --time-limit-seconds need --limit; without, the run's own search follows its recipe."
+            )
         _run_stage("search", run_dir, [], again)
         return
     from puzzle_nas import pipeline
@@ -139,7 +146,9 @@ def search_command(
     limits = dict(_named_number(text) for text in limit)
     run = RunFolder(run_dir)
     recipe = pipeline.open_run(run)
-    result = search(ArchitectureSearch.load(recipe, run), limits, gap, time_limit_seconds)
+    gap = recipe.search.gap if gap is None else gap
+    seconds = recipe.search.time_limit_seconds if time_limit_seconds is None else time_limit_seconds
+    result = search(ArchitectureSearch.load(recipe, run), limits, gap, seconds)
     path = run.architecture(",".join(f"{name}={value:g}" for name, value in limits.items()))
     write_json(path, result)
     if as_json:

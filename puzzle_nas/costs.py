@@ -12,13 +12,26 @@ from puzzle_nas.errors import RecipeError
 from puzzle_nas.recipe import Recipe
 from puzzle_nas.search import Limit
 
+TIMES = ("runtime_ms", "prefill_ms", "decode_step_ms")
+"""Of a whole request batch, of its prompts, and of one token for every request."""
 LIMITS = {
     "speedup": "at least this many times the parent's speed on the mix of scenarios",
-    "throughput_tokens_per_second": "at least this many generated tokens per second in every scenario",
-    "latency_ms": "at most this long for a whole request batch in every scenario",
-    "memory_bytes": "at most this much for parameters and the full KV cache in every scenario",
+    "throughput_tokens_per_second": "at least this many generated tokens per second",
+    "latency_ms": "at most this long for a whole request batch",
+    "time_to_first_token_ms": "at most this long for the prompts of a request batch",
+    "time_per_output_token_ms": "at most this long for each further token of a request batch",
+    "memory_bytes": "at most this much for parameters, the full KV cache and working space",
     "parameters": "at most this many",
 }
+"""The last two and `speedup` hold for the child; the others in every scenario, or in the one named after an @, or,
+after @mix, on the weighted mean."""
+LIMITED_TIMES = {
+    "throughput_tokens_per_second": "runtime_ms",
+    "latency_ms": "runtime_ms",
+    "time_to_first_token_ms": "prefill_ms",
+    "time_per_output_token_ms": "decode_step_ms",
+}
+MIX = "mix"
 
 
 @dataclass(frozen=True)
@@ -32,105 +45,114 @@ class CostTable:
     def load(cls, run: RunFolder, recipe: Recipe, engine: str = "torch") -> CostTable:
         """The run's table."""
         data = read_json(run.costs(engine), "measure-costs")
-        return cls(data, [s.scenario() for s in recipe.scenarios])
-
-    def variant_ms(self, spec: Spec, scenario: Scenario) -> float:
-        """Milliseconds that one sub-block adds to one request batch."""
-        return _request_ms(self.data["scenarios"][scenario.name]["variants"][spec.id], scenario)
-
-    def fixed_ms(self, scenario: Scenario) -> float:
-        """Milliseconds of embeddings, final norm and LM head for one request batch."""
-        return _request_ms(self.data["scenarios"][scenario.name]["fixed"], scenario)
+        return cls(data, recipe.traffic())
 
     def parent_measured_ms(self, scenario: Scenario) -> float:
         """Milliseconds of the parent as a whole for one request batch, measured with the table."""
-        return _request_ms(self.data["scenarios"][scenario.name]["parent_measured"], scenario)
+        return _times_ms(self.data["scenarios"][scenario.name]["parent_measured"], scenario)["runtime_ms"]
 
     def request_ms(self, architecture: Architecture, scenario: Scenario) -> float:
         """Predicted milliseconds of one request batch."""
-        return self.fixed_ms(scenario) + sum(self.variant_ms(spec, scenario) for _, _, spec in architecture)
+        return self.total(f"runtime_ms.{scenario.name}", architecture)
 
     def mix_ms(self, architecture: Architecture) -> float:
         """Predicted milliseconds of the weighted mix of scenarios."""
-        return sum(s.weight * self.request_ms(architecture, s) for s in self.scenarios)
+        return self.total("runtime_ms", architecture)
 
     def memory_bytes(self, architecture: Architecture) -> int:
-        """Parameters plus the full KV cache of the largest scenario."""
-        return max(
-            self._total(self.columns_of, self.fixed, f"memory_bytes.{s.name}", architecture) for s in self.scenarios
-        )
+        """Parameters, the full KV cache and working space in the largest scenario."""
+        return int(max(self.total(f"memory_bytes.{s.name}", architecture) for s in self.scenarios))
 
     def parameters(self, architecture: Architecture) -> int:
         """Parameters, tied embeddings once."""
-        return self._total(self.columns_of, self.fixed, "parameters", architecture)
+        return int(self.total("parameters", architecture))
 
-    @staticmethod
-    def _total(columns_of, fixed, column: str, architecture: Architecture) -> int:
-        return int(fixed[column] + sum(columns_of(spec)[column] for _, _, spec in architecture))
+    def total(self, column: str, architecture: Architecture) -> float:
+        """A column's sum over an architecture, fixed part included."""
+        return self.fixed[column] + sum(self.columns_of(spec)[column] for _, _, spec in architecture)
 
     def columns_of(self, spec: Spec) -> dict[str, float]:
         """The search table's cost columns of one sub-block."""
         weights = self.data["bytes"]["variants"][spec.id]
-        columns = {
-            "runtime_ms": sum(s.weight * self.variant_ms(spec, s) for s in self.scenarios),
-            "parameters": weights["parameters"],
-        }
-        for s in self.scenarios:
-            columns[f"runtime_ms.{s.name}"] = self.variant_ms(spec, s)
-            cached = s.batch_size * s.total_tokens * weights["kv_bytes_per_token"]
-            columns[f"memory_bytes.{s.name}"] = weights["parameter_bytes"] + cached
-        return columns
+        return self._columns(
+            {s.name: self.data["scenarios"][s.name]["variants"][spec.id] for s in self.scenarios},
+            weights["parameters"],
+            {
+                s.name: weights["parameter_bytes"] + s.batch_size * s.total_tokens * weights["kv_bytes_per_token"]
+                for s in self.scenarios
+            },
+        )
 
     @property
     def fixed(self) -> dict[str, float]:
-        """The same columns of what every child has."""
+        """The same columns of what every child has: embeddings, final norm, LM head, working space."""
         weights = self.data["bytes"]["fixed"]
-        columns = {
-            "runtime_ms": sum(s.weight * self.fixed_ms(s) for s in self.scenarios),
-            "parameters": weights["parameters"],
-        }
+        of_scenario = {s.name: self.data["scenarios"][s.name] for s in self.scenarios}
+        return self._columns(
+            {name: facts["fixed"] for name, facts in of_scenario.items()},
+            weights["parameters"],
+            {name: weights["parameter_bytes"] + facts["working_bytes"] for name, facts in of_scenario.items()},
+        )
+
+    def _columns(
+        self, times: Mapping[str, Mapping[str, float]], parameters: int, memory_bytes: Mapping[str, float]
+    ) -> dict[str, float]:
+        columns = {"parameters": float(parameters), **dict.fromkeys(TIMES, 0.0)}
         for s in self.scenarios:
-            columns[f"runtime_ms.{s.name}"] = self.fixed_ms(s)
-            columns[f"memory_bytes.{s.name}"] = weights["parameter_bytes"]
+            for name, value in _times_ms(times[s.name], s).items():
+                columns[f"{name}.{s.name}"] = value
+                columns[name] += s.weight * value
+            columns[f"memory_bytes.{s.name}"] = memory_bytes[s.name]
         return columns
 
     def limits(self, asked: Mapping[str, float], parent: Architecture) -> list[Limit]:
         """The user's limits as bounds on columns.
 
         Raises:
-            RecipeError: a limit that is not known, or not positive.
+            RecipeError: a limit or scenario that is not known, or a value that is not positive.
         """
-        result: list[Limit] = []
-        for name, value in asked.items():
-            if name not in LIMITS:
-                raise RecipeError(f"'{name}' is not a limit; known: {', '.join(LIMITS)}.")
-            if not value > 0:
-                raise RecipeError(f"The limit {name}={value:g} must be positive.")
-            if name == "speedup":
-                result.append(Limit("runtime_ms", maximum=self.mix_ms(parent) / value))
-            elif name == "parameters":
-                result.append(Limit("parameters", maximum=value))
-            else:
-                result += [self._scenario_limit(name, value, s) for s in self.scenarios]
-        return result
+        return [
+            Limit(column, maximum=self.converted(name, value, parent, column))
+            for name, value in asked.items()
+            for column in self._limited_columns(name, value)
+        ]
 
-    @staticmethod
-    def _scenario_limit(name: str, value: float, s: Scenario) -> Limit:
-        if name == "memory_bytes":
-            return Limit(f"memory_bytes.{s.name}", maximum=value)
-        if name == "latency_ms":
-            return Limit(f"runtime_ms.{s.name}", maximum=value)
-        return Limit(f"runtime_ms.{s.name}", maximum=1e3 * s.batch_size * s.decode_tokens / value)
+    def _limited_columns(self, name: str, value: float) -> list[str]:
+        quantity, _, place = name.partition("@")
+        if quantity not in LIMITS:
+            raise RecipeError(f"'{name}' is not a limit; known: {', '.join(LIMITS)}.")
+        if not value > 0:
+            raise RecipeError(f"The limit {name}={value:g} must be positive.")
+        places = [s.name for s in self.scenarios]
+        if place and quantity not in LIMITED_TIMES:
+            raise RecipeError(f"The limit {quantity} holds for all scenarios together; leave out @{place}.")
+        if place and place not in (*places, MIX):
+            raise RecipeError(f"'{name}': there is no scenario {place}; known: {', '.join((*places, MIX))}.")
+        if quantity == "speedup":
+            return ["runtime_ms"]
+        if quantity == "parameters":
+            return ["parameters"]
+        column = LIMITED_TIMES.get(quantity, quantity)
+        if place == MIX:
+            return [column]
+        return [f"{column}.{p}" for p in ([place] if place else places)]
 
-    def reachable(self, name: str, column_value: float, parent: Architecture, column: str) -> float:
-        """A column's tightest total in the user's own terms: the inverse of `limits`."""
-        if name == "speedup":
-            return self.mix_ms(parent) / column_value
-        if name == "throughput_tokens_per_second":
-            scenario = next(s for s in self.scenarios if column.endswith(f".{s.name}"))
-            return 1e3 * scenario.batch_size * scenario.decode_tokens / column_value
-        return column_value
+    def converted(self, name: str, value: float, parent: Architecture, column: str) -> float:
+        """A value of the limit `name` as a total of its column; and, since every case is its own inverse, back."""
+        quantity = name.partition("@")[0]
+        if quantity == "speedup":
+            return self.mix_ms(parent) / value
+        if quantity == "throughput_tokens_per_second":
+            of_mix = column == "runtime_ms"
+            tokens = sum(
+                (s.weight if of_mix else 1.0) * s.batch_size * s.decode_tokens
+                for s in self.scenarios
+                if of_mix or column == f"runtime_ms.{s.name}"
+            )
+            return 1e3 * tokens / value
+        return value
 
 
-def _request_ms(times: Mapping[str, float], scenario: Scenario) -> float:
-    return times["prefill_ms"] + scenario.decode_steps * times["decode_step_ms"]
+def _times_ms(parts: Mapping[str, float], scenario: Scenario) -> dict[str, float]:
+    prefill, step = parts["prefill_ms"], parts["decode_step_ms"]
+    return dict(zip(TIMES, (prefill + scenario.decode_steps * step, prefill, step), strict=True))

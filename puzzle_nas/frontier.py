@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from puzzle_nas.architecture_search import ArchitectureSearch
-from puzzle_nas.errors import InfeasibleError, RecipeError, SearchTimeoutError
+from puzzle_nas.errors import InfeasibleError, PuzzleError, RecipeError, SearchTimeoutError
 from puzzle_nas.progress import progress
 from puzzle_nas.recipe import Recipe
 from puzzle_nas.search import Limit, Solution, random_architecture, solve
@@ -64,7 +64,7 @@ def reachable_speedups(found: ArchitectureSearch, limits: dict[str, float], reci
     found.solve(limits, recipe.search.gap, recipe.search.time_limit_seconds)
     problem = replace(found.problem(limits), objective="runtime_ms")
     (fastest,) = solve(problem, recipe.search.gap, recipe.search.time_limit_seconds)
-    speedup = found.describe(fastest)["speedup_predicted"]
+    speedup = found.describe(found.architecture(fastest))["speedup_predicted"]
     if speedup <= SLOWEST:
         raise InfeasibleError(
             f"The fastest child of this search space is predicted at {speedup:.3f}x; offer cheaper variants, "
@@ -93,33 +93,24 @@ def solve_frontier(recipe: Recipe, found: ArchitectureSearch, limit_range: Limit
     others = {name: value for name, value in recipe.search.limits.items() if name != ranged}
     limit_range = limit_range or reachable_speedups(found, others, recipe)
     rows: list[dict[str, Any]] = []
-    infeasible: InfeasibleError | None = None
+    failure: PuzzleError | None = None
     with progress("frontier, limit", len(limit_range.values)) as ticker:
         for index, value in enumerate(limit_range.values):
             limits = {**others, limit_range.name: value}
             try:
-                child = found.solve(limits, gap, seconds)
-            except InfeasibleError as error:
-                infeasible = error
+                (child,) = found.solve(limits, gap, seconds)
+            except (InfeasibleError, SearchTimeoutError) as error:
+                failure = error
                 rows.append({"model": "child", "limit": value, "infeasible": str(error)})
-                ticker.advance()
-                continue
-            rows.append({"model": "child", "limit": value, **found.describe(child), "gap": child.gap})
-            problem = found.problem(limits)
-            models: list[tuple[str, Callable[[], Solution]]] = [*found.baselines(problem, child, gap, seconds).items()]
-            as_slow = Limit("runtime_ms", minimum=0.99 * child.costs["runtime_ms"])
-            alike = replace(problem, limits=(*problem.limits, as_slow))
-            for draw in range(NUM_RANDOM):
-                rng = np.random.default_rng([recipe.seed, index, draw])
-                models.append(("random", lambda alike=alike, rng=rng: random_architecture(alike, rng, seconds)))
-            for model, baseline in models:
-                try:
-                    rows.append({"model": model, "limit": value, **found.describe(baseline())})
-                except (InfeasibleError, SearchTimeoutError) as error:
-                    rows.append({"model": model, "limit": value, "infeasible": str(error)})
+            else:
+                rows.append(
+                    {"model": "child", "limit": value, **found.describe(found.architecture(child)), "gap": child.gap}
+                )
+                for model, baseline in _baselines(recipe, found, limits, child, index):
+                    rows.append({"model": model, "limit": value, **_described(found, baseline)})
             ticker.advance()
-    if infeasible is not None and all("infeasible" in row for row in rows):
-        raise infeasible
+    if failure is not None and all("infeasible" in row for row in rows):
+        raise failure
     return {
         "limit": limit_range.name,
         "values": list(limit_range.values),
@@ -127,3 +118,24 @@ def solve_frontier(recipe: Recipe, found: ArchitectureSearch, limit_range: Limit
         "metric": recipe.scoring.metric,
         "rows": rows,
     }
+
+
+def _baselines(
+    recipe: Recipe, found: ArchitectureSearch, limits: dict[str, float], child: Solution, index: int
+) -> list[tuple[str, Callable[[], Solution]]]:
+    gap, seconds = recipe.search.gap, recipe.search.time_limit_seconds
+    problem = found.problem(limits)
+    as_slow = Limit("runtime_ms", minimum=0.99 * child.costs["runtime_ms"])
+    alike = replace(problem, limits=(*problem.limits, as_slow))
+    draws = [np.random.default_rng([recipe.seed, index, draw]) for draw in range(NUM_RANDOM)]
+    return [
+        *found.baselines(problem, child, gap, seconds).items(),
+        *(("random", lambda rng=rng: random_architecture(alike, rng, seconds)) for rng in draws),
+    ]
+
+
+def _described(found: ArchitectureSearch, baseline: Callable[[], Solution]) -> dict[str, Any]:
+    try:
+        return found.describe(found.architecture(baseline()))
+    except (InfeasibleError, SearchTimeoutError) as error:
+        return {"infeasible": str(error)}

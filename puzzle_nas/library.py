@@ -8,10 +8,11 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 
-from puzzle_nas.architecture import Spec
+from puzzle_nas.architecture import Architecture, Spec
 from puzzle_nas.artifacts import RunFolder, file_checksum, read_json, write_bytes, write_json
 from puzzle_nas.errors import ArtifactError
-from puzzle_nas.families.loading import shape_of
+from puzzle_nas.families import child_config
+from puzzle_nas.families.loading import build, shape_of
 from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer, PuzzleForCausalLM
 from puzzle_nas.subblocks import Weights, subblock_layer, subblock_weights
 
@@ -67,3 +68,14 @@ def variant_layer(
     """A variant as a runnable sub-block."""
     weights = variant_weights(run, parent, layer, spec, library)
     return subblock_layer(parent.config, parent.model.layers[layer].layer_type, spec, weights)
+
+
+def assemble(run: RunFolder, parent: PuzzleForCausalLM, architecture: Architecture) -> PuzzleForCausalLM:
+    """The child in memory. It shares what it has in common with the parent."""
+    weights = {n: w for n, w in parent.state_dict().items() if not n.startswith("model.layers.")}
+    for layer, _, spec in architecture:
+        for name, weight in variant_weights(run, parent, layer, spec).items():
+            weights[f"model.layers.{layer}.{name}"] = weight
+    child = build(child_config(parent.config, architecture), weights)
+    child.generation_config = parent.generation_config
+    return child

@@ -132,6 +132,8 @@ class ScoringSettings(Settings):
 
     metric: Literal["kl", "lm_loss"] = "kl"
     """KL(parent || child) in nats per token, or the child's increase in LM loss. Both are always recorded."""
+    unit: Literal["sub_block", "block"] = "sub_block"
+    """Replace one sub-block at a time (m + n scores a layer), or, as the paper, attention and FFN together (m x n)."""
     batch_tokens: int = Field(2_048, ge=1)
     """Tokens whose activations are in memory together."""
 
@@ -140,15 +142,23 @@ class SearchSettings(Settings):
     """What the child must meet."""
 
     limits: dict[str, float] = {"speedup": 1.3}
-    """`speedup` (at least), `throughput_tokens_per_second` (at least), `latency_ms`, `memory_bytes`,
-    `parameters` (at most)."""
+    """`speedup`, `throughput_tokens_per_second` (at least); `latency_ms`, `time_to_first_token_ms`,
+    `time_per_output_token_ms`, `memory_bytes`, `parameters` (at most). Times and throughput hold in every scenario, or
+    in one (`latency_ms@chat`), or on the weighted mean (`latency_ms@mix`)."""
     servable_by: list[Literal["transformers", "vllm", "vllm-stock", "llama.cpp"]] = []
     """Offer only what each of these can serve; vllm (with our plugin), llama.cpp and transformers serve everything."""
     gap: float = Field(1e-4, ge=0)
     """Relative optimality gap at which the solver may stop."""
     time_limit_seconds: float = Field(60.0, gt=0)
     """Longest time for one solve."""
-    verify_attempts: int = Field(3, ge=0)
+    verify: int = Field(1, ge=1)
+    """How many of the best architectures are assembled and measured on the selection split; the best of them counts."""
+    min_different: int = Field(8, ge=1)
+    """Positions in which those differ from each other."""
+    refine_rounds: int = Field(0, ge=0)
+    """How often scores are taken anew around the best child so far, as long as that helps, and the search repeated
+    near it. A round takes as long as all scores."""
+    speed_attempts: int = Field(3, ge=0)
     """How often the found architecture is timed beside the parent and, where its measured speed-up falls short of the
     limit, searched anew with a tighter one. 0 trusts the cost table, as does a table given with costs.file."""
 
@@ -200,11 +210,7 @@ class ScenarioSettings(Settings):
     decode_tokens: int = Field(64, ge=1)
     """Generated tokens of each request."""
     weight: float = Field(1.0, gt=0)
-    """Share of this scenario in a mix."""
-
-    def scenario(self) -> Scenario:
-        """As plain data."""
-        return Scenario(**self.model_dump())
+    """Share of this scenario in a mix, relative to the others."""
 
 
 class Recipe(Settings):
@@ -237,9 +243,14 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _scenario_names_differ(self) -> Recipe:
         names = [s.name for s in self.scenarios]
-        if not names or len(set(names)) < len(names):
-            raise ValueError("scenarios need at least one entry, and names that differ")
+        if not names or len(set(names)) < len(names) or "mix" in names:
+            raise ValueError("scenarios need at least one entry, and names that differ; 'mix' means all of them")
         return self
+
+    def traffic(self) -> list[Scenario]:
+        """The scenarios as plain data, weights summing to 1."""
+        total = sum(s.weight for s in self.scenarios)
+        return [Scenario(**{**s.model_dump(), "weight": s.weight / total}) for s in self.scenarios]
 
     def to_yaml(self) -> str:
         """All settings, resolved; `parse_recipe` reads it back."""

@@ -69,6 +69,7 @@ def test_search_says_what_it_cannot_combine(tmp_path):
         ([], "either a run folder or a table"),
         ([tmp_path, "--table", tmp_path / "table.csv"], "either a run folder or a table"),
         ([tmp_path, "--solutions", 2], "are for a table"),
+        ([tmp_path, "--gap", 0], "need --limit"),
         (["--table", tmp_path / "table.csv", "--minimize", "loss", "--limit", "ms"], "write COLUMN=MAX"),
     ):
         refused = puzzle("search", *arguments, check=False)

@@ -4,14 +4,42 @@ from __future__ import annotations
 
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from transformers.cache_utils import DynamicCache
 
 from puzzle_nas.architecture import Scenario
 from puzzle_nas.engines.base import Engine, RequestTime
 from puzzle_nas.modeling import PuzzleForCausalLM
+
+
+class _Allocations(TorchDispatchMode):
+    """Counts the bytes of all tensors made within, and the most that lived at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.held_bytes = self.most_bytes = 0
+        self._known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage() for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_iter(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage not in known and storage not in self._known:
+                    self._known.add(storage)
+                    self.held_bytes += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage.nbytes())
+        self.most_bytes = max(self.most_bytes, self.held_bytes)
+        return made
+
+    def _free(self, num_bytes: int) -> None:
+        self.held_bytes -= num_bytes
 
 
 class TorchEngine(Engine[PuzzleForCausalLM]):
@@ -40,6 +68,15 @@ class TorchEngine(Engine[PuzzleForCausalLM]):
         cache = self._filled_cache(model, scenario.batch_size, length)
         decode = self._clock(model, lambda: self._decode(model, cache, scenario.batch_size, steps))
         return RequestTime(prefill, decode / steps)
+
+    @torch.inference_mode()
+    def working_bytes(self, model: PuzzleForCausalLM, scenario: Scenario) -> int:
+        """The most memory that a prefill holds at once, its KV cache and the model's weights not counted."""
+        prompt = self._tokens(model, scenario, scenario.prefill_tokens)
+        cache = model.model.new_cache()
+        with _Allocations() as allocations:
+            model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return max(0, allocations.most_bytes - sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
 
     def _request(self, model: PuzzleForCausalLM, scenario: Scenario) -> RequestTime:
         prompt = self._tokens(model, scenario, scenario.prefill_tokens)

@@ -72,18 +72,14 @@ def build_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
                 "layer": layer,
                 **{slot: block[slot].id for slot in SLOTS},
                 **{
-                    f"{slot}_share_of_parent_runtime": sum(
-                        s.weight * costs.variant_ms(block[slot], s) for s in costs.scenarios
-                    )
-                    / parent_ms
+                    f"{slot}_share_of_parent_runtime": costs.columns_of(block[slot])["runtime_ms"] / parent_ms
                     for slot in SLOTS
                 },
             }
             for layer, block in enumerate(architecture.layers)
         ],
         "parent_share_of_runtime": {
-            slot: sum(s.weight * costs.variant_ms(parent.layers[0][slot], s) for s in costs.scenarios) / parent_ms
-            for slot in SLOTS
+            slot: costs.columns_of(parent.layers[0][slot])["runtime_ms"] / parent_ms for slot in SLOTS
         },
         "prediction": {
             "parent_measured_over_predicted": measured["mix_ms"]["parent"] / parent_ms,

@@ -7,10 +7,9 @@ from pathlib import Path
 from puzzle_nas import __version__
 from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, complete_folder, read_json
-from puzzle_nas.families import child_config, load_parent, load_tokenizer, save_model
-from puzzle_nas.families.loading import build, parent_checkpoint
-from puzzle_nas.library import variant_weights
-from puzzle_nas.modeling import PuzzleForCausalLM
+from puzzle_nas.families import load_parent, load_tokenizer, save_model
+from puzzle_nas.families.loading import parent_checkpoint
+from puzzle_nas.library import assemble
 from puzzle_nas.recipe import Recipe
 from puzzle_nas.report.model_card import model_card
 
@@ -19,17 +18,6 @@ COMMAND = "assemble"
 NEEDS = ("search_architecture",)
 SETTINGS = ()
 OUTPUTS = ("child/*", "baselines/*/*")
-
-
-def assemble(run: RunFolder, parent: PuzzleForCausalLM, architecture: Architecture) -> PuzzleForCausalLM:
-    """The child in memory. It shares what it has in common with the parent."""
-    weights = {n: w for n, w in parent.state_dict().items() if not n.startswith("model.layers.")}
-    for layer, _, spec in architecture:
-        for name, weight in variant_weights(run, parent, layer, spec).items():
-            weights[f"model.layers.{layer}.{name}"] = weight
-    child = build(child_config(parent.config, architecture), weights)
-    child.generation_config = parent.generation_config
-    return child
 
 
 def run(recipe: Recipe, run: RunFolder) -> None:

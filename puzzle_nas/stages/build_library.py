@@ -79,7 +79,7 @@ def _initialise(
     if len(candidates) > 1:
         # The block's own error does not tell whether massive activations survive; KL does.
         layers = [subblock_layer(context.config, context.layer.layer_type, spec, w) for w in candidates.values()]
-        results = walk.try_variants([(spec.slot, layer) for layer in layers])
+        results = walk.try_variants([{spec.slot: layer} for layer in layers])
         kl = {name: float(r.kl_nats.mean()) for name, r in zip(candidates, results, strict=True)}
         facts |= {"chosen": min(kl, key=kl.__getitem__), "held_back_kl_nats": kl}
     write_variant(run.initial_variant(index, spec.id), spec, candidates[facts["chosen"]], facts)

@@ -70,7 +70,7 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
     placeholders: dict[tuple, torch.Tensor] = {}
     probes = {name: probe_model(parent, architecture, placeholders) for name, architecture in models.items()}
     probes["parent"] = parent
-    scenarios = {s.name: s.scenario() for s in recipe.scenarios}
+    scenarios = {s.name: s for s in recipe.traffic()}
     engine = TorchEngine()
     with torch.inference_mode(), progress("measure costs, repeat", recipe.costs.repeats) as ticker:
         for model in probes.values():
@@ -95,6 +95,7 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
             name: {
                 **_fitted(models, {model: times[model][name] for model in models}, scenario),
                 "parent_measured": asdict(whole[name]),
+                "working_bytes": engine.working_bytes(parent, scenario),
             }
             for name, scenario in scenarios.items()
         },

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
+from puzzle_nas.architecture import SLOTS, choice_id
 from puzzle_nas.artifacts import RunFolder, write_json
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import load_parent
@@ -51,15 +54,25 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     with progress("score blocks, layer", shape.num_hidden_layers) as ticker:
         walk = ReplacementWalk(parent, tokens, recipe.scoring.batch_tokens)
         parent_scores: Divergence | None = None
-        for index, slots in enumerate(space.options):
-            specs = [spec for slot, options in slots.items() for spec in options if spec != shape.parent_spec(slot)]
-            specs = [spec for spec in specs if not run.score(index, spec.id, metric=metric).exists()]
-            if specs:
+        own = {shape.parent_spec(slot) for slot in SLOTS}
+        choices = list(space.choices(by_block=recipe.scoring.unit == "block"))
+        for index in range(shape.num_hidden_layers):
+            paths = {
+                specs: run.score(index, choice_id(specs), metric=metric)
+                for layer, specs in choices
+                if layer == index and not own.issuperset(specs)
+            }
+            missing = [specs for specs, path in paths.items() if not path.exists()]
+            if missing:
                 if parent_scores is None:
-                    parent_scores = walk.parent_itself()
-                variants = [(spec.slot, variant_layer(run, parent, index, spec)) for spec in specs]
-                for spec, divergence in zip(specs, walk.try_variants(variants), strict=True):
-                    write_json(run.score(index, spec.id, metric=metric), score_of(divergence, parent_scores))
+                    parent_scores = walk.model_itself()
+                blocks = {
+                    spec: variant_layer(run, parent, index, spec)
+                    for spec in dict.fromkeys(itertools.chain.from_iterable(missing))
+                }
+                replacements = [{spec.slot: blocks[spec] for spec in specs} for specs in missing]
+                for specs, divergence in zip(missing, walk.try_variants(replacements), strict=True):
+                    write_json(paths[specs], score_of(divergence, parent_scores))
                 ticker.advance()
             else:
                 ticker.skip(1)

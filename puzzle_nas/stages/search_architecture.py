@@ -8,12 +8,14 @@ from typing import Any
 from puzzle_nas.architecture import Architecture
 from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder, write_json
+from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.engines import speedups
 from puzzle_nas.errors import InfeasibleError
 from puzzle_nas.families import load_parent
 from puzzle_nas.families.loading import probe_model
 from puzzle_nas.progress import console
-from puzzle_nas.recipe import Recipe
+from puzzle_nas.recipe import Recipe, SearchSettings
+from puzzle_nas.training.refinement import Refinement, Trials
 
 NAME = "search_architecture"
 COMMAND = "search"
@@ -33,8 +35,8 @@ def search(
         InfeasibleError: names each limit and the tightest value that can be reached.
     """
     problem = found.problem(limits)
-    best = found.solve(limits, gap, time_limit_seconds)
-    chosen = found.describe(best)
+    (best,) = found.solve(limits, gap, time_limit_seconds)
+    chosen = found.describe(found.architecture(best))
     result = {
         "limits": limits,
         **chosen,
@@ -46,46 +48,53 @@ def search(
     baselines = found.baselines(problem, best, gap, time_limit_seconds)
     for name in BASELINES:
         try:
-            result["baselines"][name] = found.describe(baselines[name]())
+            result["baselines"][name] = found.describe(found.architecture(baselines[name]()))
         except InfeasibleError as error:
             result["baselines"][name] = {"infeasible": str(error)}
     return result
 
 
-VERIFY_REPEATS = 15
+SPEED_REPEATS = 15
 MARGIN = 1.005
 """How much further than the shortfall a limit is tightened."""
 
 
-def verified(found: ArchitectureSearch, recipe: Recipe, run: RunFolder) -> dict[str, Any]:
-    """Search until the architecture's speed-up, timed with placeholder weights beside the parent, meets the limit.
-
-    The solver picks variants that the cost table flatters; a summed prediction of what it picks is biased.
-    """
-    settings = recipe.search
-    asked = dict(settings.limits)
-    result = search(found, asked, settings.gap, settings.time_limit_seconds)
-    if "speedup" not in asked or recipe.costs.file is not None:
-        return result
-    parent, _ = load_parent(run)
-    limit, attempts = asked["speedup"], []
-    for _ in range(settings.verify_attempts):
-        probe = probe_model(parent, Architecture.from_list(result["architecture"]))
-        ratios = speedups(parent, probe, found.costs.scenarios, VERIFY_REPEATS, recipe.costs.decode_steps_measured)
-        measured = statistics.median(ratios)
-        attempts.append({"speedup_predicted": result["speedup_predicted"], "speedup_measured": measured})
-        console.print(f"  predicted {result['speedup_predicted']:.3f}x, measured {measured:.3f}x")
+def run(recipe: Recipe, run: RunFolder) -> None:
+    """Search within the limits as measured: the architecture is timed with placeholder weights beside the parent."""
+    found, settings, asked = ArchitectureSearch.load(recipe, run), recipe.search, dict(recipe.search.limits)
+    refinement = None
+    if settings.verify > 1 or settings.refine_rounds:
+        parent, _ = load_parent(run)
+        splits = (load_tokens(run, split) for split in ("scoring", "selection"))
+        refinement = Refinement(found, settings, Trials(run, parent, *splits, recipe.scoring.batch_tokens))
+    timed = "speedup" in asked and recipe.costs.file is None
+    limits, attempts = asked, []
+    result = _searched(found, settings, limits, refinement)
+    for _ in range(settings.speed_attempts if timed else 0):
+        predicted, measured = result["speedup_predicted"], _measured_speedup(recipe, run, found, result)
+        attempts.append({"speedup_predicted": predicted, "speedup_measured": measured})
+        console.print(f"  predicted {predicted:.3f}x, measured {measured:.3f}x")
         if measured >= asked["speedup"]:
             break
-        limit *= MARGIN * asked["speedup"] / measured
+        limits = {**limits, "speedup": limits["speedup"] * MARGIN * asked["speedup"] / measured}
         try:
-            result = search(found, {**asked, "speedup": limit}, settings.gap, settings.time_limit_seconds)
+            result = _searched(found, settings, limits, refinement)
         except InfeasibleError:
             console.print("  No faster child can be made of this search space.")
             break
-    return {**result, "limits": asked, "verification": attempts}
+    trials = refinement.tried if refinement else []
+    write_json(run.architecture(), {**result, "limits": asked, "trials": trials, "verification": attempts})
 
 
-def run(recipe: Recipe, run: RunFolder) -> None:
-    """Search with the recipe's limits."""
-    write_json(run.architecture(), verified(ArchitectureSearch.load(recipe, run), recipe, run))
+def _searched(
+    found: ArchitectureSearch, settings: SearchSettings, limits: dict[str, float], refinement: Refinement | None
+) -> dict[str, Any]:
+    result = search(found, limits, settings.gap, settings.time_limit_seconds)
+    return result if refinement is None else result | found.describe(refinement.best(limits))
+
+
+def _measured_speedup(recipe: Recipe, run: RunFolder, found: ArchitectureSearch, result: dict[str, Any]) -> float:
+    parent, _ = load_parent(run)
+    probe = probe_model(parent, Architecture.from_list(result["architecture"]))
+    steps = recipe.costs.decode_steps_measured
+    return statistics.median(speedups(parent, probe, found.costs.scenarios, SPEED_REPEATS, steps))

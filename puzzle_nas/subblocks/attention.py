@@ -10,7 +10,7 @@ from puzzle_nas.architecture import GroupedAttention, LinearAttention, NoOpAtten
 from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle_nas.subblocks.base import Empty, LayerContext, Variant, like, norm_of, solve_ridge
 from puzzle_nas.subblocks.layers import Weights, subblock_layer, subblock_weights
-from puzzle_nas.subblocks.statistics import Activations, Moments, moments
+from puzzle_nas.subblocks.statistics import Activations, Moments, inverse_norm, moments
 
 
 def grouped_weights(
@@ -50,7 +50,7 @@ class Grouped(Variant[GroupedAttention]):
                 target = batch.attention_out_ND
                 if layer.self_attn.o_proj.bias is not None:
                     target = target - layer.self_attn.o_proj.bias
-                return moments(context_BTE.flatten(0, 1), target)
+                return moments(context_BTE.flatten(0, 1), target, inverse_norm(batch.attention_out_ND))
 
             return observe
 

@@ -52,8 +52,9 @@ def subblock_weights(layer: PuzzleDecoderLayer, slot: str) -> Weights:
     return {name: w.detach() for name, w in layer.state_dict().items() if name.startswith(PREFIXES[slot])}
 
 
-def run_with(parent_layer: PuzzleDecoderLayer, variant: PuzzleDecoderLayer, slot: str, x_BTD, inputs) -> torch.Tensor:
-    """The block's output when `variant` stands in `slot` and the parent's sub-block in the other."""
-    if slot == "attention":
-        return parent_layer.feed_forward(variant.attend(x_BTD, **inputs))
-    return variant.feed_forward(parent_layer.attend(x_BTD, **inputs))
+def run_with(
+    layer: PuzzleDecoderLayer, variants: Mapping[str, PuzzleDecoderLayer], x_BTD, inputs: Mapping[str, Any]
+) -> torch.Tensor:
+    """The block's output with `variants`, by slot, in place of the layer's own sub-blocks."""
+    attended = variants.get("attention", layer).attend(x_BTD, **inputs)
+    return variants.get("ffn", layer).feed_forward(attended)
