@@ -6,6 +6,7 @@ scores and costs. The summed scores estimate the child's damage, the summed cost
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,8 +48,13 @@ class ArchitectureSearch:
     """Damage of every choice, sub-blocks or whole blocks; the parent's own is 0."""
 
     @classmethod
-    def load(cls, recipe: Recipe, run: RunFolder, scored: bool = True) -> ArchitectureSearch:
-        """From the run's cost table and scores; unscored, every variant counts as harmless."""
+    def load(cls, recipe: Recipe, run: RunFolder) -> ArchitectureSearch:
+        """From the run's scores and its cost table as `CostTable.load` gives it."""
+        return cls.load_with(CostTable.load(run, recipe), recipe, run)
+
+    @classmethod
+    def load_with(cls, costs: CostTable, recipe: Recipe, run: RunFolder, scored: bool = True) -> ArchitectureSearch:
+        """From the run's scores; unscored, every variant counts as harmless."""
         shape = ParentShape(**read_json(run.parent, "prepare-parent")["shape"])
         space = servable_space(search_space_of(recipe, shape), shape, recipe.search.servable_by)
         own = {shape.parent_spec(slot) for slot in SLOTS}
@@ -59,7 +65,33 @@ class ArchitectureSearch:
             harmless = not scored or own.issuperset(specs)
             path = run.score(layer, choice_id(specs), metric=metric)
             scores[layer, specs] = 0.0 if harmless else read_json(path, "score-blocks")[field]["mean"]
-        return cls(space, shape, CostTable.load(run, recipe), scores)
+        return cls(space, shape, costs, scores)
+
+    @classmethod
+    def at_best_batch_sizes(
+        cls, recipe: Recipe, run: RunFolder, limits: dict[str, float], scored: bool = True
+    ) -> ArchitectureSearch:
+        """With those of the recipe's swept batch sizes that allow the lowest summed score within the limits.
+
+        Raises:
+            InfeasibleError: there is no such child at any batch size.
+        """
+        every = [cls.load_with(costs, recipe, run, scored) for costs in CostTable.load_mixes(run, recipe)]
+        if len(every) == 1:
+            return every[0]
+        best, lowest, failure = None, math.inf, None
+        for found in every:
+            try:
+                (solution,) = found.solve(limits, recipe.search.gap, recipe.search.time_limit_seconds)
+            except InfeasibleError as error:
+                failure = error
+                continue
+            if solution.score < lowest:
+                best, lowest = found, solution.score
+        if best is None:
+            largest = ", ".join(f"{s.name} at {s.batch_size}" for s in every[-1].costs.scenarios)
+            raise InfeasibleError(f"At no batch size of the sweep; at the largest ({largest}): {failure}")
+        return best
 
     @property
     def parent(self) -> Architecture:

@@ -148,7 +148,7 @@ def search_command(
     recipe = pipeline.open_run(run)
     gap = recipe.search.gap if gap is None else gap
     seconds = recipe.search.time_limit_seconds if time_limit_seconds is None else time_limit_seconds
-    result = search(ArchitectureSearch.load(recipe, run), limits, gap, seconds)
+    result = search(ArchitectureSearch.at_best_batch_sizes(recipe, run, limits), limits, gap, seconds)
     path = run.architecture(",".join(f"{name}={value:g}" for name, value in limits.items()))
     write_json(path, result)
     if as_json:

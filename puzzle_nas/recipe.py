@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -203,14 +204,24 @@ class ScenarioSettings(Settings):
 
     name: str = "default"
     """Label in tables."""
-    batch_size: int = Field(1, ge=1)
-    """Requests served together."""
+    batch_size: Annotated[int, Field(ge=1)] | Literal["sweep"] = 1
+    """Requests served together; `sweep` measures 1, 2, 4, ..., and the search says at which the child does best."""
+    max_batch_size: int = Field(32, ge=1)
+    """Where a sweep ends; what does not fit this machine's memory is left out."""
     prefill_tokens: int = Field(128, ge=1)
     """Prompt tokens of each request."""
     decode_tokens: int = Field(64, ge=1)
     """Generated tokens of each request."""
     weight: float = Field(1.0, gt=0)
     """Share of this scenario in a mix, relative to the others."""
+
+    def at_batch_sizes(self, weight: float) -> list[Scenario]:
+        """As plain data, once for each batch size."""
+        fields = {**self.model_dump(exclude={"max_batch_size"}), "weight": weight}
+        if self.batch_size != "sweep":
+            return [Scenario(**fields)]
+        sizes = [2**i for i in range(self.max_batch_size.bit_length())]
+        return [Scenario(**{**fields, "name": f"{self.name}-b{size}", "batch_size": size}) for size in sizes]
 
 
 class Recipe(Settings):
@@ -247,10 +258,14 @@ class Recipe(Settings):
             raise ValueError("scenarios need at least one entry, and names that differ; 'mix' means all of them")
         return self
 
-    def traffic(self) -> list[Scenario]:
-        """The scenarios as plain data, weights summing to 1."""
+    def mixes(self) -> list[tuple[Scenario, ...]]:
+        """The scenarios as plain data, weights summing to 1: once for each choice of swept batch sizes."""
         total = sum(s.weight for s in self.scenarios)
-        return [Scenario(**{**s.model_dump(), "weight": s.weight / total}) for s in self.scenarios]
+        return list(itertools.product(*(s.at_batch_sizes(s.weight / total) for s in self.scenarios)))
+
+    def traffic(self) -> list[Scenario]:
+        """Every scenario of every mix, once."""
+        return list(dict.fromkeys(itertools.chain.from_iterable(self.mixes())))
 
     def to_yaml(self) -> str:
         """All settings, resolved; `parse_recipe` reads it back."""

@@ -5,6 +5,7 @@ import pytest
 from puzzle_nas.architecture import Architecture, GatedFFN, GroupedAttention, NoOpFFN, Scenario
 from puzzle_nas.costs import CostTable
 from puzzle_nas.errors import RecipeError
+from puzzle_nas.recipe import parse_recipe
 
 SCENARIOS = [Scenario("chat", 1, 100, 11, weight=0.75), Scenario("batch", 8, 200, 21, weight=0.25)]
 PARENT = {"attention": GroupedAttention(2), "ffn": GatedFFN(64)}
@@ -102,3 +103,15 @@ def test_conversion_is_its_own_inverse(table, name):
 def test_limits_that_mean_nothing(table, name, value, part):
     with pytest.raises(RecipeError, match=part):
         table.limits({name: value}, Architecture((PARENT, PARENT)))
+
+
+def test_a_sweep_is_one_mix_for_each_batch_size():
+    recipe = parse_recipe(
+        "{parent: p, data: {sources: [{source: s}]}, scenarios: ["
+        "{name: chat, batch_size: sweep, max_batch_size: 5, weight: 3}, {name: long, batch_size: 2}]}"
+    )
+    mixes = recipe.mixes()
+    assert [[s.name for s in mix] for mix in mixes] == [["chat-b1", "long"], ["chat-b2", "long"], ["chat-b4", "long"]]
+    assert all([s.weight for s in mix] == [0.75, 0.25] for mix in mixes)
+    assert [s.batch_size for mix in mixes for s in mix] == [1, 2, 2, 2, 4, 2]
+    assert [s.name for s in recipe.traffic()] == ["chat-b1", "long", "chat-b2", "chat-b4"]

@@ -19,11 +19,12 @@ from puzzle_nas.architecture import Architecture, NoOpAttention, NoOpFFN, Scenar
 from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.cost_fit import fit, random_mixtures, uniform_models
+from puzzle_nas.costs import CostTable
 from puzzle_nas.engines import RequestTime, TorchEngine
 from puzzle_nas.engines.torch_engine import interleaved_medians
-from puzzle_nas.errors import ArtifactError
+from puzzle_nas.errors import ArtifactError, RecipeError
 from puzzle_nas.families import load_parent
-from puzzle_nas.families.loading import describe, machine_of, probe_model
+from puzzle_nas.families.loading import describe, machine_of, probe_model, shape_of
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe, search_space_of
@@ -44,15 +45,17 @@ def run(recipe: Recipe, run: RunFolder) -> None:
         write_json(run.costs("torch"), _given_table(recipe))
     else:
         write_json(run.costs("torch"), _measured_table(recipe, run))
-    unscored = ArchitectureSearch.load(recipe, run, scored=False)
-    for scenario in unscored.costs.scenarios:
-        predicted = unscored.costs.request_ms(unscored.parent, scenario)
-        measured = unscored.costs.parent_measured_ms(scenario)
-        console.print(
-            f"  {scenario.name}: parent predicted {predicted:.0f} ms, measured whole {measured:.0f} ms, "
-            f"predicted over measured {predicted / measured:.3f}"
-        )
-    unscored.solve(dict(recipe.search.limits), recipe.search.gap, recipe.search.time_limit_seconds)
+    for costs in CostTable.load_mixes(run, recipe):
+        unscored = ArchitectureSearch.load_with(costs, recipe, run, scored=False)
+        for scenario in costs.scenarios:
+            predicted, measured = costs.request_ms(unscored.parent, scenario), costs.parent_measured_ms(scenario)
+            console.print(
+                f"  {scenario.name}: parent predicted {predicted:.0f} ms, measured whole {measured:.0f} ms, "
+                f"predicted over measured {predicted / measured:.3f}"
+            )
+    limits = dict(recipe.search.limits)
+    found = ArchitectureSearch.at_best_batch_sizes(recipe, run, limits, scored=False)
+    found.solve(limits, recipe.search.gap, recipe.search.time_limit_seconds)
 
 
 def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
@@ -70,7 +73,7 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
     placeholders: dict[tuple, torch.Tensor] = {}
     probes = {name: probe_model(parent, architecture, placeholders) for name, architecture in models.items()}
     probes["parent"] = parent
-    scenarios = {s.name: s for s in recipe.traffic()}
+    scenarios = _measurable(recipe, parent)
     engine = TorchEngine()
     with torch.inference_mode(), progress("measure costs, repeat", recipe.costs.repeats) as ticker:
         for model in probes.values():
@@ -102,6 +105,29 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
     }
 
 
+def _measurable(recipe: Recipe, parent: PuzzleForCausalLM) -> dict[str, Scenario]:
+    """By name, what the recipe names, and of its sweeps the batch sizes whose KV cache fits the free memory.
+
+    Raises:
+        RecipeError: of a sweep nothing fits.
+    """
+    on_gpu = parent.device.type == "cuda"
+    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    own = shape_of(parent.config).parent_spec("attention")
+    per_token = variant_of(own).kv_bytes_per_token(own, parent.config, parent.dtype.itemsize)
+    token_bytes = per_token * parent.config.num_hidden_layers
+    named = {s.name for s in recipe.scenarios}
+    fitting = {
+        s.name: s for s in recipe.traffic() if s.name in named or s.batch_size * s.total_tokens * token_bytes < free / 2
+    }
+    for scenario in recipe.traffic():
+        if scenario.name not in fitting:
+            console.print(f"  {scenario.name}: its KV cache would take more than half of the free memory; left out.")
+    if not any(all(s.name in fitting for s in mix) for mix in recipe.mixes()):
+        raise RecipeError("Not even one request of a swept scenario fits this machine's memory; shorten it.")
+    return fitting
+
+
 def _fitted(models: Mapping[str, Architecture], times: Mapping[str, RequestTime], scenario: Scenario) -> dict[str, Any]:
     """The additive costs of one scenario, and how far off they are on models that the fit has not seen."""
     parts = {
@@ -126,7 +152,7 @@ def _given_table(recipe: Recipe) -> dict:
         raise ArtifactError(f"There is no cost table {path}; leave out costs.file to measure one.")
     table = read_json(path)
     lacking = {"machine", "bytes", "scenarios"} - set(table)
-    lacking |= {s.name for s in recipe.scenarios} - set(table.get("scenarios", {}))
+    lacking |= {s.name for s in recipe.traffic()} - set(table.get("scenarios", {}))
     if lacking:
         missing = ", ".join(sorted(lacking))
         raise ArtifactError(f"The cost table {path} lacks {missing}; leave out costs.file to measure one.")

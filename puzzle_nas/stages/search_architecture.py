@@ -39,6 +39,7 @@ def search(
     chosen = found.describe(found.architecture(best))
     result = {
         "limits": limits,
+        "scenarios": [s.name for s in found.costs.scenarios],
         **chosen,
         "status": best.status,
         "bound": best.bound,
@@ -61,7 +62,8 @@ MARGIN = 1.005
 
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Search within the limits as measured: the architecture is timed with placeholder weights beside the parent."""
-    found, settings, asked = ArchitectureSearch.load(recipe, run), recipe.search, dict(recipe.search.limits)
+    settings, asked = recipe.search, dict(recipe.search.limits)
+    found = ArchitectureSearch.at_best_batch_sizes(recipe, run, asked)
     refinement = None
     if settings.verify > 1 or settings.refine_rounds:
         parent, _ = load_parent(run)
