@@ -3,7 +3,8 @@
 Part 1: random architectures at several speed-ups, sums of scores against the real KL of the assembled child on other
 text (the selection split). Part 2, at three speed-ups: the search's own choice, the best of six diverse ones measured
 (search.verify), a round of refinement (search.refine_rounds), and the search on scores of whole blocks (scoring.unit);
-all chosen on the selection split and reported on validation. Nothing is distilled. Reads runs/quickstart. python benchmarks/scores.py [SPEEDUP ...]
+all chosen on the selection split and reported on validation. Nothing is distilled. Reads runs/quickstart.
+python benchmarks/scores.py [SPEEDUP ...]
 """
 
 from __future__ import annotations
