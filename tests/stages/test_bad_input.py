@@ -160,7 +160,7 @@ def test_full_disk(recipe, tmp_path):
 
 def test_command_line_mistakes(tiny_run):
     check_refused("run", "x.yaml", "--form", "search", contains=["--form"])
-    check_refused("search", contains=["Name a run folder"])
+    check_refused("search", contains=["Name either a run folder"])
     check_refused("search", tiny_run, "--limit", "speedup", contains=["NAME=NUMBER"])
     check_refused("generate", tiny_run / "nothing", "hello", contains=["no checkpoint"])
 
