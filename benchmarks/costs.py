@@ -18,8 +18,7 @@ from results import RESULTS, save
 from puzzle_nas.architecture import Architecture, NoOpAttention, NoOpFFN, Scenario
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.cost_fit import EMPTY, fit, random_mixtures, uniform_models
-from puzzle_nas.engines import TorchEngine
-from puzzle_nas.engines.torch_engine import interleaved_medians
+from puzzle_nas.engines import TorchEngine, interleaved_medians
 from puzzle_nas.families import load_parent
 from puzzle_nas.families.loading import probe_model
 from puzzle_nas.pipeline import open_run
