@@ -217,7 +217,7 @@ def _headline(summary: Mapping[str, Any]) -> str:
         + _table(MODEL_COLUMNS, rows, strong="child, distilled")
         + _paragraph(
             "KL, perplexity and agreement on the validation split; the distilled child's KL has a standard "
-            f"error of {error:.2g} nats. Memory is parameters and full KV cache.",
+            f"error of {error:.2g} nats. Memory is parameters, full KV cache and working space.",
             "note",
         )
     )

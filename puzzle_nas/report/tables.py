@@ -126,13 +126,15 @@ def _footer(summary: dict[str, Any]) -> Text:
 
 
 def search_note(summary: dict[str, Any]) -> str:
-    """What measuring children gained over the search's first choice; empty where none were measured."""
-    tried = summary["search"]["children_measured"]
+    """Among how many measured children the child was chosen; empty where none were measured."""
+    tried = [row["selection_kl_nats"] for row in summary["search"]["children_measured"]]
     if not tried:
         return ""
-    first, best = tried[0]["selection_kl_nats"], min(row["selection_kl_nats"] for row in tried)
+    own = summary["refit"].get("selection_kl_nats_before")
+    its_own = "" if own is None else f"; its own {own:.3f}"
     return (
-        f"Search: of {len(tried)} children assembled and measured, KL fell from {first:.3f} to {best:.3f} (selection)."
+        f"Search: chosen among {len(tried)} children, assembled and measured (KL on the selection split "
+        f"{min(tried):.3f}-{max(tried):.3f}{its_own})."
     )
 
 
