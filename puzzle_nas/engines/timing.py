@@ -20,17 +20,21 @@ def interleaved_medians(
 ) -> dict[str, dict[str, RequestTime]]:
     """Median times by model, then scenario; every repeat measures every model, so that drift hits all alike.
 
-    Where a repeat takes long, as with models that must be loaded anew, drift within it counts too: the model `beside`
-    is then timed right after each other one, and their times are its median times the median of their ratios to it.
+    Where every repeat must load models anew, it takes so long that drift within it counts, and a model's first request
+    of a kind is slow. Then the model `beside`, which stays loaded, is timed right after each other one, which does such
+    a request beforehand; their times are its median times the median of their ratios to it.
     """
     samples: dict[tuple[str, str], list[RequestTime]] = {}
     ratios: dict[tuple[str, str], list[RequestTime]] = {}
     for _ in range(repeats):
         for model in models:
             for name, scenario in scenarios.items():
+                is_reloaded = beside is not None and model != beside
+                if is_reloaded:
+                    measure(model, scenario)
                 time = measure(model, scenario)
                 samples.setdefault((model, name), []).append(time)
-                if beside is not None and model != beside:
+                if is_reloaded:
                     reference = measure(beside, scenario)
                     samples.setdefault((beside, name), []).append(reference)
                     ratios.setdefault((model, name), []).append(_combined(_ratio, time, reference))

@@ -14,14 +14,16 @@ TRUE_MS = {"parent": 4.0, "half": 2.0, "tenth": 0.4}
 
 
 def on_a_machine_that_slows_down(decode_step_ms=1.0):
-    """Ever slower, but for the parent right after another model."""
-    slowness = 1.0
+    """Ever slower, but for the parent right after another model; those start cold in every scenario."""
+    slowness, warm = 1.0, None
 
     def measure(model, scenario):
-        nonlocal slowness
+        nonlocal slowness, warm
+        coldness = 1.0
         if model != "parent":
             slowness *= 1.3
-        time = TRUE_MS[model] * scenario.prefill_tokens * slowness
+            coldness, warm = 1.0 if warm == (model, scenario) else 5.0, (model, scenario)
+        time = TRUE_MS[model] * scenario.prefill_tokens * slowness * coldness
         return RequestTime(time, decode_step_ms * time)
 
     return measure
