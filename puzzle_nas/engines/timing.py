@@ -21,23 +21,23 @@ def interleaved_medians(
     """Median times by model, then scenario; every repeat measures every model, so that drift hits all alike.
 
     Where every repeat must load models anew, it takes so long that drift within it counts, and a model's first request
-    of a kind is slow. Then the model `beside`, which stays loaded, is timed right after each other one, which does such
-    a request beforehand; their times are its median times the median of their ratios to it.
+    of a kind is slow. Then each model does such a request, the model `beside`, which stays loaded, is timed, and then
+    the model, so that either finds the caches as the other left them. The model's time is the median of `beside`
+    times the median of its ratios to it.
     """
     samples: dict[tuple[str, str], list[RequestTime]] = {}
     ratios: dict[tuple[str, str], list[RequestTime]] = {}
     for _ in range(repeats):
         for model in models:
             for name, scenario in scenarios.items():
-                is_reloaded = beside is not None and model != beside
-                if is_reloaded:
-                    measure(model, scenario)
-                time = measure(model, scenario)
-                samples.setdefault((model, name), []).append(time)
-                if is_reloaded:
-                    reference = measure(beside, scenario)
-                    samples.setdefault((beside, name), []).append(reference)
-                    ratios.setdefault((model, name), []).append(_combined(_ratio, time, reference))
+                if beside is None or model == beside:
+                    samples.setdefault((model, name), []).append(measure(model, scenario))
+                    continue
+                measure(model, scenario)
+                reference = measure(beside, scenario)
+                samples.setdefault((beside, name), []).append(reference)
+                ratio = _combined(_ratio, measure(model, scenario), reference)
+                ratios.setdefault((model, name), []).append(ratio)
             on_model()
 
     def result(model: str, name: str) -> RequestTime:

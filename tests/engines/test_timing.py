@@ -14,15 +14,14 @@ TRUE_MS = {"parent": 4.0, "half": 2.0, "tenth": 0.4}
 
 
 def on_a_machine_that_slows_down(decode_step_ms=1.0):
-    """Ever slower, but for the parent right after another model; those start cold in every scenario."""
+    """Slower with every model that starts, cold, in a scenario."""
     slowness, warm = 1.0, None
 
     def measure(model, scenario):
         nonlocal slowness, warm
         coldness = 1.0
-        if model != "parent":
-            slowness *= 1.3
-            coldness, warm = 1.0 if warm == (model, scenario) else 5.0, (model, scenario)
+        if model != "parent" and warm != (model, scenario):
+            slowness, coldness, warm = 1.3 * slowness, 5.0, (model, scenario)
         time = TRUE_MS[model] * scenario.prefill_tokens * slowness * coldness
         return RequestTime(time, decode_step_ms * time)
 
