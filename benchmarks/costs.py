@@ -1,8 +1,9 @@
-"""How far predicted time is from measured time: random architectures of SmolLM2-135M-Instruct, three scenarios.
+"""How far predicted time is from measured time: random architectures of SmolLM2-135M-Instruct, three scenarios, on an
+engine (torch, where none is named).
 
 Costs of single variants come from timed models in two ways: sums of stacks (the time of thirty like sub-blocks less
 that of none, by thirty) and the fit that the product uses (cost_fit). Both then predict architectures that neither has
-seen, whole requests of which are timed. Reads runs/quickstart. python benchmarks/costs.py [ARCHITECTURES]
+seen, whole requests of which are timed. Reads runs/quickstart. python benchmarks/costs.py [ARCHITECTURES [ENGINE]]
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from results import RESULTS, save
 from puzzle_nas.architecture import Architecture, NoOpAttention, NoOpFFN, Scenario
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.cost_fit import EMPTY, fit, random_mixtures, uniform_models
-from puzzle_nas.engines import TorchEngine
-from puzzle_nas.engines.torch_engine import interleaved_medians
+from puzzle_nas.engines import ENGINES, interleaved_medians
 from puzzle_nas.families import load_parent
 from puzzle_nas.families.loading import probe_model
 from puzzle_nas.pipeline import open_run
@@ -67,23 +67,31 @@ def main() -> None:
     specs += [s for s in (NoOpAttention(), NoOpFFN()) if s not in specs]
     stacks = uniform_models(shape, specs)
     fitted = stacks | random_mixtures(shape, specs, FITTED_ON, seed=1)
-    unseen = random_mixtures(shape, specs, int(sys.argv[1]) if len(sys.argv) > 1 else 20, seed=2)
+    drawn = random_mixtures(shape, specs, int(sys.argv[1]) if len(sys.argv) > 1 else 20, seed=2)
+    unseen = {f"unseen {name}": architecture for name, architecture in drawn.items()}
     placeholders: dict = {}
-    known = {name: probe_model(parent, a, placeholders) for name, a in fitted.items()}
-    known["parent"] = parent
-    new = {name: probe_model(parent, a, placeholders) for name, a in unseen.items()}
-    engine = TorchEngine()
-    for model in (*known.values(), *new.values()):
-        engine.prepare(model)
+    probes = {"parent": parent}
+    for name, architecture in (fitted | unseen).items():
+        probes.setdefault(name, probe_model(parent, architecture, placeholders))
+    engine = ENGINES[sys.argv[2] if len(sys.argv) > 2 else "torch"]
+    beside = None if engine.holds_all else "parent"
     scenarios = {s.name: s for s in SCENARIOS}
 
     def progress() -> None:
         print(".", end="", flush=True)
 
-    parts = interleaved_medians(
-        list(known), scenarios, lambda n, s: engine.time_parts(known[n], s, DECODE_STEPS), REPEATS, progress
-    )
-    whole = interleaved_medians(list(new), scenarios, lambda n, s: engine.time_request(new[n], s), REPEATS, progress)
+    with engine.loaded(probes, Path("runs/benchmark-costs")) as loaded:
+        parts = interleaved_medians(
+            ["parent", *(name for name in fitted if name != "parent")],
+            scenarios,
+            lambda n, s: engine.time_parts(loaded[n], s, DECODE_STEPS),
+            REPEATS,
+            progress,
+            beside,
+        )
+        whole = interleaved_medians(
+            list(unseen), scenarios, lambda n, s: engine.time_request(loaded[n], s), REPEATS, progress, beside
+        )
     figures: dict[str, float] = {"architectures": len(unseen), "fitted_on": len(fitted)}
     _, axes = plt.subplots(1, len(SCENARIOS), figsize=(12, 4))
     every: dict[str, list[float]] = {"sums_of_stacks": [], "fit": []}
@@ -113,8 +121,10 @@ def main() -> None:
         figures[f"prediction_error_p95{suffix}"] = round(percentile_95(sizes), 4)
     axes[0].legend()
     plt.tight_layout()
-    plt.savefig(RESULTS / "costs.png", dpi=100)
-    print("Written to", save("costs", figures), "and", RESULTS / "costs.png")
+    name = "costs" if engine.name == "torch" else f"costs-{engine.name}"
+    picture = RESULTS / f"{name}.png"
+    plt.savefig(picture, dpi=100)
+    print("Written to", save(name, figures), "and", picture)
 
 
 if __name__ == "__main__":

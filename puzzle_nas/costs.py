@@ -42,18 +42,18 @@ class CostTable:
     scenarios: Sequence[Scenario]
 
     @classmethod
-    def load(cls, run: RunFolder, recipe: Recipe, engine: str = "torch") -> CostTable:
+    def load(cls, run: RunFolder, recipe: Recipe) -> CostTable:
         """The run's table, for the batch sizes that the search chose where the recipe sweeps them."""
-        every = cls.load_mixes(run, recipe, engine)
+        every = cls.load_mixes(run, recipe)
         if len(every) == 1:
             return every[0]
         chosen = read_json(run.architecture(), "search")["scenarios"]
         return next(table for table in every if [s.name for s in table.scenarios] == chosen)
 
     @classmethod
-    def load_mixes(cls, run: RunFolder, recipe: Recipe, engine: str = "torch") -> list[CostTable]:
+    def load_mixes(cls, run: RunFolder, recipe: Recipe) -> list[CostTable]:
         """The run's table for each choice of swept batch sizes that was measured."""
-        data = read_json(run.costs(engine), "measure-costs")
+        data = read_json(run.costs(recipe.engine), "measure-costs")
         return [cls(data, mix) for mix in recipe.mixes() if all(s.name in data["scenarios"] for s in mix)]
 
     def parent_measured_ms(self, scenario: Scenario) -> float:

@@ -10,6 +10,7 @@ import transformers
 
 from puzzle_nas import __version__
 from puzzle_nas.artifacts import RunFolder, fingerprint, write_bytes
+from puzzle_nas.engines import ENGINES
 from puzzle_nas.errors import ArtifactError, RecipeError
 from puzzle_nas.progress import console
 from puzzle_nas.recipe import Recipe, parse_recipe
@@ -134,6 +135,9 @@ def run_stages(recipe: Recipe, run: RunFolder, first: str | None = None, last: s
     end = commands.index(stage_named(last).COMMAND) if last else len(STAGES) - 1
     if begin > end:
         raise RecipeError(f"--from {first} comes after --to {last}; the order is {', '.join(commands)}.")
+    stages = STAGES[begin : end + 1]
+    if any("engine" in stage.SETTINGS for stage in stages) and not recipe.costs.force:
+        ENGINES[recipe.engine].python()
     claim_run(recipe, run)
-    for number, stage in enumerate(STAGES[begin : end + 1], start=begin + 1):
+    for number, stage in enumerate(stages, start=begin + 1):
         run_stage(stage, recipe, run, label=f"[{number}/{len(STAGES)}] ")

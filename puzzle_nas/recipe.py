@@ -237,6 +237,8 @@ class Recipe(Settings):
     """CPU threads; null means one for each physical core."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto is a GPU when there is one."""
+    engine: Literal["torch", "llama.cpp", "vllm", "vllm-eager"] = "torch"
+    """What the child is to be fast on: costs, searched architectures and the child are timed there."""
     data: DataSettings
     """Text."""
     search_space: SearchSpaceSettings = SearchSpaceSettings()

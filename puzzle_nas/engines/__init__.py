@@ -2,15 +2,17 @@
 
 from puzzle_nas.engines.base import Engine, RequestTime, ServingEngine, Tolerance
 from puzzle_nas.engines.llama_cpp import LlamaCppEngine
-from puzzle_nas.engines.torch_engine import TorchEngine, speedups
+from puzzle_nas.engines.timing import interleaved_medians, speedups
+from puzzle_nas.engines.torch_engine import TorchEngine
 from puzzle_nas.engines.transformers_engine import TransformersEngine
-from puzzle_nas.engines.vllm import StockVllmEngine, VllmEngine
+from puzzle_nas.engines.vllm import EagerVllmEngine, StockVllmEngine, VllmEngine
 from puzzle_nas.errors import EngineError
 
-ENGINES: dict[str, type[Engine]] = {TorchEngine.name: TorchEngine}
 SERVING_ENGINES: dict[str, ServingEngine] = {
-    engine.name: engine() for engine in (TransformersEngine, VllmEngine, StockVllmEngine, LlamaCppEngine)
+    engine.name: engine()
+    for engine in (TransformersEngine, VllmEngine, EagerVllmEngine, StockVllmEngine, LlamaCppEngine)
 }
+ENGINES: dict[str, Engine] = {TorchEngine.name: TorchEngine(), **SERVING_ENGINES}
 
 
 def serving_engine(name: str) -> ServingEngine:
@@ -32,6 +34,7 @@ __all__ = [
     "ServingEngine",
     "Tolerance",
     "TorchEngine",
+    "interleaved_medians",
     "serving_engine",
     "speedups",
 ]

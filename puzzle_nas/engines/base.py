@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
+
 from puzzle_nas.architecture import Scenario
-from puzzle_nas.artifacts import read_json
+from puzzle_nas.artifacts import explained_disk_errors, read_json
 from puzzle_nas.engines.environments import environment_python, install_environment
 from puzzle_nas.engines.worker import Worker
 from puzzle_nas.errors import EngineError, ExportError
+from puzzle_nas.exporters import EXPORTERS, Child
+from puzzle_nas.families.loading import Machine, describe
+from puzzle_nas.modeling import PuzzleForCausalLM
 
 M = TypeVar("M")
 
@@ -52,6 +58,32 @@ class Engine(ABC, Generic[M]):
     """Times models of type `M`."""
 
     name: ClassVar[str]
+    holds_all: ClassVar[bool]
+    """Whether it has all models ready at once; otherwise the first one and one other."""
+
+    @abstractmethod
+    def python(self) -> Path:
+        """The interpreter that it runs in.
+
+        Raises:
+            EngineError: not installed; the message names the command that installs it.
+        """
+
+    @abstractmethod
+    def describe(self, machine: Machine) -> dict[str, Any]:
+        """What times that it measures belong to: engine, versions, processor, precision, threads."""
+
+    @abstractmethod
+    def loaded(self, models: Mapping[str, PuzzleForCausalLM], scratch: Path) -> AbstractContextManager[Mapping[str, M]]:
+        """What the other methods time, prepared, by the name of a model; in the models' own precision.
+
+        Where the engine does not hold all models, asking for another one takes as long as loading it. What has to be
+        written for that goes to `scratch` for a while.
+
+        Raises:
+            EngineError: not installed, or it cannot load a model.
+            ExportError: its format cannot hold a model.
+        """
 
     @abstractmethod
     def prepare(self, model: M) -> None:
@@ -67,12 +99,15 @@ class Engine(ABC, Generic[M]):
 
 
 class ServingEngine(Engine[Worker]):
-    """An engine in an environment and a process of its own, driven through a worker script.
+    """An engine in an environment and processes of its own, driven through a worker script.
 
     The worker answers `load`, `log_probabilities`, `continue_greedily`, `time_request`, `time_parts` and `memory`;
     see engines/workers/protocol.py. A model of this engine is the worker that has loaded it.
     """
 
+    holds_all = False
+    device: ClassVar[str] = "cpu"
+    """Where it computes, as torch calls it."""
     formats: ClassVar[tuple[str, ...]]
     """Keys of `exporters.EXPORTERS` that it loads; the first is what it is measured on."""
     requirements: ClassVar[tuple[str, ...]]
@@ -97,11 +132,7 @@ class ServingEngine(Engine[Worker]):
         return install_environment(self.environment_name, self.installation(), self.made_from())
 
     def python(self) -> Path:
-        """The interpreter that runs the worker.
-
-        Raises:
-            EngineError: not installed; the message names the command that installs it.
-        """
+        """See `Engine.python`; it runs the worker."""
         if not self.requirements:
             return Path(sys.executable)
         return environment_python(self.environment_name, self.made_from())
@@ -176,6 +207,22 @@ class ServingEngine(Engine[Worker]):
             chunk_tokens=VERIFICATION_CHUNK_TOKENS if exact else None,
         )
 
+    @contextmanager
+    def loaded(self, models: Mapping[str, PuzzleForCausalLM], scratch: Path) -> Iterator[Mapping[str, Worker]]:
+        """See `Engine.loaded`. Models are exported without tokenizer, and not verified: only times are of interest."""
+        children = {name: Child(model, None) for name, model in models.items()}
+        for child in children.values():
+            EXPORTERS[self.formats[0]].refuse(child)
+        with ExitStack() as stack:
+            yield _LoadedModels(self, children, scratch, stack)
+
+    def describe(self, machine: Machine) -> dict[str, Any]:
+        """See `Engine.describe`."""
+        with self.start() as worker:
+            version = self.version(worker)
+        own = replace(machine, device=torch.device(self.device))
+        return {"engine": self.name, **describe(own), **version}
+
     def log_probabilities(self, model: Worker, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """log p(token t + 1 | tokens 0..t) in nats, one fewer than each prompt has tokens. Prompts run batched."""
         return model.ask("log_probabilities", prompts=[list(p) for p in prompts])
@@ -212,6 +259,45 @@ class ServingEngine(Engine[Worker]):
     def version(self, model: Worker) -> dict[str, Any]:
         """Versions of everything that computes."""
         return model.ask("version")
+
+
+class _LoadedModels(Mapping[str, Worker]):
+    """Models that are exported and loaded when asked for.
+
+    The first one keeps a worker of its own; the others share another, which forgets one when it loads the next.
+    """
+
+    def __init__(self, engine: ServingEngine, children: Mapping[str, Child], scratch: Path, stack: ExitStack):
+        self._engine, self._children, self._scratch, self._stack = engine, children, scratch, stack
+        self._first = next(iter(children))
+        self._workers: dict[bool, Worker] = {}
+        self._holds: dict[bool, str] = {}
+
+    def __getitem__(self, name: str) -> Worker:
+        is_first = name == self._first
+        if is_first not in self._workers:
+            self._workers[is_first] = self._stack.enter_context(self._engine.start())
+        worker = self._workers[is_first]
+        if self._holds.get(is_first) != name:
+            self._holds.pop(is_first, None)
+            self._load(worker, self._children[name])
+            self._holds[is_first] = name
+        return worker
+
+    def _load(self, worker: Worker, child: Child) -> None:
+        precision = str(child.model.dtype).removeprefix("torch.")
+        with explained_disk_errors(self._scratch):
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
+                EXPORTERS[self._engine.formats[0]].write(child, Path(folder), precision)
+                self._engine.load_into(worker, Path(folder), precision, torch.get_num_threads(), exact=False)
+                self._engine.prepare(worker)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._children)
+
+    def __len__(self) -> int:
+        return len(self._children)
 
 
 def _sizes(scenario: Scenario) -> dict[str, int]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
+import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +17,7 @@ from transformers.cache_utils import DynamicCache
 
 from puzzle_nas.architecture import Scenario
 from puzzle_nas.engines.base import Engine, RequestTime
+from puzzle_nas.families.loading import Machine, describe
 from puzzle_nas.modeling import PuzzleForCausalLM
 
 
@@ -46,7 +50,26 @@ class TorchEngine(Engine[PuzzleForCausalLM]):
     """Wall times on the model's own device and precision."""
 
     name = "torch"
+    holds_all = True
 
+    def python(self) -> Path:
+        """See `Engine.python`: our own."""
+        return Path(sys.executable)
+
+    def describe(self, machine: Machine) -> dict[str, Any]:
+        """See `Engine.describe`."""
+        return {"engine": self.name, **describe(machine), "torch": torch.__version__}
+
+    @contextmanager
+    def loaded(
+        self, models: Mapping[str, PuzzleForCausalLM], scratch: Path
+    ) -> Iterator[Mapping[str, PuzzleForCausalLM]]:
+        """See `Engine.loaded`: the models themselves."""
+        for model in models.values():
+            self.prepare(model)
+        yield models
+
+    @torch.inference_mode()
     def prepare(self, model: PuzzleForCausalLM) -> None:
         """Run once, so that kernels are chosen and memory is touched."""
         self._request(model, Scenario("warm-up", 1, 8, 3))
@@ -118,54 +141,3 @@ class TorchEngine(Engine[PuzzleForCausalLM]):
         work()
         synchronise()
         return 1e3 * (time.perf_counter() - start)
-
-
-def interleaved_medians(
-    models: Sequence[str],
-    scenarios: Mapping[str, Scenario],
-    measure: Callable[[str, Scenario], RequestTime],
-    repeats: int,
-    on_repeat: Callable[[], None],
-) -> dict[str, dict[str, RequestTime]]:
-    """Median times by model, then scenario; every repeat measures every model, so that drift hits all alike."""
-    samples: dict[tuple[str, str], list[RequestTime]] = {}
-    for _ in range(repeats):
-        for model in models:
-            for name, scenario in scenarios.items():
-                samples.setdefault((model, name), []).append(measure(model, scenario))
-        on_repeat()
-    return {
-        model: {
-            name: RequestTime(
-                statistics.median(t.prefill_ms for t in samples[model, name]),
-                statistics.median(t.decode_step_ms for t in samples[model, name]),
-            )
-            for name in scenarios
-        }
-        for model in models
-    }
-
-
-@torch.inference_mode()
-def speedups(
-    parent: PuzzleForCausalLM,
-    child: PuzzleForCausalLM,
-    scenarios: Sequence[Scenario],
-    repeats: int,
-    decode_steps_measured: int,
-) -> list[float]:
-    """The parent's time over the child's on the weighted mix of request batches, for each interleaved repeat.
-
-    Of the decode only some steps around its middle are timed, as for the cost table.
-    """
-    engine = TorchEngine()
-    for model in (parent, child):
-        engine.prepare(model)
-    ratios = []
-    for _ in range(repeats):
-        mix = [
-            sum(s.weight * engine.time_parts(model, s, decode_steps_measured).total_ms(s) for s in scenarios)
-            for model in (parent, child)
-        ]
-        ratios.append(mix[0] / mix[1])
-    return ratios

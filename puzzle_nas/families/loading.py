@@ -320,22 +320,22 @@ def load_tokenizer(checkpoint: Path):
 
 
 def save_model(model: PuzzleForCausalLM, tokenizer: Any, folder: Path) -> None:
-    """Write a checkpoint, with tokenizer, chat template and modelling code, into an existing folder."""
+    """Write a checkpoint, with tokenizer (unless None), chat template and modelling code, into an existing folder."""
     with explained_disk_errors(folder):
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 def describe(machine: Machine) -> dict[str, Any]:
-    """What a measurement belongs to."""
-    name = torch.cuda.get_device_name() if machine.device.type == "cuda" else _processor_name()
+    """What a measurement belongs to, besides its engine."""
+    on_gpu = machine.device.type == "cuda" and torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if on_gpu else _processor_name()
     return {
-        "engine": "torch",
         "device": machine.device.type,
         "processor": name,
         "precision": str(machine.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
     }
 
 

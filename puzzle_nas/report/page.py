@@ -439,7 +439,7 @@ def _times(recipe: Recipe, run: RunFolder, summary: Mapping[str, Any], library: 
         text += _paragraph(f"Other work kept the machine {load:.0f} % busy when costs were measured.", "note")
     figure = figures.prediction_figure(predicted, measured)
     text += _figure("prediction", figure, "Time of the mix of request batches")
-    if not run.costs("torch").exists() or not run.parent.exists():
+    if not run.costs(recipe.engine).exists() or not run.parent.exists():
         return text + _paragraph("The run holds no cost table.")
     costs = CostTable.load(run, recipe)
     parent = Architecture.of_parent(ParentShape(**read_json(run.parent)["shape"]))

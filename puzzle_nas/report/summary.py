@@ -89,6 +89,7 @@ def build_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
         "search": {"children_measured": search["children_measured"], "speed_checks": search["speed_checks"]},
         "refit": refit,
         "gkd": {key: gkd[key] for key in ("tokens", "best_step", "selection_kl_nats_start", "selection_kl_nats_best")},
+        "engine": recipe.engine,
         "machine": costs.data["machine"],
         "scenarios": [vars(s) for s in costs.scenarios],
         "seconds": {name: round(value, 1) for name, value in run.seconds().items()},

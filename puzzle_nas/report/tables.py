@@ -104,7 +104,7 @@ def speed_note(summary: dict[str, Any]) -> str:
     asked = ", ".join(f"{name}={value:g}" for name, value in child["limits"].items())
     return (
         f"Asked for {asked}. Measured {child['speedup_measured']:.3f}x (repeats {low:.3f}-{high:.3f}), "
-        "parent and child side by side."
+        f"parent and child side by side on {summary['engine']}."
     )
 
 

@@ -5,13 +5,10 @@ Files: evaluation.json (figures of quality, reproducible) and measured.json (tim
 
 from __future__ import annotations
 
-import torch
-
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.costs import CostTable
 from puzzle_nas.data.batches import load_tokens
-from puzzle_nas.engines import TorchEngine
-from puzzle_nas.engines.torch_engine import interleaved_medians
+from puzzle_nas.engines import ENGINES, interleaved_medians
 from puzzle_nas.families import load_model, load_parent, machine_of
 from puzzle_nas.progress import progress
 from puzzle_nas.recipe import Recipe
@@ -20,7 +17,7 @@ from puzzle_nas.training.comparison import ParentReference
 NAME = "evaluate_child"
 COMMAND = "evaluate"
 NEEDS = ("distill_child",)
-SETTINGS = ("evaluation", "scenarios")
+SETTINGS = ("evaluation", "scenarios", "engine")
 OUTPUTS = ("evaluation.json", "measured.json")
 
 
@@ -48,21 +45,19 @@ def run(recipe: Recipe, run: RunFolder) -> None:
 
 def _measure_speed(recipe: Recipe, run: RunFolder, parent, child) -> dict:
     models = {"parent": parent, "child": child}
-    engine, costs = TorchEngine(), CostTable.load(run, recipe)
+    engine, costs = ENGINES[recipe.engine], CostTable.load(run, recipe)
     scenarios = {s.name: s for s in costs.scenarios}
     totals: dict[str, list[float]] = {"parent": [], "child": []}
 
     def measure(name, scenario):
-        measured = engine.time_request(models[name], scenario)
+        measured = engine.time_request(loaded[name], scenario)
         totals[name].append(scenario.weight * measured.total_ms(scenario))
         return measured
 
     with (
-        torch.inference_mode(),
-        progress("measure speed, repeat", recipe.evaluation.timing_repeats) as ticker,
+        engine.loaded(models, run.scratch(NAME)) as loaded,
+        progress(f"measure speed on {engine.name}, model", recipe.evaluation.timing_repeats * len(models)) as ticker,
     ):
-        for model in models.values():
-            engine.prepare(model)
         times = interleaved_medians(list(models), scenarios, measure, recipe.evaluation.timing_repeats, ticker.advance)
     count = len(scenarios)
     ratios = sorted(

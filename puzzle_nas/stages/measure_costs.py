@@ -20,11 +20,10 @@ from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.cost_fit import fit, random_mixtures, uniform_models
 from puzzle_nas.costs import CostTable
-from puzzle_nas.engines import RequestTime, TorchEngine
-from puzzle_nas.engines.torch_engine import interleaved_medians
+from puzzle_nas.engines import ENGINES, RequestTime, TorchEngine, interleaved_medians
 from puzzle_nas.errors import ArtifactError, RecipeError
 from puzzle_nas.families import load_parent
-from puzzle_nas.families.loading import describe, machine_of, probe_model, shape_of
+from puzzle_nas.families.loading import machine_of, probe_model, shape_of
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe, search_space_of
@@ -33,8 +32,8 @@ from puzzle_nas.subblocks import variant_of
 NAME = "measure_costs"
 COMMAND = "measure-costs"
 NEEDS = ("prepare_parent",)
-SETTINGS = ("precision", "device", "threads", "search_space", "scenarios", "costs")
-OUTPUTS = ("costs/torch.json",)
+SETTINGS = ("precision", "device", "threads", "engine", "search_space", "scenarios", "costs")
+OUTPUTS = ("costs/*.json",)
 
 BUSY_PERCENT = 20.0
 
@@ -42,9 +41,9 @@ BUSY_PERCENT = 20.0
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Measure, or take over the recipe's cost table; then see that the recipe's limits can be met at all."""
     if recipe.costs.file is not None:
-        write_json(run.costs("torch"), _given_table(recipe))
+        write_json(run.costs(recipe.engine), _given_table(recipe))
     else:
-        write_json(run.costs("torch"), _measured_table(recipe, run))
+        write_json(run.costs(recipe.engine), _measured_table(recipe, run))
     for costs in CostTable.load_mixes(run, recipe):
         unscored = ArchitectureSearch.load_with(costs, recipe, run, scored=False)
         for scenario in costs.scenarios:
@@ -71,25 +70,25 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
     stacks = uniform_models(shape, specs)
     models = stacks | random_mixtures(shape, specs, recipe.costs.mixtures, recipe.seed)
     placeholders: dict[tuple, torch.Tensor] = {}
-    probes = {name: probe_model(parent, architecture, placeholders) for name, architecture in models.items()}
-    probes["parent"] = parent
+    others = {name: architecture for name, architecture in models.items() if name != "parent"}
+    probes = {"parent": parent} | {name: probe_model(parent, a, placeholders) for name, a in others.items()}
     scenarios = _measurable(recipe, parent)
-    engine = TorchEngine()
-    with torch.inference_mode(), progress("measure costs, repeat", recipe.costs.repeats) as ticker:
-        for model in probes.values():
-            engine.prepare(model)
+    engine = ENGINES[recipe.engine]
+    with (
+        engine.loaded(probes, run.scratch(NAME)) as loaded,
+        progress(f"measure costs on {engine.name}, model", recipe.costs.repeats * len(probes)) as ticker,
+    ):
         times = interleaved_medians(
             list(probes),
             scenarios,
-            lambda name, scenario: engine.time_parts(probes[name], scenario, recipe.costs.decode_steps_measured),
+            lambda name, scenario: engine.time_parts(loaded[name], scenario, recipe.costs.decode_steps_measured),
             recipe.costs.repeats,
             ticker.advance,
+            beside=None if engine.holds_all else "parent",
         )
-        whole = interleaved_medians(
-            ["parent"], scenarios, lambda name, s: engine.time_request(probes[name], s), 3, lambda: None
-        )["parent"]
+        whole = interleaved_medians(["parent"], scenarios, lambda name, s: engine.time_request(loaded[name], s), 3)
     return {
-        "machine": describe(machine),
+        "machine": engine.describe(machine),
         "other_load_percent": busy,
         "load_average_1_min": os.getloadavg()[0],
         "num_hidden_layers": shape.num_hidden_layers,
@@ -97,8 +96,8 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
         "scenarios": {
             name: {
                 **_fitted(models, {model: times[model][name] for model in models}, scenario),
-                "parent_measured": asdict(whole[name]),
-                "working_bytes": engine.working_bytes(parent, scenario),
+                "parent_measured": asdict(whole["parent"][name]),
+                "working_bytes": TorchEngine().working_bytes(parent, scenario),
             }
             for name, scenario in scenarios.items()
         },
@@ -156,9 +155,11 @@ def _given_table(recipe: Recipe) -> dict:
     if lacking:
         missing = ", ".join(sorted(lacking))
         raise ArtifactError(f"The cost table {path} lacks {missing}; leave out costs.file to measure one.")
-    here = describe(machine_of(recipe))
+    if recipe.costs.force:
+        return table
+    here = ENGINES[recipe.engine].describe(machine_of(recipe))
     differing = [name for name, value in here.items() if table["machine"].get(name) != value]
-    if differing and not recipe.costs.force:
+    if differing:
         differences = "; ".join(f"{name} {table['machine'].get(name)}, here {here[name]}" for name in differing)
         raise ArtifactError(
             f"The cost table {path} belongs to another place ({differences}); leave out costs.file to measure one, "

@@ -9,7 +9,7 @@ from puzzle_nas.architecture import Architecture
 from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder, write_json
 from puzzle_nas.data.batches import load_tokens
-from puzzle_nas.engines import speedups
+from puzzle_nas.engines import ENGINES, speedups
 from puzzle_nas.errors import InfeasibleError
 from puzzle_nas.families import load_parent
 from puzzle_nas.families.loading import probe_model
@@ -20,7 +20,7 @@ from puzzle_nas.training.refinement import Refinement, Trials
 NAME = "search_architecture"
 COMMAND = "search"
 NEEDS = ("score_blocks", "measure_costs")
-SETTINGS = ("search", "scenarios", "search_space")
+SETTINGS = ("search", "scenarios", "search_space", "engine")
 OUTPUTS = ("search/main/architecture.json",)
 BASELINES = ("greedy", "homogeneous", "max_params")
 """Those that every run assembles and evaluates."""
@@ -98,5 +98,6 @@ def _searched(
 def _measured_speedup(recipe: Recipe, run: RunFolder, found: ArchitectureSearch, result: dict[str, Any]) -> float:
     parent, _ = load_parent(run)
     probe = probe_model(parent, Architecture.from_list(result["architecture"]))
-    steps = recipe.costs.decode_steps_measured
-    return statistics.median(speedups(parent, probe, found.costs.scenarios, SPEED_REPEATS, steps))
+    engine, steps = ENGINES[recipe.engine], recipe.costs.decode_steps_measured
+    with engine.loaded({"parent": parent, "child": probe}, run.scratch(NAME)) as loaded:
+        return statistics.median(speedups(engine, loaded, found.costs.scenarios, SPEED_REPEATS, steps))

@@ -29,6 +29,9 @@ class LlamaCpp:
 
     def load(self, folder, precision, threads, chunk_tokens):
         """See engines/base.py. With `chunk_tokens`, no flash attention and a float32 cache."""
+        if self._model:
+            llama_cpp.llama_model_free(self._model)
+            self._model = None
         self._path = Path(folder) / "model.gguf"
         # llama.cpp's own default is four threads, whatever the machine has; they spin.
         self._threads = threads or len(os.sched_getaffinity(0))
