@@ -46,6 +46,8 @@ class ArchitectureSearch:
     costs: CostTable
     scores: dict[Choice, float]
     """Damage of every choice, sub-blocks or whole blocks; the parent's own is 0."""
+    library: str = "main"
+    """What the scores are of."""
 
     @classmethod
     def load(cls, recipe: Recipe, run: RunFolder) -> ArchitectureSearch:
@@ -53,30 +55,55 @@ class ArchitectureSearch:
         return cls.load_with(CostTable.load(run, recipe), recipe, run)
 
     @classmethod
-    def load_with(cls, costs: CostTable, recipe: Recipe, run: RunFolder, scored: bool = True) -> ArchitectureSearch:
-        """From the run's scores; unscored, every variant counts as harmless."""
+    def load_with(
+        cls, costs: CostTable, recipe: Recipe, run: RunFolder, scored: bool = True, library: str | None = None
+    ) -> ArchitectureSearch:
+        """From the run's scores; unscored, every variant counts as harmless.
+
+        Args:
+            library: None means the recipe's final one. The coupled library's pairs have scores of their own; any other
+                block has those of the main library.
+        """
         shape = ParentShape(**read_json(run.parent, "prepare-parent")["shape"])
         space = servable_space(search_space_of(recipe, shape), shape, recipe.search.servable_by)
         own = {shape.parent_spec(slot) for slot in SLOTS}
-        scores: dict[Choice, float] = {}
-        metric = recipe.scoring.metric
+        metric, library = recipe.scoring.metric, library or recipe.final_library
         field = "kl_nats" if metric == "kl" else "lm_loss_increase_nats"
-        for layer, specs in space.choices(by_block=recipe.scoring.unit == "block"):
-            harmless = not scored or own.issuperset(specs)
-            path = run.score(layer, choice_id(specs), metric=metric)
-            scores[layer, specs] = 0.0 if harmless else read_json(path, "score-blocks")[field]["mean"]
-        return cls(space, shape, costs, scores)
+        by_block = recipe.scoring.unit == "block"
+
+        def score(layer: int, specs: Sequence[Spec], library: str = "main") -> float:
+            if not scored or own.issuperset(specs):
+                return 0.0
+            made_by = "couple-blocks" if library == "coupled" else "score-blocks"
+            return read_json(run.score(layer, choice_id(specs), library, metric), made_by)[field]["mean"]
+
+        scores = {choice: score(*choice) for choice in space.choices(by_block)}
+        if scored and library == "coupled":
+            pairs = read_json(run.coupled_pairs, "couple-blocks")["layers"]
+            alone, scores = scores, {}
+            for layer, specs in space.choices(by_block=True):
+                if choice_id(specs) in pairs[layer]:
+                    scores[layer, specs] = score(layer, specs, library)
+                else:
+                    parts = [specs] if by_block else [(spec,) for spec in specs]
+                    scores[layer, specs] = sum(alone[layer, part] for part in parts)
+        return cls(space, shape, costs, scores, library)
 
     @classmethod
     def at_best_batch_sizes(
-        cls, recipe: Recipe, run: RunFolder, limits: dict[str, float], scored: bool = True
+        cls,
+        recipe: Recipe,
+        run: RunFolder,
+        limits: dict[str, float],
+        scored: bool = True,
+        library: str | None = None,
     ) -> ArchitectureSearch:
         """With those of the recipe's swept batch sizes that allow the lowest summed score within the limits.
 
         Raises:
             InfeasibleError: there is no such child at any batch size.
         """
-        every = [cls.load_with(costs, recipe, run, scored) for costs in CostTable.load_mixes(run, recipe)]
+        every = [cls.load_with(costs, recipe, run, scored, library) for costs in CostTable.load_mixes(run, recipe)]
         if len(every) == 1:
             return every[0]
         best, lowest, failure = None, math.inf, None

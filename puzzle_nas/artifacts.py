@@ -150,6 +150,11 @@ class RunFolder:
         """Replace-1-block score of one variant."""
         return self / "scores" / library / metric / f"layer_{layer:02d}.{variant_id}.json"
 
+    @property
+    def coupled_pairs(self) -> Path:
+        """Which pairs of variants coupled BLD trains, by layer."""
+        return self / "library" / "coupled" / "pairs.json"
+
     def costs(self, engine: str) -> Path:
         """Cost table of one engine."""
         return self / "costs" / f"{engine}.json"

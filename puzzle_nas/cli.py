@@ -79,6 +79,7 @@ for _command, _text in (
     ("build-library", "Every variant of every layer, initialised from the parent."),
     ("distill-blocks", "Train every variant to imitate its parent block (BLD)."),
     ("score-blocks", "Damage of every variant when it alone replaces its parent block."),
+    ("couple-blocks", "Train and score what a first search uses in pairs of attention and FFN (coupled BLD)."),
     ("assemble", "The chosen variants as one checkpoint."),
     ("refit", "Correct the assembled child in closed form."),
     ("distill-child", "Train the whole child against the parent (GKD)."),

@@ -1,20 +1,23 @@
-"""The block library on disk: one safetensors file and one JSON of facts for each variant."""
+"""The block library on disk: one safetensors file and one JSON of facts for each variant or coupled pair."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
 
-from puzzle_nas.architecture import Architecture, Spec
+from puzzle_nas.architecture import SLOTS, Architecture, Spec, choice_id
 from puzzle_nas.artifacts import RunFolder, file_checksum, read_json, write_bytes, write_json
 from puzzle_nas.errors import ArtifactError
 from puzzle_nas.families import child_config
 from puzzle_nas.families.loading import build, shape_of
 from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer, PuzzleForCausalLM
-from puzzle_nas.subblocks import Weights, subblock_layer, subblock_weights
+from puzzle_nas.subblocks import Weights, subblock_layer, subblock_weights, weights_of_slot
+
+MADE_BY = {"initial": "build-library", "main": "distill-blocks", "coupled": "couple-blocks"}
 
 
 def facts_path(path: Path) -> Path:
@@ -27,13 +30,13 @@ def variant_is_stored(path: Path) -> bool:
     return facts_path(path).exists()
 
 
-def write_variant(path: Path, spec: Spec, weights: Weights, facts: dict[str, Any]) -> None:
-    """Write weights, then facts: `spec`, `parameters`, checksum, and whatever the maker adds."""
+def write_variant(path: Path, specs: Sequence[Spec], weights: Weights, facts: Mapping[str, Any]) -> None:
+    """Write weights, then facts: `spec` (of a pair `specs`), `parameters`, checksum, and whatever the maker adds."""
     tensors = {name: w.detach().cpu().contiguous().clone() for name, w in weights.items()}
     write_bytes(path, safetensors.torch.save(tensors))
     parameters = sum(w.numel() for w in tensors.values())
-    facts = {"spec": spec.to_dict(), "parameters": parameters, "checksum": file_checksum(path), **facts}
-    write_json(facts_path(path), facts)
+    what = {"spec": specs[0].to_dict()} if len(specs) == 1 else {"specs": [spec.to_dict() for spec in specs]}
+    write_json(facts_path(path), {**what, "parameters": parameters, "checksum": file_checksum(path), **facts})
 
 
 def read_variant(path: Path, made_by: str) -> Weights:
@@ -57,8 +60,10 @@ def variant_weights(
     """Weights of a variant on the parent's device; the parent's own sub-block comes from the parent itself."""
     if spec == shape_of(parent.config).parent_spec(spec.slot):
         return subblock_weights(parent.model.layers[layer], spec.slot)
-    made_by = "build-library" if library == "initial" else "distill-blocks"
-    weights = read_variant(run.variant(layer, spec.id, library), made_by)
+    return _like_parent(parent, read_variant(run.variant(layer, spec.id, library), MADE_BY[library]))
+
+
+def _like_parent(parent: PuzzleForCausalLM, weights: Weights) -> Weights:
     return {name: w.to(device=parent.device, dtype=parent.dtype) for name, w in weights.items()}
 
 
@@ -70,11 +75,47 @@ def variant_layer(
     return subblock_layer(parent.config, parent.model.layers[layer].layer_type, spec, weights)
 
 
-def assemble(run: RunFolder, parent: PuzzleForCausalLM, architecture: Architecture) -> PuzzleForCausalLM:
+def block_weights(
+    run: RunFolder, parent: PuzzleForCausalLM, layer: int, specs: Sequence[Spec], library: str = "main"
+) -> Weights:
+    """Weights of one or both sub-blocks of a layer: the coupled pair's if `library` has it, else each variant's own."""
+    if library == "coupled":
+        if variant_is_stored(pair := run.variant(layer, choice_id(specs), library)):
+            return _like_parent(parent, read_variant(pair, MADE_BY[library]))
+        library = "main"
+    parts = [variant_weights(run, parent, layer, spec, library) for spec in specs]
+    return {name: weight for part in parts for name, weight in part.items()}
+
+
+def block_layers(
+    run: RunFolder, parent: PuzzleForCausalLM, layer: int, choices: Sequence[Sequence[Spec]], library: str = "main"
+) -> list[dict[str, PuzzleDecoderLayer]]:
+    """For each choice its runnable sub-blocks by slot. What several choices share is read once."""
+    alone: dict[Spec, PuzzleDecoderLayer] = {}
+    layer_type = parent.model.layers[layer].layer_type
+    result = []
+    for specs in choices:
+        if library == "coupled" and variant_is_stored(run.variant(layer, choice_id(specs), library)):
+            weights = block_weights(run, parent, layer, specs, library)
+            parts = {
+                s.slot: subblock_layer(parent.config, layer_type, s, weights_of_slot(weights, s.slot)) for s in specs
+            }
+        else:
+            for spec in specs:
+                if spec not in alone:
+                    alone[spec] = variant_layer(run, parent, layer, spec, "main" if library == "coupled" else library)
+            parts = {spec.slot: alone[spec] for spec in specs}
+        result.append(parts)
+    return result
+
+
+def assemble(
+    run: RunFolder, parent: PuzzleForCausalLM, architecture: Architecture, library: str = "main"
+) -> PuzzleForCausalLM:
     """The child in memory. It shares what it has in common with the parent."""
     weights = {n: w for n, w in parent.state_dict().items() if not n.startswith("model.layers.")}
-    for layer, _, spec in architecture:
-        for name, weight in variant_weights(run, parent, layer, spec).items():
+    for layer, block in enumerate(architecture.layers):
+        for name, weight in block_weights(run, parent, layer, [block[slot] for slot in SLOTS], library).items():
             weights[f"model.layers.{layer}.{name}"] = weight
     child = build(child_config(parent.config, architecture), weights)
     child.generation_config = parent.generation_config

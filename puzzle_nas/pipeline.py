@@ -17,6 +17,7 @@ from puzzle_nas.recipe import Recipe, parse_recipe
 from puzzle_nas.stages import (
     assemble_child,
     build_library,
+    couple_blocks,
     distill_blocks,
     distill_child,
     evaluate_child,
@@ -36,6 +37,7 @@ STAGES: tuple[ModuleType, ...] = (
     build_library,
     distill_blocks,
     score_blocks,
+    couple_blocks,
     search_architecture,
     assemble_child,
     refit_child,
@@ -43,7 +45,9 @@ STAGES: tuple[ModuleType, ...] = (
     evaluate_child,
     write_report,
 )
-"""Each has NAME, COMMAND, NEEDS (stages whose outputs it reads), SETTINGS (recipe fields), OUTPUTS (globs), run."""
+"""Each has NAME, COMMAND, NEEDS (stages whose outputs it reads), SETTINGS (recipe fields), OUTPUTS (globs), run.
+
+One that a recipe may leave out also has `why_left_out`, a sentence or None; it then counts for nothing."""
 
 
 def stage_named(command: str) -> ModuleType:
@@ -56,6 +60,11 @@ def stage_named(command: str) -> ModuleType:
         if command in (stage.COMMAND, stage.NAME):
             return stage
     raise RecipeError(f"There is no stage '{command}'; stages: {', '.join(s.COMMAND for s in STAGES)}.")
+
+
+def why_left_out(stage: ModuleType, recipe: Recipe) -> str | None:
+    """Why a recipe does without a stage; None if it does not."""
+    return stage.why_left_out(recipe) if hasattr(stage, "why_left_out") else None
 
 
 def open_run(run: RunFolder) -> Recipe:
@@ -97,6 +106,8 @@ def made_from(stage: ModuleType, recipe: Recipe, run: RunFolder) -> str:
     settings = recipe.model_dump(mode="json", include=set(stage.SETTINGS))
     inputs = {}
     for name in stage.NEEDS:
+        if why_left_out(stage_named(name), recipe):
+            continue
         record = run.record(name)
         if record is None:
             command = stage_named(name).COMMAND
@@ -109,6 +120,8 @@ def made_from(stage: ModuleType, recipe: Recipe, run: RunFolder) -> str:
 
 def run_stage(stage: ModuleType, recipe: Recipe, run: RunFolder, again: bool = False, label: str = "") -> None:
     """Run one stage, unless it is done. An interrupted stage goes on where it stopped."""
+    if why := why_left_out(stage, recipe):
+        raise RecipeError(why)
     source = made_from(stage, recipe, run)
     record = run.record(stage.NAME)
     if again:
@@ -130,14 +143,18 @@ def run_stage(stage: ModuleType, recipe: Recipe, run: RunFolder, again: bool = F
 
 def run_stages(recipe: Recipe, run: RunFolder, first: str | None = None, last: str | None = None) -> None:
     """Run the stages from `first` to `last` (command names), both included."""
-    commands = [stage.COMMAND for stage in STAGES]
+    for name in (first, last):
+        if name and (why := why_left_out(stage_named(name), recipe)):
+            raise RecipeError(why)
+    every = [stage for stage in STAGES if not why_left_out(stage, recipe)]
+    commands = [stage.COMMAND for stage in every]
     begin = commands.index(stage_named(first).COMMAND) if first else 0
-    end = commands.index(stage_named(last).COMMAND) if last else len(STAGES) - 1
+    end = commands.index(stage_named(last).COMMAND) if last else len(every) - 1
     if begin > end:
         raise RecipeError(f"--from {first} comes after --to {last}; the order is {', '.join(commands)}.")
-    stages = STAGES[begin : end + 1]
+    stages = every[begin : end + 1]
     if any("engine" in stage.SETTINGS for stage in stages) and not recipe.costs.force:
         ENGINES[recipe.engine].python()
     claim_run(recipe, run)
     for number, stage in enumerate(stages, start=begin + 1):
-        run_stage(stage, recipe, run, label=f"[{number}/{len(STAGES)}] ")
+        run_stage(stage, recipe, run, label=f"[{number}/{len(every)}] ")

@@ -101,7 +101,7 @@ class OptimiserSettings(Settings):
 
 
 class BLDSettings(OptimiserSettings):
-    """Blockwise local distillation, decoupled (Puzzle, section 2)."""
+    """Blockwise local distillation, each variant on its own (Puzzle, section 2: decoupled)."""
 
     tokens: int = Field(65_536, ge=0)
     """Training tokens for each variant; 0 skips BLD."""
@@ -111,6 +111,16 @@ class BLDSettings(OptimiserSettings):
     """Error over the parent's output energy: of the whole batch (the paper's) or of each token."""
     checkpoint_every_steps: int = Field(200, ge=1)
     """Steps between checkpoints within a layer."""
+
+
+class CoupledBLDSettings(BLDSettings):
+    """The paper's second step: what a first search uses is trained again in pairs of attention and FFN, both
+    sub-blocks together, from where decoupled BLD left them; the search is then repeated (Puzzle, section 2)."""
+
+    tokens: int = Field(0, ge=0)
+    """Training tokens for each pair; 0 leaves the second step out."""
+    solutions: int = Field(4, ge=1)
+    """How many solutions of the first search, `search.min_different` apart, say which variants are paired."""
 
 
 class CostSettings(Settings):
@@ -244,6 +254,7 @@ class Recipe(Settings):
     search_space: SearchSpaceSettings = SearchSpaceSettings()
     library: LibrarySettings = LibrarySettings()
     bld: BLDSettings = BLDSettings()
+    coupled_bld: CoupledBLDSettings = CoupledBLDSettings()
     scenarios: list[ScenarioSettings] = [ScenarioSettings()]
     """Traffic; several are mixed by weight."""
     costs: CostSettings = CostSettings()
@@ -268,6 +279,11 @@ class Recipe(Settings):
     def traffic(self) -> list[Scenario]:
         """Every scenario of every mix, once."""
         return list(dict.fromkeys(itertools.chain.from_iterable(self.mixes())))
+
+    @property
+    def final_library(self) -> str:
+        """The library that children are made of."""
+        return "coupled" if self.coupled_bld.tokens else "main"
 
     def to_yaml(self) -> str:
         """All settings, resolved; `parse_recipe` reads it back."""

@@ -23,6 +23,8 @@ OUTPUTS = ("child/*", "baselines/*/*")
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Assemble the child and the baselines."""
     result = read_json(run.architecture(), "search")
+    # Runs from before coupled BLD do not name the library.
+    library = result.get("library", "main")
     parent, _ = load_parent(run)
     tokenizer = load_tokenizer(parent_checkpoint(run))
     targets: dict[Path, list] = {run / "child": result["architecture"]}
@@ -32,6 +34,6 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     for folder, layers in targets.items():
         architecture = Architecture.from_list(layers)
         with complete_folder(folder) as partial:
-            save_model(assemble(run, parent, architecture), tokenizer, partial)
+            save_model(assemble(run, parent, architecture, library), tokenizer, partial)
             card = model_card(recipe.parent, architecture, __version__, "assembled from the block library")
             (partial / "README.md").write_text(card)

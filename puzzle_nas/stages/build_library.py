@@ -82,4 +82,4 @@ def _initialise(
         results = walk.try_variants([{spec.slot: layer} for layer in layers])
         kl = {name: float(r.kl_nats.mean()) for name, r in zip(candidates, results, strict=True)}
         facts |= {"chosen": min(kl, key=kl.__getitem__), "held_back_kl_nats": kl}
-    write_variant(run.initial_variant(index, spec.id), spec, candidates[facts["chosen"]], facts)
+    write_variant(run.initial_variant(index, spec.id), [spec], candidates[facts["chosen"]], facts)

@@ -1,37 +1,14 @@
-"""Blockwise local distillation, decoupled (Puzzle, section 2).
-
-Layer by layer: the parent's activations of layer i lie in memory-mapped files, all variants of layer i train on
-them, then layer i + 1. Each parent layer sees each token once; a layer that is done is done for good.
-
-Shapes: S sequences, T tokens, D hidden.
-"""
+"""Blockwise local distillation, decoupled: every variant on its own (Puzzle, section 2). Files: library/main/."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
-import psutil
-import safetensors.torch
-import torch
-
 from puzzle_nas.architecture import Spec
-from puzzle_nas.artifacts import RunFolder, fingerprint, read_json, write_bytes
+from puzzle_nas.artifacts import RunFolder, read_json
 from puzzle_nas.data.batches import block_order, load_tokens
 from puzzle_nas.families import load_parent
-from puzzle_nas.library import (
-    facts_path,
-    read_variant,
-    variant_is_stored,
-    write_variant,
-)
-from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
-from puzzle_nas.progress import console, progress
+from puzzle_nas.library import facts_path, read_variant, write_variant
 from puzzle_nas.recipe import Recipe, search_space_of
-from puzzle_nas.subblocks import subblock_layer
-from puzzle_nas.training.activations import LayerActivations
-from puzzle_nas.training.losses import block_loss
-from puzzle_nas.training.optimiser import Optimiser
+from puzzle_nas.training.block_distillation import Job, distill_blocks
 
 NAME = "distill_blocks"
 COMMAND = "distill-blocks"
@@ -39,221 +16,23 @@ NEEDS = ("build_library",)
 SETTINGS = ("seed", "bld")
 OUTPUTS = ("library/main/*/*",)
 
-CURVE_POINTS = 40
-TRAINING_BYTES_PER_PARAMETER = 24
-"""Master weight, gradient, two moments, a bfloat16 copy, and slack."""
-
-
-class Trainee:
-    """One variant in training: its sub-block in float32, its optimiser, its losses."""
-
-    def __init__(self, spec: Spec, block: PuzzleDecoderLayer, recipe: Recipe, total_steps: int):
-        self.spec, self.block = spec, block
-        self.optimiser = Optimiser(block.requires_grad_(True), recipe.bld, total_steps)
-        self.losses: list[float] = []
-
-
-class BlockTask:
-    """One layer's training data and loss."""
-
-    def __init__(self, activations: LayerActivations, parent_layer: PuzzleDecoderLayer, normalise: str, autocast: bool):
-        self.activations, self.parent_layer, self.normalise = activations, parent_layer, normalise
-        self.device = activations.parent.device
-        self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast)
-
-    def fetch(self, sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x, attention and ffn of some sequences, each [B, T, D]."""
-        files = (self.activations.x, self.activations.attention, self.activations.ffn)
-        x, attention, ffn = (file.tensor[sequences].to(self.device) for file in files)
-        return x, attention, ffn
-
-    def loss(self, trainee: Trainee, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Normalised error of the whole block's output with the other sub-block the parent's, frozen."""
-        x, attention, ffn = batch
-        inputs = self.activations.inputs
-        with self.autocast:
-            if trainee.spec.slot == "ffn":
-                middle = x + attention
-                error = trainee.block.mlp(trainee.block.post_attention_layernorm(middle)).float() - ffn
-            else:
-                masks = {**inputs, "attention_mask": inputs["attention_mask"].get(trainee.block.layer_type)}
-                child = trainee.block.self_attn(trainee.block.input_layernorm(x), **masks)[0]
-                parent_ffn = self.parent_layer.mlp(self.parent_layer.post_attention_layernorm(x + child))
-                error = (child.float() - attention) + (parent_ffn.float() - ffn)
-        output = x.float() + attention + ffn
-        return block_loss(error.flatten(0, 1), output.flatten(0, 1), self.normalise)
-
 
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Train every variant that has weights; copy those that have none."""
     parent, shape = load_parent(run)
-    space = search_space_of(recipe, shape)
-    all_tokens = load_tokens(run, "train")
-    length = all_tokens.shape[1]
-    batch_sequences = max(1, recipe.bld.batch_tokens // length)
-    held_out = min(batch_sequences, max(1, len(all_tokens) // 4))
-    wanted = math.ceil(recipe.bld.tokens / length)
-    tokens = all_tokens[: min(len(all_tokens), wanted + held_out)]
-    trained_sequences = len(tokens) - held_out
-    total_steps = math.ceil(wanted / batch_sequences)
-    specs_of = [
-        [spec for slot, options in slots.items() for spec in options if spec != shape.parent_spec(slot)]
-        for slots in space.options
+    jobs = [
+        [_job(run, index, spec) for slot, specs in slots.items() for spec in specs if spec != shape.parent_spec(slot)]
+        for index, slots in enumerate(search_space_of(recipe, shape).options)
     ]
-    first = next(
-        (i for i, specs in enumerate(specs_of) if not all(_is_done(run, i, spec) for spec in specs)),
-        len(specs_of),
-    )
     if recipe.bld.tokens == 0:
-        _copy_initial(run, specs_of)
+        for job in (job for layer_jobs in jobs for job in layer_jobs):
+            write_variant(job.path, job.specs, job.start(), {"tokens": 0})
         return
-    problems: list[str] = []
-    with progress("distil blocks, layer", shape.num_hidden_layers) as ticker:
-        activations = LayerActivations(parent, tokens, run.scratch(NAME))
-        activations.skip_to(first, ticker)
-        for index in range(first, shape.num_hidden_layers):
-            activations.compute(index)
-            layer = parent.model.layers[index]
-            task = BlockTask(activations, layer, recipe.bld.normalise, parent.dtype == torch.bfloat16)
-            pending = []
-            for spec in specs_of[index]:
-                initial = run.initial_variant(index, spec.id)
-                if not _is_done(run, index, spec) and read_json(facts_path(initial))["parameters"]:
-                    pending.append(spec)
-                elif not _is_done(run, index, spec):
-                    write_variant(run.variant(index, spec.id), spec, {}, {"tokens": 0})
-            for group in _groups(run, index, pending):
-                trainees = [
-                    Trainee(
-                        spec,
-                        subblock_layer(
-                            parent.config, layer.layer_type, spec, _initial_float32(run, index, spec, parent)
-                        ),
-                        recipe,
-                        total_steps,
-                    )
-                    for spec in group
-                ]
-                held = torch.arange(trained_sequences, len(tokens))
-                starts = _evaluate(task, trainees, held)
-                order = block_order(trained_sequences, wanted, recipe.seed + index)
-                _train(run, recipe, task, trainees, order, batch_sequences, index)
-                ends = _evaluate(task, trainees, held)
-                for trainee, start, end in zip(trainees, starts, ends, strict=True):
-                    problem = _keep(run, recipe, index, trainee, start, end, parent.dtype)
-                    problems += [problem] if problem else []
-                _checkpoint_path(run, index, group).unlink(missing_ok=True)
-            activations.advance()
-            ticker.advance()
-        activations.delete()
-    for problem in problems:
-        console.print(f"  {problem}")
+    distill_blocks(run, NAME, recipe.bld, recipe.seed, parent, load_tokens(run, "train"), jobs, block_order)
 
 
-def _is_done(run: RunFolder, layer: int, spec: Spec) -> bool:
-    return variant_is_stored(run.variant(layer, spec.id))
-
-
-def _copy_initial(run: RunFolder, specs_of: Sequence[Sequence[Spec]]) -> None:
-    for index, specs in enumerate(specs_of):
-        for spec in specs:
-            initial = run.initial_variant(index, spec.id)
-            write_variant(run.variant(index, spec.id), spec, read_variant(initial, "build-library"), {"tokens": 0})
-
-
-def _initial_float32(run: RunFolder, layer: int, spec: Spec, parent) -> dict[str, torch.Tensor]:
-    weights = read_variant(run.initial_variant(layer, spec.id), "build-library")
-    return {name: w.to(device=parent.device, dtype=torch.float32, copy=True) for name, w in weights.items()}
-
-
-def _groups(run: RunFolder, layer: int, specs: Sequence[Spec]) -> list[list[Spec]]:
-    """Variants that train together: as many as fit in half of the free memory."""
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    groups: list[list[Spec]] = []
-    room = 0.0
-    for spec in specs:
-        parameters = read_json(facts_path(run.initial_variant(layer, spec.id)))["parameters"]
-        need = TRAINING_BYTES_PER_PARAMETER * parameters
-        if not groups or need > room:
-            groups.append([])
-            room = free / 2
-        groups[-1].append(spec)
-        room -= need
-    return groups
-
-
-def _checkpoint_path(run: RunFolder, layer: int, group: Sequence[Spec]):
-    return run.scratch(NAME) / f"layer_{layer:02d}.{fingerprint([spec.id for spec in group])}.safetensors"
-
-
-def _train(run, recipe, task: BlockTask, trainees, order, batch_sequences: int, layer: int) -> None:
-    path = _checkpoint_path(run, layer, [t.spec for t in trainees])
-    batches = order.split(batch_sequences)
-    begin = _load_checkpoint(path, trainees)
-    for step in range(begin, len(batches)):
-        batch = task.fetch(batches[step])
-        for trainee in trainees:
-            loss = task.loss(trainee, batch)
-            loss.backward()
-            trainee.optimiser.step(step)
-            trainee.losses.append(loss.item())
-        if (step + 1) % recipe.bld.checkpoint_every_steps == 0 and step + 1 < len(batches):
-            _save_checkpoint(path, trainees, step + 1)
-
-
-def _save_checkpoint(path, trainees: Sequence[Trainee], step: int) -> None:
-    tensors = {f"{t.spec.id}/{name}": w.cpu() for t in trainees for name, w in t.optimiser.state().items()}
-    tensors |= {f"{t.spec.id}/losses": torch.tensor(t.losses, dtype=torch.float64) for t in trainees}
-    tensors = {name: w.contiguous().clone() for name, w in tensors.items()}
-    write_bytes(path, safetensors.torch.save(tensors, {"step": str(step)}))
-
-
-def _load_checkpoint(path, trainees: Sequence[Trainee]) -> int:
-    """The step to continue with."""
-    if not path.exists():
-        return 0
-    with safetensors.safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        step = int(file.metadata()["step"])
-    for trainee in trainees:
-        prefix = f"{trainee.spec.id}/"
-        own = {name.removeprefix(prefix): w for name, w in tensors.items() if name.startswith(prefix)}
-        trainee.losses = own.pop("losses").tolist()
-        trainee.optimiser.load(own)
-    return step
-
-
-@torch.no_grad()
-def _evaluate(task: BlockTask, trainees: Sequence[Trainee], sequences: torch.Tensor) -> list[float]:
-    batch = task.fetch(sequences)
-    return [task.loss(trainee, batch).item() for trainee in trainees]
-
-
-def _keep(run, recipe, layer: int, trainee: Trainee, start: float, end: float, dtype) -> str | None:
-    """Write a variant; the sentence to print if training made it worse."""
-    initial = run.initial_variant(layer, trainee.spec.id)
-    facts = read_json(facts_path(initial))
-    for name in ("spec", "parameters", "checksum"):
-        facts.pop(name)
-    fell_back = not (math.isfinite(end) and end <= start)
-    stride = max(1, math.ceil(len(trainee.losses) / CURVE_POINTS))
-    curve = [
-        sum(trainee.losses[i : i + stride]) / len(trainee.losses[i : i + stride])
-        for i in range(0, len(trainee.losses), stride)
-    ]
-    facts |= {
-        "tokens": recipe.bld.tokens,
-        "held_out_loss_start": start if math.isfinite(start) else None,
-        "held_out_loss_end": end if math.isfinite(end) else None,
-        "fell_back": fell_back,
-        "loss_curve": [value if math.isfinite(value) else None for value in curve],
-    }
-    if fell_back:
-        weights = read_variant(initial, "build-library")
-    else:
-        weights = {name: w.to(dtype) for name, w in trainee.optimiser.parameters.items()}
-    write_variant(run.variant(layer, trainee.spec.id), trainee.spec, weights, facts)
-    if not fell_back:
-        return None
-    how = f"rose from {start:.4g} to {end:.4g}" if math.isfinite(end) else "became NaN"
-    return f"Layer {layer}, {trainee.spec.id}: the loss {how} in BLD; its initialisation is kept."
+def _job(run: RunFolder, layer: int, spec: Spec) -> Job:
+    initial = run.initial_variant(layer, spec.id)
+    facts = read_json(facts_path(initial), "build-library")
+    facts = {key: value for key, value in facts.items() if key not in ("spec", "parameters", "checksum")}
+    return Job((spec,), run.variant(layer, spec.id), lambda: read_variant(initial, "build-library"), facts)

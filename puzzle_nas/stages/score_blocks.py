@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import torch
-
 from puzzle_nas.architecture import SLOTS, choice_id
 from puzzle_nas.artifacts import RunFolder, write_json
 from puzzle_nas.data.batches import load_tokens
@@ -15,34 +13,13 @@ from puzzle_nas.progress import progress
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.training.losses import Divergence
 from puzzle_nas.training.replacement import ReplacementWalk
+from puzzle_nas.training.scores import score_of
 
 NAME = "score_blocks"
 COMMAND = "score-blocks"
 NEEDS = ("distill_blocks",)
 SETTINGS = ("scoring",)
 OUTPUTS = ("scores/main/*/*.json",)
-
-
-def summarise(values_S: torch.Tensor) -> dict[str, float]:
-    """Mean and standard error over sequences."""
-    count = len(values_S)
-    error = (values_S.std() / count**0.5).item() if count > 1 else 0.0
-    return {"mean": values_S.mean().item(), "standard_error": error}
-
-
-def score_of(divergence: Divergence, parent: Divergence) -> dict:
-    """The JSON of one variant. All figures are means over the tokens of a sequence, then over sequences."""
-    kl = divergence.kl_nats.double().mean(1)
-    # The last position of a sequence has no label.
-    lm_loss = divergence.lm_loss_nats[:, :-1].double().mean(1)
-    increase = lm_loss - parent.lm_loss_nats[:, :-1].double().mean(1)
-    return {
-        "kl_nats": summarise(kl),
-        "lm_loss_increase_nats": summarise(increase),
-        "top1_agreement": summarise(divergence.top1_agrees.double().mean(1)),
-        "kl_nats_by_sequence": [round(v, 8) for v in kl.tolist()],
-        "lm_loss_increase_nats_by_sequence": [round(v, 8) for v in increase.tolist()],
-    }
 
 
 def run(recipe: Recipe, run: RunFolder) -> None:

@@ -19,7 +19,7 @@ from puzzle_nas.training.refinement import Refinement, Trials
 
 NAME = "search_architecture"
 COMMAND = "search"
-NEEDS = ("score_blocks", "measure_costs")
+NEEDS = ("score_blocks", "measure_costs", "couple_blocks")
 SETTINGS = ("search", "scenarios", "search_space", "engine")
 OUTPUTS = ("search/main/architecture.json",)
 BASELINES = ("greedy", "homogeneous", "max_params")
@@ -38,6 +38,7 @@ def search(
     (best,) = found.solve(limits, gap, time_limit_seconds)
     chosen = found.describe(found.architecture(best))
     result = {
+        "library": found.library,
         "limits": limits,
         "scenarios": [s.name for s in found.costs.scenarios],
         **chosen,
@@ -68,7 +69,8 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     if settings.verify > 1 or settings.refine_rounds:
         parent, _ = load_parent(run)
         splits = (load_tokens(run, split) for split in ("scoring", "selection"))
-        refinement = Refinement(found, settings, Trials(run, parent, *splits, recipe.scoring.batch_tokens))
+        trials = Trials(run, parent, *splits, recipe.scoring.batch_tokens, found.library)
+        refinement = Refinement(found, settings, trials)
     timed = "speedup" in asked and recipe.costs.file is None
     limits, attempts = asked, []
     result = _searched(found, settings, limits, refinement)
@@ -84,8 +86,8 @@ def run(recipe: Recipe, run: RunFolder) -> None:
         except InfeasibleError:
             console.print("  No faster child can be made of this search space.")
             break
-    trials = refinement.tried if refinement else []
-    write_json(run.architecture(), {**result, "limits": asked, "children_measured": trials, "speed_checks": attempts})
+    tried = refinement.tried if refinement else []
+    write_json(run.architecture(), {**result, "limits": asked, "children_measured": tried, "speed_checks": attempts})
 
 
 def _searched(

@@ -49,7 +49,12 @@ def plain_fields(config: PuzzleConfig) -> dict[str, Any]:
 
 def subblock_weights(layer: PuzzleDecoderLayer, slot: str) -> Weights:
     """The weights of one slot of a layer."""
-    return {name: w.detach() for name, w in layer.state_dict().items() if name.startswith(PREFIXES[slot])}
+    return {name: w.detach() for name, w in weights_of_slot(layer.state_dict(), slot).items()}
+
+
+def weights_of_slot(weights: Mapping[str, torch.Tensor], slot: str) -> Weights:
+    """Those of a layer's weights that belong to one slot."""
+    return {name: w for name, w in weights.items() if name.startswith(PREFIXES[slot])}
 
 
 def run_with(

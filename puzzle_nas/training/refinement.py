@@ -7,7 +7,6 @@ anew around the best of them: what it would gain or lose by each single change.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from puzzle_nas.architecture import Architecture, Choice
 from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder
-from puzzle_nas.library import assemble, variant_layer
+from puzzle_nas.library import assemble, block_layers
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.progress import progress
 from puzzle_nas.recipe import SearchSettings
@@ -32,6 +31,7 @@ class Trials:
     Args:
         scoring_tokens, selection_tokens: those splits, [S, T].
         batch_tokens: tokens whose activations are in memory together.
+        library: what the children are made of.
     """
 
     def __init__(
@@ -41,30 +41,30 @@ class Trials:
         scoring_tokens: torch.Tensor,
         selection_tokens: torch.Tensor,
         batch_tokens: int,
+        library: str = "main",
     ):
-        self.run, self.parent, self.batch_tokens = run, parent, batch_tokens
+        self.run, self.parent, self.batch_tokens, self.library = run, parent, batch_tokens, library
         self.scoring_tokens = scoring_tokens
         self._reference = ParentReference(parent, selection_tokens)
 
     def kl_nats(self, architecture: Architecture) -> float:
         """KL(parent || child) on the selection split."""
-        return self._reference.compare(assemble(self.run, self.parent, architecture)).kl_nats
+        return self._reference.compare(assemble(self.run, self.parent, architecture, self.library)).kl_nats
 
     def scores_around(
         self, architecture: Architecture, choices: Iterable[Choice], on_layer: Callable[[], None] = lambda: None
     ) -> dict[Choice, float]:
         """By how many nats the child's KL on the scoring split changes with each single choice; negative is better."""
         choices = list(choices)
-        child = assemble(self.run, self.parent, architecture)
+        child = assemble(self.run, self.parent, architecture, self.library)
         walk = ReplacementWalk(self.parent, self.scoring_tokens, self.batch_tokens, child)
         present = float(walk.model_itself().kl_nats.double().mean())
         scores: dict[Choice, float] = {}
         for layer, block in enumerate(architecture.layers):
             here = [choice for choice in choices if choice[0] == layer]
             changes = [c for c in here if any(block[spec.slot] != spec for spec in c[1])]
-            specs = dict.fromkeys(itertools.chain.from_iterable(specs for _, specs in changes))
-            blocks = {spec: variant_layer(self.run, self.parent, layer, spec) for spec in specs}
-            results = walk.try_variants([{spec.slot: blocks[spec] for spec in specs} for _, specs in changes])
+            blocks = block_layers(self.run, self.parent, layer, [specs for _, specs in changes], self.library)
+            results = walk.try_variants(blocks)
             scores |= dict.fromkeys(here, 0.0)
             for choice, result in zip(changes, results, strict=True):
                 scores[choice] = float(result.kl_nats.double().mean()) - present

@@ -11,6 +11,7 @@ import pytest
 
 from puzzle_nas.artifacts import file_checksum
 from tests.conftest import puzzle
+from tests.stages.test_couple_blocks import COUPLED
 
 TIMES = ("seconds", "measured.json", "summary.json", "report.html", "evaluate_child", "write_report")
 """Measured times live in these and are no part of the claim."""
@@ -18,6 +19,9 @@ TIMES = ("seconds", "measured.json", "summary.json", "report.html", "evaluate_ch
 MIDDLE = {
     "BLD": "library/main/layer_01/*.json",
     "BLD, within a layer": "scratch/distill_blocks/layer_*.safetensors",
+    "coupled BLD": "library/coupled/layer_*/*.json",
+    "coupled BLD, within a layer": "scratch/couple_blocks/layer_*.safetensors",
+    "scoring of pairs": "scores/coupled/kl/*.json",
     "scoring": "scores/main/kl/layer_01.*.json",
     "GKD": "scratch/distill_child/state.safetensors",
 }
@@ -32,7 +36,7 @@ def final_bytes(folder):
 def pinned(tiny_run, tiny_settings, tmp_path_factory):
     """A recipe whose cost table is a file, and the bytes of a run of it that nothing disturbed."""
     folder = tmp_path_factory.mktemp("pinned")
-    settings = {**tiny_settings, "costs": {"file": str(tiny_run / "costs/torch.json")}}
+    settings = {**tiny_settings, "costs": {"file": str(tiny_run / "costs/torch.json")}, "coupled_bld": COUPLED}
     recipe = folder / "pinned.yaml"
     recipe.write_text(json.dumps(settings))
     puzzle("run", recipe, "--run-dir", folder / "whole", "--to", "evaluate")

@@ -1,0 +1,272 @@
+"""Blockwise local distillation, decoupled and coupled (Puzzle, section 2).
+
+Layer by layer: the parent's activations of layer i lie in memory-mapped files, everything of layer i trains on them,
+then layer i + 1. Each parent layer sees each token once; a layer that is done is done for good.
+
+Shapes: S sequences, B of them in a batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import safetensors.torch
+import torch
+
+from puzzle_nas.architecture import Spec, choice_id
+from puzzle_nas.artifacts import RunFolder, fingerprint, write_bytes
+from puzzle_nas.library import variant_is_stored, write_variant
+from puzzle_nas.modeling import PuzzleForCausalLM
+from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
+from puzzle_nas.progress import console, progress
+from puzzle_nas.recipe import BLDSettings
+from puzzle_nas.subblocks import Weights, subblock_layer, weights_of_slot
+from puzzle_nas.training.activations import LayerActivations
+from puzzle_nas.training.losses import block_loss
+from puzzle_nas.training.optimiser import Optimiser
+
+CURVE_POINTS = 40
+TRAINING_BYTES_PER_PARAMETER = 24
+"""Master weight, gradient, two moments, a bfloat16 copy, and slack."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained in one layer: a variant beside the parent's frozen other sub-block, or a pair of both slots."""
+
+    specs: tuple[Spec, ...]
+    path: Path
+    """Where it goes."""
+    start: Callable[[], Weights]
+    """Reads the weights to start from; none at all for what has none."""
+    facts: Mapping[str, Any]
+    """What is written beside the weights, before BLD adds to it."""
+
+    @property
+    def id(self) -> str:
+        """`ffn.w384`, or `attention.kv1+ffn.w384`."""
+        return choice_id(self.specs)
+
+
+class Trainee:
+    """One job in training: its sub-blocks in float32, by slot, their optimiser, the losses."""
+
+    def __init__(
+        self,
+        job: Job,
+        start: Weights,
+        parent: PuzzleForCausalLM,
+        layer: PuzzleDecoderLayer,
+        settings: BLDSettings,
+        steps: int,
+    ):
+        self.job = job
+        self.start = start
+        master = {n: w.to(device=parent.device, dtype=torch.float32, copy=True) for n, w in start.items()}
+        self.blocks = torch.nn.ModuleDict(
+            {
+                spec.slot: subblock_layer(parent.config, layer.layer_type, spec, weights_of_slot(master, spec.slot))
+                for spec in job.specs
+            }
+        )
+        self.optimiser = Optimiser(self.blocks.requires_grad_(True), settings, steps)
+        self.losses: list[float] = []
+
+    def weights(self, dtype: torch.dtype) -> Weights:
+        """As trained, named as in the library."""
+        return {
+            name.split(".", 1)[1]: parameter.detach().to(dtype) for name, parameter in self.optimiser.parameters.items()
+        }
+
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""x, attention and ffn of some sequences, each [B, T, D]; see `LayerActivations`."""
+
+
+class BlockTask:
+    """One layer's training data and loss."""
+
+    def __init__(self, activations: LayerActivations, parent_layer: PuzzleDecoderLayer, normalise: str, autocast: bool):
+        self.activations, self.parent_layer, self.normalise = activations, parent_layer, normalise
+        self.device = activations.parent.device
+        masks = activations.inputs["attention_mask"].get(parent_layer.layer_type)
+        self.inputs = {**activations.inputs, "attention_mask": masks}
+        self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast)
+
+    def fetch(self, sequences: torch.Tensor) -> Batch:
+        """The activations of some sequences."""
+        files = (self.activations.x, self.activations.attention, self.activations.ffn)
+        x, attention, ffn = (file.tensor[sequences].to(self.device) for file in files)
+        return x, attention, ffn
+
+    def loss(self, trainee: Trainee, batch: Batch) -> torch.Tensor:
+        """Normalised error of the whole block's output; a slot that is not trained is the parent's, frozen."""
+        x, attention, ffn = batch
+        blocks = trainee.blocks
+        with self.autocast:
+            if "attention" in blocks:
+                child = self._attention(blocks["attention"], x)
+                error = child.float() - attention
+                other = blocks["ffn"] if "ffn" in blocks else self.parent_layer  # noqa: SIM401
+                error = error + (self._ffn(other, x + child).float() - ffn)
+            else:
+                error = self._ffn(blocks["ffn"], x + attention).float() - ffn
+        output = x.float() + attention + ffn
+        return block_loss(error.flatten(0, 1), output.flatten(0, 1), self.normalise)
+
+    def _attention(self, block: PuzzleDecoderLayer, x: torch.Tensor) -> torch.Tensor:
+        """What attention adds to the residual stream."""
+        if block.self_attn is None:
+            return torch.zeros_like(x)
+        return block.self_attn(block.input_layernorm(x), **self.inputs)[0]
+
+    @staticmethod
+    def _ffn(block: PuzzleDecoderLayer, middle: torch.Tensor) -> torch.Tensor:
+        """What the FFN adds to the residual stream."""
+        return torch.zeros_like(middle) if block.mlp is None else block.mlp(block.post_attention_layernorm(middle))
+
+
+def distill_blocks(
+    run: RunFolder,
+    stage: str,
+    settings: BLDSettings,
+    seed: int,
+    parent: PuzzleForCausalLM,
+    all_tokens_ST: torch.Tensor,
+    jobs: Sequence[Sequence[Job]],
+    order: Callable[[int, int, int], torch.Tensor],
+) -> None:
+    """Train every layer's jobs that are not stored yet, and store them; what has no weights is stored as it is.
+
+    Args:
+        stage: whose scratch folder to use.
+        jobs: one list for each layer.
+        order: `data.batches.block_order`.
+    """
+    length = all_tokens_ST.shape[1]
+    batch_sequences = max(1, settings.batch_tokens // length)
+    held_out = min(batch_sequences, max(1, len(all_tokens_ST) // 4))
+    wanted = math.ceil(settings.tokens / length)
+    tokens = all_tokens_ST[: min(len(all_tokens_ST), wanted + held_out)]
+    held = torch.arange(len(tokens) - held_out, len(tokens))
+    pending = [[job for job in layer_jobs if not variant_is_stored(job.path)] for layer_jobs in jobs]
+    # Above the last layer with work there is nothing to walk to.
+    working = [index for index, layer_jobs in enumerate(pending) if layer_jobs]
+    problems: list[str] = []
+    if not working:
+        return
+    with progress("distil blocks, layer", working[-1] + 1) as ticker:
+        activations = LayerActivations(parent, tokens, run.scratch(stage))
+        activations.skip_to(working[0], ticker)
+        for index in range(working[0], working[-1] + 1):
+            activations.compute(index)
+            if pending[index]:
+                layer = parent.model.layers[index]
+                task = BlockTask(activations, layer, settings.normalise, parent.dtype == torch.bfloat16)
+                batches = order(len(tokens) - held_out, wanted, seed + index).split(batch_sequences)
+                for group in _groups(pending[index]):
+                    trainees = [Trainee(job, start, parent, layer, settings, len(batches)) for job, start in group]
+                    path = run.scratch(stage) / f"layer_{index:02d}.{fingerprint([t.job.id for t in trainees])}"
+                    starts = _evaluate(task, trainees, held)
+                    _train(task, trainees, batches, path.with_suffix(".safetensors"), settings.checkpoint_every_steps)
+                    ends = _evaluate(task, trainees, held)
+                    for trainee, start, end in zip(trainees, starts, ends, strict=True):
+                        problem = _keep(settings, index, trainee, start, end, parent.dtype)
+                        problems += [problem] if problem else []
+                    path.with_suffix(".safetensors").unlink(missing_ok=True)
+            if index < working[-1]:
+                activations.advance()
+            ticker.advance()
+        activations.delete()
+    for problem in problems:
+        console.print(f"  {problem}")
+
+
+def _groups(jobs: Sequence[Job]) -> list[list[tuple[Job, Weights]]]:
+    """Jobs that train together, with their start: as many as fit in half of the free memory."""
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    groups: list[list[tuple[Job, Weights]]] = []
+    room = 0.0
+    for job in jobs:
+        start = job.start()
+        if not start:
+            write_variant(job.path, job.specs, {}, {"tokens": 0})
+            continue
+        need = TRAINING_BYTES_PER_PARAMETER * sum(w.numel() for w in start.values())
+        if not groups or need > room:
+            groups.append([])
+            room = free / 2
+        groups[-1].append((job, start))
+        room -= need
+    return groups
+
+
+def _train(task: BlockTask, trainees: Sequence[Trainee], batches: Sequence[torch.Tensor], path: Path, every: int):
+    begin = _load_checkpoint(path, trainees)
+    for step in range(begin, len(batches)):
+        batch = task.fetch(batches[step])
+        for trainee in trainees:
+            loss = task.loss(trainee, batch)
+            loss.backward()
+            trainee.optimiser.step(step)
+            trainee.losses.append(loss.item())
+        if (step + 1) % every == 0 and step + 1 < len(batches):
+            _save_checkpoint(path, trainees, step + 1)
+
+
+def _save_checkpoint(path: Path, trainees: Sequence[Trainee], step: int) -> None:
+    tensors = {f"{t.job.id}/{name}": w.cpu() for t in trainees for name, w in t.optimiser.state().items()}
+    tensors |= {f"{t.job.id}/losses": torch.tensor(t.losses, dtype=torch.float64) for t in trainees}
+    tensors = {name: w.contiguous().clone() for name, w in tensors.items()}
+    write_bytes(path, safetensors.torch.save(tensors, {"step": str(step)}))
+
+
+def _load_checkpoint(path: Path, trainees: Sequence[Trainee]) -> int:
+    """The step to continue with."""
+    if not path.exists():
+        return 0
+    with safetensors.safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        step = int(file.metadata()["step"])
+    for trainee in trainees:
+        prefix = f"{trainee.job.id}/"
+        own = {name.removeprefix(prefix): w for name, w in tensors.items() if name.startswith(prefix)}
+        trainee.losses = own.pop("losses").tolist()
+        trainee.optimiser.load(own)
+    return step
+
+
+@torch.no_grad()
+def _evaluate(task: BlockTask, trainees: Sequence[Trainee], sequences: torch.Tensor) -> list[float]:
+    batch = task.fetch(sequences)
+    return [task.loss(trainee, batch).item() for trainee in trainees]
+
+
+def _keep(
+    settings: BLDSettings, layer: int, trainee: Trainee, start: float, end: float, dtype: torch.dtype
+) -> str | None:
+    """Store what was trained, or its start if that was better; the sentence to print then."""
+    job, fell_back = trainee.job, not (math.isfinite(end) and end <= start)
+    stride = max(1, math.ceil(len(trainee.losses) / CURVE_POINTS))
+    curve = [
+        sum(trainee.losses[i : i + stride]) / len(trainee.losses[i : i + stride])
+        for i in range(0, len(trainee.losses), stride)
+    ]
+    facts = {
+        **job.facts,
+        "tokens": settings.tokens,
+        "held_out_loss_start": start if math.isfinite(start) else None,
+        "held_out_loss_end": end if math.isfinite(end) else None,
+        "fell_back": fell_back,
+        "loss_curve": [value if math.isfinite(value) else None for value in curve],
+    }
+    write_variant(job.path, job.specs, trainee.start if fell_back else trainee.weights(dtype), facts)
+    if not fell_back:
+        return None
+    how = f"rose from {start:.4g} to {end:.4g}" if math.isfinite(end) else "became NaN"
+    return f"Layer {layer}, {job.id}: the loss {how} in BLD; its initialisation is kept."
