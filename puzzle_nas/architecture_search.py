@@ -45,7 +45,7 @@ class ArchitectureSearch:
     shape: ParentShape
     costs: CostTable
     scores: dict[Choice, float]
-    """Damage of every choice, sub-blocks or whole blocks; the parent's own is 0."""
+    """Damage of every choice, sub-blocks or whole blocks; the parent's own is 0. What must not be chosen is absent."""
 
     @classmethod
     def load(cls, recipe: Recipe, run: RunFolder) -> ArchitectureSearch:
@@ -64,7 +64,9 @@ class ArchitectureSearch:
         for layer, specs in space.choices(by_block=recipe.scoring.unit == "block"):
             harmless = not scored or own.issuperset(specs)
             path = run.score(layer, choice_id(specs), metric=metric)
-            scores[layer, specs] = 0.0 if harmless else read_json(path, "score-blocks")[field]["mean"]
+            score = {field: {"mean": 0.0}} if harmless else read_json(path, "score-blocks")
+            if "problem" not in score:
+                scores[layer, specs] = score[field]["mean"]
         return cls(space, shape, costs, scores)
 
     @classmethod

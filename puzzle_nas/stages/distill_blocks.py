@@ -12,11 +12,10 @@ import math
 from collections.abc import Sequence
 
 import psutil
-import safetensors.torch
 import torch
 
 from puzzle_nas.architecture import Spec
-from puzzle_nas.artifacts import RunFolder, fingerprint, read_json, write_bytes
+from puzzle_nas.artifacts import RunFolder, fingerprint, read_json
 from puzzle_nas.data.batches import block_order, load_tokens
 from puzzle_nas.families import load_parent
 from puzzle_nas.library import (
@@ -30,6 +29,7 @@ from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.subblocks import subblock_layer
 from puzzle_nas.training.activations import LayerActivations
+from puzzle_nas.training.checkpoints import read_checkpoint, write_checkpoint
 from puzzle_nas.training.losses import block_loss
 from puzzle_nas.training.optimiser import Optimiser
 
@@ -194,27 +194,26 @@ def _train(run, recipe, task: BlockTask, trainees, order, batch_sequences: int, 
         batch = task.fetch(batches[step])
         for trainee in trainees:
             loss = task.loss(trainee, batch)
-            loss.backward()
-            trainee.optimiser.step(step)
             trainee.losses.append(loss.item())
+            if math.isfinite(trainee.losses[-1]):
+                loss.backward()
+                trainee.optimiser.step(step)
         if (step + 1) % recipe.bld.checkpoint_every_steps == 0 and step + 1 < len(batches):
             _save_checkpoint(path, trainees, step + 1)
 
 
 def _save_checkpoint(path, trainees: Sequence[Trainee], step: int) -> None:
-    tensors = {f"{t.spec.id}/{name}": w.cpu() for t in trainees for name, w in t.optimiser.state().items()}
+    tensors = {f"{t.spec.id}/{name}": w for t in trainees for name, w in t.optimiser.state().items()}
     tensors |= {f"{t.spec.id}/losses": torch.tensor(t.losses, dtype=torch.float64) for t in trainees}
-    tensors = {name: w.contiguous().clone() for name, w in tensors.items()}
-    write_bytes(path, safetensors.torch.save(tensors, {"step": str(step)}))
+    write_checkpoint(path, tensors, step)
 
 
 def _load_checkpoint(path, trainees: Sequence[Trainee]) -> int:
     """The step to continue with."""
-    if not path.exists():
+    kept = read_checkpoint(path)
+    if kept is None:
         return 0
-    with safetensors.safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        step = int(file.metadata()["step"])
+    tensors, step = kept
     for trainee in trainees:
         prefix = f"{trainee.spec.id}/"
         own = {name.removeprefix(prefix): w for name, w in tensors.items() if name.startswith(prefix)}
@@ -230,7 +229,7 @@ def _evaluate(task: BlockTask, trainees: Sequence[Trainee], sequences: torch.Ten
 
 
 def _keep(run, recipe, layer: int, trainee: Trainee, start: float, end: float, dtype) -> str | None:
-    """Write a variant; the sentence to print if training made it worse."""
+    """Write a variant; the sentence to print if training made it worse or met a loss that is not finite."""
     initial = run.initial_variant(layer, trainee.spec.id)
     facts = read_json(facts_path(initial))
     for name in ("spec", "parameters", "checksum"):
@@ -254,6 +253,10 @@ def _keep(run, recipe, layer: int, trainee: Trainee, start: float, end: float, d
         weights = {name: w.to(dtype) for name, w in trainee.optimiser.parameters.items()}
     write_variant(run.variant(layer, trainee.spec.id), trainee.spec, weights, facts)
     if not fell_back:
-        return None
+        left_out = sum(not math.isfinite(loss) for loss in trainee.losses)
+        if not left_out:
+            return None
+        steps = f"{left_out} of {len(trainee.losses)} steps of BLD"
+        return f"Layer {layer}, {trainee.spec.id}: the loss was not finite in {steps}; they were left out."
     how = f"rose from {start:.4g} to {end:.4g}" if math.isfinite(end) else "became NaN"
     return f"Layer {layer}, {trainee.spec.id}: the loss {how} in BLD; its initialisation is kept."
