@@ -45,7 +45,7 @@ class ArchitectureSearch:
     shape: ParentShape
     costs: CostTable
     scores: dict[Choice, float]
-    """Damage of every choice, sub-blocks or whole blocks; the parent's own is 0."""
+    """Damage of every choice, sub-blocks or whole blocks; the parent's own is 0. What must not be chosen is absent."""
     library: str = "main"
     """What the scores are of."""
 
@@ -71,11 +71,12 @@ class ArchitectureSearch:
         field = "kl_nats" if metric == "kl" else "lm_loss_increase_nats"
         by_block = recipe.scoring.unit == "block"
 
-        def score(layer: int, specs: Sequence[Spec], library: str = "main") -> float:
+        def score(layer: int, specs: Sequence[Spec], library: str = "main") -> float | None:
             if not scored or own.issuperset(specs):
                 return 0.0
             made_by = "couple-blocks" if library == "coupled" else "score-blocks"
-            return read_json(run.score(layer, choice_id(specs), library, metric), made_by)[field]["mean"]
+            found = read_json(run.score(layer, choice_id(specs), library, metric), made_by)
+            return None if "problem" in found else found[field]["mean"]
 
         scores = {choice: score(*choice) for choice in space.choices(by_block)}
         if scored and library == "coupled":
@@ -85,9 +86,9 @@ class ArchitectureSearch:
                 if choice_id(specs) in pairs[layer]:
                     scores[layer, specs] = score(layer, specs, library)
                 else:
-                    parts = [specs] if by_block else [(spec,) for spec in specs]
-                    scores[layer, specs] = sum(alone[layer, part] for part in parts)
-        return cls(space, shape, costs, scores, library)
+                    parts = [alone[layer, p] for p in ([specs] if by_block else [(spec,) for spec in specs])]
+                    scores[layer, specs] = None if None in parts else sum(parts)
+        return cls(space, shape, costs, {c: value for c, value in scores.items() if value is not None}, library)
 
     @classmethod
     def at_best_batch_sizes(

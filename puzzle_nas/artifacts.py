@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,11 +111,16 @@ def complete_folder(path: Path):
         os.replace(partial, path)
 
 
+RECORD_KEYS = {"made_from", "outputs_fingerprint", "outputs"}
+
+
 class RunFolder:
     """Names and records inside one run folder."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._sound: set[str] = set()
+        """Stages whose files this process has made or checked."""
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -185,6 +190,37 @@ class RunFolder:
         except ValueError:
             return os.path.relpath(path.resolve(), self.path.resolve())
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder. The lock is the operating system's: it ends with this process, however that ends.
+
+        Raises:
+            ArtifactError: another process holds it, or the folder cannot be written.
+        """
+        import fcntl
+
+        path = self / ".lock"
+        with explained_disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        with os.fdopen(descriptor, "r+b", buffering=0) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().decode() or "just started"
+                raise ArtifactError(
+                    f"Another puzzle command (process {holder}) works on {self}. Wait until it ends, or name another "
+                    "folder with --run-dir."
+                ) from None
+            file.truncate(0)
+            with explained_disk_errors(path):
+                file.write(str(os.getpid()).encode())
+            try:
+                yield
+            finally:
+                file.truncate(0)
+
     # records
     def record_path(self, stage: str) -> Path:
         """Where a stage says that it is done."""
@@ -193,7 +229,12 @@ class RunFolder:
     def record(self, stage: str) -> dict[str, Any] | None:
         """A stage's record, or None when it has not finished yet."""
         path = self.record_path(stage)
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        record = read_json(path)
+        if not isinstance(record, dict) or set(record) != RECORD_KEYS or not isinstance(record["outputs"], dict):
+            raise ArtifactError(f"{path} is corrupted. Delete it and run the same command again.")
+        return record
 
     def files(self, patterns: Iterable[str]) -> dict[str, str]:
         """Checksums of the finished files that match glob patterns, by relative name."""
@@ -211,9 +252,11 @@ class RunFolder:
             self.discard(stage, outputs)
             write_json(marker, {"made_from": made_from})
         self.record_path(stage).unlink(missing_ok=True)
+        self._sound.discard(stage)
 
     def discard(self, stage: str, outputs: Iterable[str]) -> None:
         """Delete what a stage has made."""
+        self._sound.discard(stage)
         self.record_path(stage).unlink(missing_ok=True)
         (self / "stages" / f"{stage}.begun.json").unlink(missing_ok=True)
         (self / "seconds" / f"{stage}.json").unlink(missing_ok=True)
@@ -223,8 +266,13 @@ class RunFolder:
 
     def finish(self, stage: str, made_from: str, outputs: Iterable[str]) -> None:
         """After a stage: write its record, delete its scratch."""
-        shutil.rmtree(self.scratch(stage), ignore_errors=True)
         self.write_record(stage, made_from, self.files(outputs))
+        self._sound.add(stage)
+        self.clear_scratch(stage)
+
+    def clear_scratch(self, stage: str) -> None:
+        """Only once the record is written: without either, a killed stage would start from nothing."""
+        shutil.rmtree(self.scratch(stage), ignore_errors=True)
 
     def write_record(self, stage: str, made_from: str, outputs: Mapping[str, str]) -> None:
         """Say that `stage` is done."""
@@ -249,6 +297,8 @@ class RunFolder:
         Raises:
             ArtifactError: the stage has not finished, or a file is missing or changed.
         """
+        if stage in self._sound:
+            return
         record = self.record(stage)
         if record is None:
             raise ArtifactError(f"{self.path} has no finished {stage} yet. Make it with: puzzle {command} {self.path}")
@@ -257,3 +307,4 @@ class RunFolder:
             if not path.exists() or file_checksum(path) != checksum:
                 state = "corrupted" if path.exists() else "missing"
                 raise ArtifactError(f"{path} is {state}. Make it anew with: puzzle {command} {self.path} --again")
+        self._sound.add(stage)

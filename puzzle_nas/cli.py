@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +25,8 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, by convention; typer returns it instead of raising."""
+
+STOPPED = "\nStopped. What is done is kept; the same command goes on from here."
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Overrides = Annotated[
@@ -65,11 +69,12 @@ def _run_stage(command: str, run_dir: Path, overrides: list[str], again: bool) -
     from puzzle_nas.recipe import parse_recipe
 
     run = RunFolder(run_dir)
-    recipe = pipeline.open_run(run)
-    if overrides:
+    pipeline.open_run(run)
+    with run.locked():
         recipe = parse_recipe(run.recipe.read_text(), overrides, str(run.recipe))
-        pipeline.claim_run(recipe, run)
-    pipeline.run_stage(pipeline.stage_named(command), recipe, run, again)
+        if overrides:
+            pipeline.claim_run(recipe, run)
+        pipeline.run_stage(pipeline.stage_named(command), recipe, run, again)
 
 
 for _command, _text in (
@@ -278,6 +283,23 @@ def recipe_command() -> None:
     print(explained_settings())
 
 
+@app.command("verify")
+def verify_command(
+    run_dir: RunArgument, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+) -> None:
+    """Check every artifact against its recorded hash, and every stage against what it was made from.
+
+    Exit code 2 where something is missing, changed or stale; stages that have not finished are no fault.
+    """
+    from puzzle_nas.artifacts import RunFolder
+    from puzzle_nas.verify import verify_run
+
+    result = verify_run(RunFolder(run_dir))
+    print(json.dumps(result.to_dict(), indent=1) if as_json else result.to_text())
+    if not result.sound:
+        raise typer.Exit(2)
+
+
 @app.command("show")
 def show_command(
     run_dir: RunArgument, as_json: Annotated[bool, typer.Option("--json", help="Print summary.json.")] = False
@@ -399,13 +421,15 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         _set_environment()
+        _catch_interrupts()
         if app(standalone_mode=False) == INTERRUPTED:
             raise KeyboardInterrupt
     except PuzzleError as error:
         print(f"puzzle: {error}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
-        print("\nStopped. What is done is kept; the same command goes on from here.", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print(STOPPED, file=sys.stderr)
         sys.exit(INTERRUPTED)
     except typer.Exit as error:
         sys.exit(error.exit_code)
@@ -416,14 +440,27 @@ def main() -> None:
         raise
 
 
+def _catch_interrupts() -> None:
+    """The first Ctrl-C stops in good order; a second, while that goes on, at once: nothing is lost by either."""
+
+    def stop_at_once(*_: object) -> None:
+        os.write(2, f"{STOPPED}\n".encode())
+        os._exit(INTERRUPTED)
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGINT, stop_at_once)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
+
+
 def _set_environment() -> None:
     """Before torch is imported: no chatter, and OpenMP threads that wait without spinning for long.
 
     GNU OpenMP's default spins so long at every barrier that one other busy process makes small products ten times
     slower; with this count an idle machine loses nothing.
     """
-    import os
-
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from types import ModuleType
+from typing import Any
 
 import torch
 import transformers
@@ -104,7 +105,7 @@ def made_from(stage: ModuleType, recipe: Recipe, run: RunFolder) -> str:
         ArtifactError: a stage that it needs has not finished.
     """
     settings = recipe.model_dump(mode="json", include=set(stage.SETTINGS))
-    inputs = {}
+    inputs: dict[str, Any] = {}
     for name in stage.NEEDS:
         if why_left_out(stage_named(name), recipe):
             continue
@@ -115,7 +116,21 @@ def made_from(stage: ModuleType, recipe: Recipe, run: RunFolder) -> str:
         inputs[name] = record["outputs_fingerprint"]
     if "costs" in settings and recipe.costs.file is not None and recipe.costs.file.is_file():
         inputs["cost_file"] = recipe.costs.file.read_text()
+    if stage is prepare_parent:
+        inputs["weights"] = prepare_parent.local_weights(recipe)
     return fingerprint([settings, inputs])
+
+
+def verify_inputs(stage: ModuleType, run: RunFolder) -> None:
+    """Check the files of every stage that comes before, through NEEDS.
+
+    Raises:
+        ArtifactError: one is missing or changed.
+    """
+    for name in stage.NEEDS:
+        before = stage_named(name)
+        verify_inputs(before, run)
+        run.verify_outputs(name, before.COMMAND)
 
 
 def run_stage(stage: ModuleType, recipe: Recipe, run: RunFolder, again: bool = False, label: str = "") -> None:
@@ -128,8 +143,10 @@ def run_stage(stage: ModuleType, recipe: Recipe, run: RunFolder, again: bool = F
         run.discard(stage.NAME, stage.OUTPUTS)
     elif record is not None and record["made_from"] == source:
         run.verify_outputs(stage.NAME, stage.COMMAND)
+        run.clear_scratch(stage.NAME)
         console.print(f"{label}{stage.COMMAND}: already done")
         return
+    verify_inputs(stage, run)
     console.print(f"{label}{stage.COMMAND}")
     run.begin(stage.NAME, source, stage.OUTPUTS)
     begin = time.perf_counter()
@@ -155,6 +172,7 @@ def run_stages(recipe: Recipe, run: RunFolder, first: str | None = None, last: s
     stages = every[begin : end + 1]
     if any("engine" in stage.SETTINGS for stage in stages) and not recipe.costs.force:
         ENGINES[recipe.engine].python()
-    claim_run(recipe, run)
-    for number, stage in enumerate(stages, start=begin + 1):
-        run_stage(stage, recipe, run, label=f"[{number}/{len(every)}] ")
+    with run.locked():
+        claim_run(recipe, run)
+        for number, stage in enumerate(stages, start=begin + 1):
+            run_stage(stage, recipe, run, label=f"[{number}/{len(every)}] ")

@@ -372,7 +372,7 @@ def _global_distillation(recipe: Recipe, run: RunFolder, summary: Mapping[str, A
         before, after = refit["selection_kl_nats_before"], refit["selection_kl_nats_after"]
         text = _paragraph(
             f"The refit took the assembled child's KL on the selection split from {before:.4g} "
-            f"to {after:.4g} nats and was {fate}."
+            f"to {'no finite number of' if after is None else f'{after:.4g}'} nats and was {fate}."
         )
     if not gkd["tokens"]:
         return text + _paragraph("GKD was skipped (gkd.tokens is 0).")

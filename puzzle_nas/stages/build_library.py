@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from puzzle_nas.architecture import Spec
@@ -81,5 +83,8 @@ def _initialise(
         layers = [subblock_layer(context.config, context.layer.layer_type, spec, w) for w in candidates.values()]
         results = walk.try_variants([{spec.slot: layer} for layer in layers])
         kl = {name: float(r.kl_nats.mean()) for name, r in zip(candidates, results, strict=True)}
-        facts |= {"chosen": min(kl, key=kl.__getitem__), "held_back_kl_nats": kl}
+        finite = {name: value for name, value in kl.items() if math.isfinite(value)}
+        if finite:
+            facts["chosen"] = min(finite, key=finite.__getitem__)
+        facts["held_back_kl_nats"] = {name: finite.get(name) for name in kl}
     write_variant(run.initial_variant(index, spec.id), [spec], candidates[facts["chosen"]], facts)

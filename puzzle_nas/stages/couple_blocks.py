@@ -21,7 +21,7 @@ from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.training.block_distillation import Job, distill_blocks
 from puzzle_nas.training.replacement import ReplacementWalk
-from puzzle_nas.training.scores import score_of
+from puzzle_nas.training.scores import problem_of, score_of
 
 NAME = "couple_blocks"
 COMMAND = "couple-blocks"
@@ -103,7 +103,8 @@ def _score(recipe: Recipe, run: RunFolder, parent: PuzzleForCausalLM, pairs: Seq
             if missing:
                 blocks = block_layers(run, parent, layer, [pair for pair, _ in missing], "coupled")
                 for (_, path), divergence in zip(missing, walk.try_variants(blocks), strict=True):
-                    write_json(path, score_of(divergence, itself))
+                    score = score_of(divergence, itself)
+                    write_json(path, score | problem_of(score))
             ticker.advance()
             if layer + 1 < len(pairs):
                 walk.advance()

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
-import safetensors.torch
 import torch
 
 from puzzle_nas import __version__
 from puzzle_nas.architecture import Architecture
-from puzzle_nas.artifacts import RunFolder, complete_folder, read_json, write_bytes, write_json
+from puzzle_nas.artifacts import RunFolder, complete_folder, read_json, write_json
 from puzzle_nas.data.batches import block_order, load_tokens
 from puzzle_nas.families import load_model, load_parent, load_tokenizer, machine_of, save_model
 from puzzle_nas.families.loading import parent_checkpoint
@@ -22,6 +20,7 @@ from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import GKDSettings, Recipe
 from puzzle_nas.report.model_card import model_card
+from puzzle_nas.training.checkpoints import read_checkpoint, write_checkpoint
 from puzzle_nas.training.comparison import ParentReference
 from puzzle_nas.training.losses import cosine_loss, distillation_loss
 from puzzle_nas.training.optimiser import Optimiser
@@ -97,32 +96,36 @@ class Training:
         loss = sum(recent) / len(recent) if recent else None
         self.curve.append({"step": step, "selection_kl_nats": kl, **({} if loss is None else {"loss": loss})})
         if step and self.best["step"] == step:
-            tensors = {n: w.contiguous() for n, w in self._trained(candidate).items()}
-            write_bytes(self.best_path, safetensors.torch.save(tensors, {"step": str(step)}))
+            write_checkpoint(self.best_path, self._trained(candidate), step)
 
     def _trained(self, model: PuzzleForCausalLM) -> dict[str, torch.Tensor]:
-        return {name: p.detach().cpu() for name, p in model.named_parameters() if name in self.optimiser.parameters}
+        return {name: p for name, p in model.named_parameters() if name in self.optimiser.parameters}
 
     def save(self, step: int) -> None:
         """Write a checkpoint."""
-        tensors = {name: w.detach().cpu().contiguous() for name, w in self.optimiser.state().items()}
+        tensors = self.optimiser.state()
         history = [[p["step"], p["selection_kl_nats"], p.get("loss", -1.0)] for p in self.curve]
         tensors |= {
             "curve": torch.tensor(history, dtype=torch.float64),
             "losses": torch.tensor(self.losses, dtype=torch.float64),
         }
-        write_bytes(self.state_path, safetensors.torch.save(tensors, {"step": str(step)}))
+        write_checkpoint(self.state_path, tensors, step)
 
     def load(self) -> int:
         """The step to continue with."""
-        if not self.state_path.exists():
+        kept = read_checkpoint(self.state_path)
+        if kept is None:
             return 0
-        with safetensors.safe_open(self.state_path, "pt") as file:
-            step = int(file.metadata()["step"])
-            tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        self.losses = tensors.pop("losses").tolist()
-        for at, kl, loss in tensors.pop("curve").tolist():
-            self.curve.append({"step": int(at), "selection_kl_nats": kl, **({} if loss < 0 else {"loss": loss})})
+        tensors, step = kept
+        losses, history = tensors.pop("losses").tolist(), tensors.pop("curve").tolist()
+        curve = [
+            {"step": int(at), "selection_kl_nats": kl, **({} if loss < 0 else {"loss": loss})}
+            for at, kl, loss in history
+        ]
+        improved = any(point["selection_kl_nats"] < curve[0]["selection_kl_nats"] for point in curve)
+        if improved and read_checkpoint(self.best_path) is None:
+            return 0
+        self.losses, self.curve = losses, curve
         self.optimiser.load(tensors)
         return step
 
@@ -153,7 +156,9 @@ class Training:
     def finish(self) -> None:
         """Put the best weights into the child."""
         if self.best["step"]:
-            best = safetensors.torch.load_file(self.best_path)
+            kept = read_checkpoint(self.best_path)
+            assert kept is not None
+            best, _ = kept
             for name, parameter in self.optimiser.parameters.items():
                 parameter.data.copy_(best[name])
 

@@ -18,14 +18,21 @@ OUTPUTS = ("parent.json", "parent/*")
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Which weights these are: names, sizes, and both ends of every weight file."""
+    """Which weights a checkpoint folder or a file holds: names, sizes, and both ends of every weight file."""
     facts = []
-    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")):
+    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")) if folder.is_dir() else [folder]
+    for path in files:
         with open(path, "rb") as file:
             head = file.read(1 << 20)
             file.seek(max(0, path.stat().st_size - (1 << 20)))
             facts.append([path.name, path.stat().st_size, fingerprint([head.hex(), file.read().hex()])])
     return fingerprint(facts)
+
+
+def local_weights(recipe: Recipe) -> str | None:
+    """Fingerprint of a parent that lies on this machine, so that another in its place is noticed; None elsewhere."""
+    path = Path(recipe.parent).expanduser()
+    return weights_fingerprint(path) if path.exists() else None
 
 
 def run(recipe: Recipe, run: RunFolder) -> None:

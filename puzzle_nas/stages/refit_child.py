@@ -11,6 +11,7 @@ Shapes: S sequences, T tokens, D hidden, I width of a projection's input.
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 
 import torch
@@ -116,5 +117,10 @@ def run(recipe: Recipe, run: RunFolder) -> None:
             (partial / "README.md").write_text(model_card(recipe.parent, architecture, __version__, how))
     write_json(
         run / "refit.json",
-        {"tried": True, "kept": kept, "selection_kl_nats_before": before, "selection_kl_nats_after": after},
+        {
+            "tried": True,
+            "kept": kept,
+            "selection_kl_nats_before": before,
+            "selection_kl_nats_after": after if math.isfinite(after) else None,
+        },
     )

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from puzzle_nas.architecture import SLOTS, choice_id
-from puzzle_nas.artifacts import RunFolder, write_json
+from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import load_parent
 from puzzle_nas.library import variant_layer
-from puzzle_nas.progress import progress
+from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
+from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.training.losses import Divergence
 from puzzle_nas.training.replacement import ReplacementWalk
-from puzzle_nas.training.scores import score_of
+from puzzle_nas.training.scores import problem_of, score_of
 
 NAME = "score_blocks"
 COMMAND = "score-blocks"
@@ -22,8 +28,18 @@ SETTINGS = ("scoring",)
 OUTPUTS = ("scores/main/*/*.json",)
 
 
+def _adds_nothing(block: PuzzleDecoderLayer, hidden_BTD: torch.Tensor, inputs: Mapping[str, Any]) -> bool:
+    """Whether a sub-block that is not empty gives zeros only."""
+    if block.mlp is not None:
+        return not block.mlp(block.post_attention_layernorm(hidden_BTD)).any()
+    if block.self_attn is None:
+        return False
+    masks = {**inputs, "attention_mask": inputs["attention_mask"].get(block.layer_type)}
+    return not block.self_attn(block.input_layernorm(hidden_BTD), **masks)[0].any()
+
+
 def run(recipe: Recipe, run: RunFolder) -> None:
-    """Score every variant of every layer in the parent."""
+    """Score every variant of every layer in the parent, and name those that are not fit to be chosen."""
     parent, shape = load_parent(run)
     space = search_space_of(recipe, shape)
     tokens = load_tokens(run, "scoring")
@@ -33,12 +49,14 @@ def run(recipe: Recipe, run: RunFolder) -> None:
         parent_scores: Divergence | None = None
         own = {shape.parent_spec(slot) for slot in SLOTS}
         choices = list(space.choices(by_block=recipe.scoring.unit == "block"))
+        written: dict[Path, tuple[int, str]] = {}
         for index in range(shape.num_hidden_layers):
             paths = {
                 specs: run.score(index, choice_id(specs), metric=metric)
                 for layer, specs in choices
                 if layer == index and not own.issuperset(specs)
             }
+            written |= {path: (index, choice_id(specs)) for specs, path in paths.items()}
             missing = [specs for specs, path in paths.items() if not path.exists()]
             if missing:
                 if parent_scores is None:
@@ -48,10 +66,16 @@ def run(recipe: Recipe, run: RunFolder) -> None:
                     for spec in dict.fromkeys(itertools.chain.from_iterable(missing))
                 }
                 replacements = [{spec.slot: blocks[spec] for spec in specs} for specs in missing]
+                with torch.inference_mode():
+                    dead = {spec for spec, b in blocks.items() if _adds_nothing(b, walk.hidden_STD[:1], walk.inputs)}
                 for specs, divergence in zip(missing, walk.try_variants(replacements), strict=True):
-                    write_json(paths[specs], score_of(divergence, parent_scores))
+                    score = score_of(divergence, parent_scores)
+                    write_json(paths[specs], score | problem_of(score, not dead.isdisjoint(specs)))
                 ticker.advance()
             else:
                 ticker.skip(1)
             if index + 1 < shape.num_hidden_layers:
                 walk.advance()
+    for path, (index, name) in written.items():
+        if problem := read_json(path).get("problem"):
+            console.print(f"  Layer {index}, {name}: {problem}; it is never chosen.")

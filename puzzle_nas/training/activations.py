@@ -6,6 +6,7 @@ Shapes: S sequences, T tokens, D hidden.
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -27,6 +28,9 @@ class ActivationFile:
             size = math.prod(shape) * dtype.itemsize
             with open(path, "ab") as file:
                 file.truncate(size)
+                # A hole that the disk has no room for would end the process with SIGBUS when it is written.
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
             self.tensor = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
     def delete(self) -> None:

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import safetensors.torch
 import torch
 
 from puzzle_nas.architecture import Spec, choice_id
-from puzzle_nas.artifacts import RunFolder, fingerprint, write_bytes
+from puzzle_nas.artifacts import RunFolder, fingerprint
 from puzzle_nas.library import variant_is_stored, write_variant
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
@@ -27,6 +26,7 @@ from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import BLDSettings
 from puzzle_nas.subblocks import Weights, subblock_layer, weights_of_slot
 from puzzle_nas.training.activations import LayerActivations
+from puzzle_nas.training.checkpoints import read_checkpoint, write_checkpoint
 from puzzle_nas.training.losses import block_loss
 from puzzle_nas.training.optimiser import Optimiser
 
@@ -212,27 +212,26 @@ def _train(task: BlockTask, trainees: Sequence[Trainee], batches: Sequence[torch
         batch = task.fetch(batches[step])
         for trainee in trainees:
             loss = task.loss(trainee, batch)
-            loss.backward()
-            trainee.optimiser.step(step)
             trainee.losses.append(loss.item())
+            if math.isfinite(trainee.losses[-1]):
+                loss.backward()
+                trainee.optimiser.step(step)
         if (step + 1) % every == 0 and step + 1 < len(batches):
             _save_checkpoint(path, trainees, step + 1)
 
 
 def _save_checkpoint(path: Path, trainees: Sequence[Trainee], step: int) -> None:
-    tensors = {f"{t.job.id}/{name}": w.cpu() for t in trainees for name, w in t.optimiser.state().items()}
+    tensors = {f"{t.job.id}/{name}": w for t in trainees for name, w in t.optimiser.state().items()}
     tensors |= {f"{t.job.id}/losses": torch.tensor(t.losses, dtype=torch.float64) for t in trainees}
-    tensors = {name: w.contiguous().clone() for name, w in tensors.items()}
-    write_bytes(path, safetensors.torch.save(tensors, {"step": str(step)}))
+    write_checkpoint(path, tensors, step)
 
 
 def _load_checkpoint(path: Path, trainees: Sequence[Trainee]) -> int:
     """The step to continue with."""
-    if not path.exists():
+    kept = read_checkpoint(path)
+    if kept is None:
         return 0
-    with safetensors.safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        step = int(file.metadata()["step"])
+    tensors, step = kept
     for trainee in trainees:
         prefix = f"{trainee.job.id}/"
         own = {name.removeprefix(prefix): w for name, w in tensors.items() if name.startswith(prefix)}
@@ -250,7 +249,7 @@ def _evaluate(task: BlockTask, trainees: Sequence[Trainee], sequences: torch.Ten
 def _keep(
     settings: BLDSettings, layer: int, trainee: Trainee, start: float, end: float, dtype: torch.dtype
 ) -> str | None:
-    """Store what was trained, or its start if that was better; the sentence to print then."""
+    """Store what was trained, or its start if that was better; the sentence to print when BLD had trouble."""
     job, fell_back = trainee.job, not (math.isfinite(end) and end <= start)
     stride = max(1, math.ceil(len(trainee.losses) / CURVE_POINTS))
     curve = [
@@ -267,6 +266,10 @@ def _keep(
     }
     write_variant(job.path, job.specs, trainee.start if fell_back else trainee.weights(dtype), facts)
     if not fell_back:
-        return None
+        left_out = sum(not math.isfinite(loss) for loss in trainee.losses)
+        if not left_out:
+            return None
+        steps = f"{left_out} of {len(trainee.losses)} steps of BLD"
+        return f"Layer {layer}, {job.id}: the loss was not finite in {steps}; they were left out."
     how = f"rose from {start:.4g} to {end:.4g}" if math.isfinite(end) else "became NaN"
     return f"Layer {layer}, {job.id}: the loss {how} in BLD; its initialisation is kept."

@@ -13,7 +13,7 @@ import torch
 
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.training.losses import Divergence, divergences
-from puzzle_nas.training.replacement import joined, next_tokens
+from puzzle_nas.training.replacement import joined, next_tokens, require_finite
 
 BATCH_TOKENS = 2048
 
@@ -43,6 +43,8 @@ class ParentReference:
         self.step = max(1, BATCH_TOKENS // tokens_ST.shape[1])
         with torch.inference_mode():
             self.final = [self._final(parent, batch) for batch in tokens_ST.split(self.step)]
+            for final in self.final:
+                require_finite(final)
 
     @staticmethod
     def _final(model: PuzzleForCausalLM, batch: torch.Tensor) -> torch.Tensor:

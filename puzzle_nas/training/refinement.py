@@ -7,6 +7,7 @@ anew around the best of them: what it would gain or lose by each single change.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -16,9 +17,10 @@ import torch
 from puzzle_nas.architecture import Architecture, Choice
 from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder
+from puzzle_nas.errors import InfeasibleError
 from puzzle_nas.library import assemble, block_layers
 from puzzle_nas.modeling import PuzzleForCausalLM
-from puzzle_nas.progress import progress
+from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import SearchSettings
 from puzzle_nas.search import InfeasibleLimitsError, solve
 from puzzle_nas.training.comparison import ParentReference
@@ -54,7 +56,10 @@ class Trials:
     def scores_around(
         self, architecture: Architecture, choices: Iterable[Choice], on_layer: Callable[[], None] = lambda: None
     ) -> dict[Choice, float]:
-        """By how many nats the child's KL on the scoring split changes with each single choice; negative is better."""
+        """By how many nats the child's KL on the scoring split changes with each single choice; negative is better.
+
+        A change after which it is not finite has no score.
+        """
         choices = list(choices)
         child = assemble(self.run, self.parent, architecture, self.library)
         walk = ReplacementWalk(self.parent, self.scoring_tokens, self.batch_tokens, child)
@@ -67,7 +72,11 @@ class Trials:
             results = walk.try_variants(blocks)
             scores |= dict.fromkeys(here, 0.0)
             for choice, result in zip(changes, results, strict=True):
-                scores[choice] = float(result.kl_nats.double().mean()) - present
+                change = float(result.kl_nats.double().mean()) - present
+                if math.isfinite(change):
+                    scores[choice] = change
+                else:
+                    del scores[choice]
             on_layer()
             if layer + 1 < len(architecture.layers):
                 walk.advance()
@@ -129,7 +138,12 @@ class Refinement:
     def _measured(
         self, how: str, found: ArchitectureSearch, proposals: list[Architecture]
     ) -> tuple[float, Architecture]:
-        results = [(self.trials.kl_nats(architecture), architecture) for architecture in proposals]
+        measured = [(self.trials.kl_nats(architecture), architecture) for architecture in proposals]
+        results = [result for result in measured if math.isfinite(result[0])]
+        if len(results) < len(measured):
+            console.print(f"  {len(measured) - len(results)} assembled children left out: KL not finite.")
+        if not results:
+            raise InfeasibleError("Every child that meets the limits has a KL that is not finite; loosen a limit.")
         self.tried += [
             {"found_by": how, "score_sum": found.score_of(architecture), "selection_kl_nats": kl}
             for kl, architecture in results

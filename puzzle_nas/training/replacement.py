@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from puzzle_nas.errors import CheckpointError
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle_nas.subblocks import run_with
@@ -21,6 +22,18 @@ from puzzle_nas.training.losses import Divergence, divergences
 def next_tokens(tokens_ST: torch.Tensor) -> torch.Tensor:
     """The label of every position, -100 for the last of each sequence, shape [S, T]."""
     return torch.cat([tokens_ST[:, 1:], torch.full_like(tokens_ST[:, :1], -100)], dim=1)
+
+
+def require_finite(parent_output: torch.Tensor) -> None:
+    """Refuse a parent whose own output overflows: nothing can be learnt from it.
+
+    Raises:
+        CheckpointError: it has NaN or infinity.
+    """
+    if not parent_output.isfinite().all():
+        precision = str(parent_output.dtype).removeprefix("torch.")
+        way_out = "set precision=float32" if precision != "float32" else "its weights are damaged"
+        raise CheckpointError(f"The parent computes NaN or infinity in {precision} on this run's text; {way_out}.")
 
 
 class ReplacementWalk:
@@ -45,6 +58,7 @@ class ReplacementWalk:
             self.inputs = parent.model.layer_inputs(self.hidden_STD[:1])
             batches = self._batches(self.hidden_STD)
             self.final_STD = torch.cat([self._finish(parent, batch, 0) for batch in batches])
+            require_finite(self.final_STD)
         self.layer = 0
 
     def _batches(self, tensor: torch.Tensor):
