@@ -243,7 +243,7 @@ def frontier_command(
     from puzzle_nas.artifacts import RunFolder, read_json, write_bytes, write_json
     from puzzle_nas.frontier import LimitRange, solve_frontier
     from puzzle_nas.progress import console
-    from puzzle_nas.report.page import render_frontier
+    from puzzle_nas.report.frontier_page import render_frontier
     from puzzle_nas.report.tables import show_frontier
 
     run = RunFolder(run_dir)
