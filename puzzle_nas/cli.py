@@ -285,6 +285,28 @@ def show_command(
     _print_summary(run_dir, as_json)
 
 
+@app.command("compare")
+def compare_command(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, two or more.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print every summary, and what forbids comparing.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page to look at as well.")] = None,
+) -> None:
+    """Several finished runs side by side."""
+    from puzzle_nas.artifacts import RunFolder, write_bytes
+    from puzzle_nas.progress import console
+    from puzzle_nas.report.comparison import comparison_json, load_runs, render_comparison, show_comparison
+
+    runs = load_runs([RunFolder(path) for path in run_dirs])
+    if html is not None:
+        write_bytes(html, render_comparison(runs).encode())
+    if as_json:
+        print(json.dumps(comparison_json(runs), indent=1))
+        return
+    console.print(show_comparison(runs))
+    if html is not None:
+        print(f"Page: {html}")
+
+
 @app.command("generate")
 def generate_command(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint, or a run folder for its child.")],

@@ -15,7 +15,7 @@ def cost(facts: Facts) -> str:
     seconds = summary["seconds"]
     total = sum(seconds.values())
     trained = sum("held_out_loss_start" in fact for fact in facts.library.main.values())
-    peak = summary.get("peak_memory_bytes")
+    peak = summary["peak_memory_bytes"]
     data = recipe.data
     rows = {
         "time": f"{total:,.0f} seconds ({total / 60:.1f} minutes)" if seconds else "not recorded",
