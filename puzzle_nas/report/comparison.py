@@ -13,7 +13,7 @@ from rich.text import Text
 
 from puzzle_nas.architecture import SLOTS
 from puzzle_nas.artifacts import RunFolder, read_json
-from puzzle_nas.errors import RecipeError
+from puzzle_nas.errors import ArtifactError, RecipeError
 from puzzle_nas.report.facts import percent_of_parent
 from puzzle_nas.report.figures.common import SLOT_NAMES
 from puzzle_nas.report.figures.layers import runtimes_figure
@@ -39,7 +39,7 @@ def load_runs(folders: Sequence[RunFolder]) -> list[ComparedRun]:
 
     Raises:
         RecipeError: fewer than two, or one of them twice.
-        ArtifactError: a run without a summary.
+        ArtifactError: a run without a summary, or with one that another version wrote.
     """
     paths = [folder.path.resolve() for folder in folders]
     if len(paths) < 2 or len(set(paths)) < len(paths):
@@ -50,8 +50,21 @@ def load_runs(folders: Sequence[RunFolder]) -> list[ComparedRun]:
         record = folder.record("prepare_data") or {"outputs": {}}
         checksum = record["outputs"].get("data/validation.safetensors")
         name = "/".join(path.parts[-length:])
-        runs.append(ComparedRun(name, read_json(folder.summary, "report"), checksum))
+        runs.append(ComparedRun(name, _summary(folder), checksum))
     return runs
+
+
+def _summary(folder: RunFolder) -> Summary:
+    summary = read_json(folder.summary, "report")
+    try:
+        for cell in ROWS.values():
+            cell(summary)
+    except KeyError as error:
+        raise ArtifactError(
+            f"{folder.summary} has no {error.args[0]}: another version wrote it. "
+            f"Write it anew with: puzzle report {folder} --again"
+        ) from None
+    return summary
 
 
 def _made_of(summary: Summary, slot: str) -> str:

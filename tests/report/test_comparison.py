@@ -63,6 +63,11 @@ def test_one_run_or_an_unfinished_one_is_refused(two, tmp_path):
             load_runs(folders)
     with pytest.raises(ArtifactError, match="puzzle report"):
         load_runs([two[0], RunFolder(tmp_path / "nothing")])
+    older = read_json(two[1].summary)
+    del older["engine"]
+    write_json(two[1].summary, older)
+    with pytest.raises(ArtifactError, match="no engine: another version.* --again"):
+        load_runs(two)
 
 
 def test_the_page_holds_every_run(two):

@@ -41,7 +41,8 @@ def variant_colours(specs: Iterable[Spec]) -> dict[str, str]:
 
 
 def log_axis(values: Iterable[float | None]) -> dict:
-    """Range and ticks of a log axis around the positive values: 1, 2, 5 if they fit, else powers of ten."""
+    """Range and ticks of a log axis around the positive values: 1, 2, 5 if they fit, else powers of ten; on a
+    short axis three values in equal ratios."""
     positive = [value for value in values if value is not None and value > 0]
     low, high = math.log10(min(positive, default=1.0)), math.log10(max(positive, default=1.0))
     pad = max(0.08, 0.05 * (high - low))
@@ -51,6 +52,8 @@ def log_axis(values: Iterable[float | None]) -> dict:
     step = max(1, round((high - low) / 6)) if factors == (1,) else 1
     ticks = [factor * 10.0**decade for decade in decades if decade % step == 0 for factor in factors]
     ticks = [tick for tick in ticks if low <= math.log10(tick) <= high]
+    if len(ticks) < 3:
+        ticks = [float(f"{10 ** (low + (high - low) * quarter / 4):.2g}") for quarter in (1, 2, 3)]
     return {
         "type": "log",
         "range": [low, high],

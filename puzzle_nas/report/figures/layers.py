@@ -188,7 +188,7 @@ def runtimes_figure(percents: Mapping[str, Sequence[float]]) -> go.Figure:
             zmax=100,
             xgap=1,
             ygap=1,
-            colorscale=[[0, NO_OP], [0.5, LINEAR], [1, PARENT]],
+            colorscale=[[0, GHOST], [1, PARENT]],
             colorbar={"title": {"text": "%"}, "thickness": 10},
             hovertemplate="%{y}, layer %{x}: %{z:.0f} %<extra></extra>",
         )

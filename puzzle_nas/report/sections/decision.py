@@ -38,12 +38,17 @@ def _drawn(facts: Facts) -> str:
     caption = "Lower and further right is better. The parent stands at 1x and 0 nats, which a log axis does not have. "
     if frontier:
         caption += (
-            "Line: the best child at each limit by summed scores, nothing assembled; the other limits hold. "
+            f"Line: the best child at each limit by summed scores, nothing assembled{_held(facts)}. "
             "A child stands above it by what sums of scores do not see, and below it by what distillation wins back."
         )
     drawn = figure("decision", decision_figure(points, frontier), "Quality against speed", caption)
     numbers = table(("what", "predicted speed-up", "KL nats", "also"), rows, text=("also",))
     return drawn + (paragraph(why_not, "note") if why_not else "") + folded("The figure's numbers", numbers)
+
+
+def _held(facts: Facts) -> str:
+    others = [f"{name}={value:g}" for name, value in facts.recipe.search.limits.items() if name != "speedup"]
+    return f"; throughout, {', '.join(others)}" if others else ""
 
 
 def _models(summary: Mapping[str, Any]) -> list[Point]:

@@ -27,12 +27,17 @@ def _by_step(facts: Facts) -> str:
 
     def row(name: str, figures: dict[str, Any]) -> tuple[str, ...]:
         kl, error = figures["kl_nats"], figures["kl_nats_standard_error"]
-        return (name, f"{kl:.4f} ± {error:.4f}", f"{figures['perplexity']:.2f}", f"{figures['top1_agreement']:.1%}")
+        return (
+            name,
+            f"{kl:.4f} ± {error:.4f}",
+            f"{figures['perplexity']:.2f}",
+            f"{100 * figures['top1_agreement']:.1f} %",
+        )
 
     rows = [
         row(name, quality["child"][name]) for name in ("assembled", "refitted", "distilled") if name in quality["child"]
     ]
-    parent = ("parent", "0", f"{quality['parent']['perplexity']:.2f}", "100.0%")
+    parent = ("parent", "0", f"{quality['parent']['perplexity']:.2f}", "100.0 %")
     text = paragraph(
         "Assembling the variants costs quality; the refit and global distillation win some of it back. Validation "
         "split, the standard error of KL over sequences."
@@ -59,7 +64,7 @@ def _by_layer(facts: Facts) -> str:
         text += f"; assembled, and before any training as a whole, it has a KL of {kl:.4g} nats"
     if total > 0:
         share = sum(score for score, _ in worst) / total
-        text += f". Three choices make {share:.0%} of the sum: {', '.join(name for _, name in worst)}"
+        text += f". Three choices make {100 * share:.0f} % of the sum: {', '.join(name for _, name in worst)}"
     caption = "Score of what the child holds in each layer, taken when it alone is replaced in the parent."
     return paragraph(text + ".") + figure("losses", losses_figure(by_part, unit), "Loss by layer", caption)
 

@@ -70,7 +70,7 @@ def _variants(facts: Facts, costs: CostTable, parent: Architecture) -> str:
                     spec.id + (" (parent)" if spec == own else ""),
                     f"{columns['runtime_ms']:.3f}",
                     f"{100 * columns['runtime_ms'] / full:.0f} %" if full else "-",
-                    f"{columns['parameters']:,}",
+                    f"{columns['parameters']:,.0f}",
                     f"{weights['kv_bytes_per_token']:,}",
                 )
             )
