@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # On a machine without an NVIDIA GPU, torch's CPU build (a tenth of the size) comes from torch's own index.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "--extra-index-url https://download.pytorch.org/whl/cpu")
 
-.PHONY: quickstart quickstart-smoke test check install install-use engines clean
+.PHONY: quickstart quickstart-smoke test check install install-use engines browser clean
 
 quickstart: install-use
 	@if [ -f runs/quickstart/stages/write_report.json ]; then echo "runs/quickstart is there; checking that it is complete."; fi
@@ -17,13 +17,20 @@ quickstart-smoke: install-use
 	$(BIN)/puzzle show runs/quickstart-smoke --json > /dev/null
 	$(BIN)/puzzle generate runs/quickstart-smoke "What is the capital of France?" --max-new-tokens 16
 
-test: install engines
+test: install engines browser
 	$(BIN)/python -m pytest
 
 # What exports are verified with, once for each machine: llama.cpp is built from source, vLLM is 3.4 GB.
 engines: install-use
 	$(BIN)/puzzle engine install llama.cpp
 	$(BIN)/puzzle engine install vllm
+
+# In which the tests look at report.html: the machine's own Chromium, else playwright's, else apt's.
+browser: install
+	@for name in chromium chromium-browser google-chrome; do command -v $$name && exit 0; done; \
+	$(BIN)/python -m playwright install $$(test $$(id -u) != 0 || echo --with-deps) chromium \
+	|| { apt-get update -qq && apt-get install -y -qq chromium; } \
+	|| echo "No Chromium can be had here: the tests that look at pages in one will be skipped."
 
 check: install
 	$(BIN)/ruff check .

@@ -281,15 +281,21 @@ class RunFolder:
             {"made_from": made_from, "outputs_fingerprint": fingerprint(outputs), "outputs": dict(outputs)},
         )
 
-    def add_seconds(self, stage: str, seconds: float) -> None:
-        """Add wall time to a stage's account (sums over interrupted tries)."""
+    def add_seconds(self, stage: str, seconds: float, peak_memory_bytes: int = 0) -> None:
+        """Add wall time to a stage's account (sums over interrupted tries), and the process's peak memory by then."""
         path = self / "seconds" / f"{stage}.json"
-        before = read_json(path)["seconds"] if path.exists() else 0.0
-        write_json(path, {"seconds": before + seconds})
+        before = read_json(path) if path.exists() else {"seconds": 0.0}
+        peak = max(peak_memory_bytes, before.get("peak_memory_bytes", 0))
+        write_json(path, {"seconds": before["seconds"] + seconds, "peak_memory_bytes": peak})
 
     def seconds(self) -> dict[str, float]:
         """Wall time by stage."""
         return {p.stem: read_json(p)["seconds"] for p in sorted((self / "seconds").glob("*.json"))}
+
+    def peak_memory_bytes(self) -> int | None:
+        """The most memory that any stage's process had, None where that was not noted."""
+        peaks = [read_json(p).get("peak_memory_bytes", 0) for p in (self / "seconds").glob("*.json")]
+        return max(peaks, default=0) or None
 
     def verify_outputs(self, stage: str, command: str) -> None:
         """Check that a finished stage's files are still what it made.

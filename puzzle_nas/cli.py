@@ -249,7 +249,7 @@ def frontier_command(
     from puzzle_nas.artifacts import RunFolder, read_json, write_bytes, write_json
     from puzzle_nas.frontier import LimitRange, solve_frontier
     from puzzle_nas.progress import console
-    from puzzle_nas.report.page import render_frontier
+    from puzzle_nas.report.frontier_page import render_frontier
     from puzzle_nas.report.tables import show_frontier
 
     run = RunFolder(run_dir)
@@ -306,6 +306,28 @@ def show_command(
 ) -> None:
     """The child layer by layer, and the summary table."""
     _print_summary(run_dir, as_json)
+
+
+@app.command("compare")
+def compare_command(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, two or more.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print every summary, and what forbids comparing.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page to look at as well.")] = None,
+) -> None:
+    """Several finished runs side by side."""
+    from puzzle_nas.artifacts import RunFolder, write_bytes
+    from puzzle_nas.progress import console
+    from puzzle_nas.report.comparison import comparison_json, load_runs, render_comparison, show_comparison
+
+    runs = load_runs([RunFolder(path) for path in run_dirs])
+    if html is not None:
+        write_bytes(html, render_comparison(runs).encode())
+    if as_json:
+        print(json.dumps(comparison_json(runs), indent=1))
+        return
+    console.print(show_comparison(runs))
+    if html is not None:
+        print(f"Page: {html}")
 
 
 @app.command("generate")

@@ -74,7 +74,9 @@ def reachable_speedups(found: ArchitectureSearch, limits: dict[str, float], reci
     return LimitRange.between("speedup", SLOWEST, speedup * (1 - 1e-9))
 
 
-def solve_frontier(recipe: Recipe, found: ArchitectureSearch, limit_range: LimitRange | None = None) -> dict[str, Any]:
+def solve_frontier(
+    recipe: Recipe, found: ArchitectureSearch, limit_range: LimitRange | None = None, with_baselines: bool = True
+) -> dict[str, Any]:
     """The best child and the baselines at every limit of a range, as JSON.
 
     The recipe's other limits hold throughout. A row is one model at one limit: `describe` of it, or why there is
@@ -83,6 +85,7 @@ def solve_frontier(recipe: Recipe, found: ArchitectureSearch, limit_range: Limit
 
     Args:
         limit_range: None means from 1.05x to the largest speed-up that can be reached.
+        with_baselines: without them only the child's rows.
 
     Raises:
         InfeasibleError: no limit of the range can be met.
@@ -106,7 +109,8 @@ def solve_frontier(recipe: Recipe, found: ArchitectureSearch, limit_range: Limit
                 rows.append(
                     {"model": "child", "limit": value, **found.describe(found.architecture(child)), "gap": child.gap}
                 )
-                for model, baseline in _baselines(recipe, found, limits, child, index):
+                baselines = _baselines(recipe, found, limits, child, index) if with_baselines else []
+                for model, baseline in baselines:
                     rows.append({"model": model, "limit": value, **_described(found, baseline)})
             ticker.advance()
     if failure is not None and all("infeasible" in row for row in rows):

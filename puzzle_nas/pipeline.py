@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from types import ModuleType
 from typing import Any
@@ -153,9 +155,15 @@ def run_stage(stage: ModuleType, recipe: Recipe, run: RunFolder, again: bool = F
     try:
         stage.run(recipe, run)
     finally:
-        run.add_seconds(stage.NAME, time.perf_counter() - begin)
+        run.add_seconds(stage.NAME, time.perf_counter() - begin, _peak_memory_bytes())
     run.finish(stage.NAME, source, stage.OUTPUTS)
     console.print(f"  {time.perf_counter() - begin:.0f} s")
+
+
+def _peak_memory_bytes() -> int:
+    """Of this process so far, main memory."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def run_stages(recipe: Recipe, run: RunFolder, first: str | None = None, last: str | None = None) -> None:

@@ -380,7 +380,7 @@ def explained_settings(model: type[Settings] = Recipe, indent: str = "") -> str:
     """Every setting with its default and what it means, as YAML with comments."""
     lines: list[str] = []
     for name, field in model.model_fields.items():
-        inner = _settings_in(field.annotation)
+        inner = settings_in(field.annotation)
         lines += [f"{indent}# {line}" for line in (field.description or "").splitlines()]
         if inner is None:
             value = "..." if field.is_required() else yaml.safe_dump(_plain(field.default), default_flow_style=True)
@@ -393,7 +393,7 @@ def explained_settings(model: type[Settings] = Recipe, indent: str = "") -> str:
     return "\n".join(lines)
 
 
-def _settings_in(annotation: Any) -> tuple[type[Settings], bool] | None:
+def settings_in(annotation: Any) -> tuple[type[Settings], bool] | None:
     """The settings class that a field holds, and whether it holds a list of them."""
     arguments = getattr(annotation, "__args__", ())
     candidate = arguments[0] if arguments else annotation

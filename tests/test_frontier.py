@@ -12,7 +12,7 @@ from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.errors import InfeasibleError, RecipeError
 from puzzle_nas.frontier import LimitRange, solve_frontier
 from puzzle_nas.pipeline import open_run
-from puzzle_nas.report.page import FRONTIER_MODELS, render_frontier
+from puzzle_nas.report.frontier_page import FRONTIER_MODELS, render_frontier
 from tests.conftest import puzzle
 
 

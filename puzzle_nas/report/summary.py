@@ -93,4 +93,5 @@ def build_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
         "machine": costs.data["machine"],
         "scenarios": [vars(s) for s in costs.scenarios],
         "seconds": {name: round(value, 1) for name, value in run.seconds().items()},
+        "peak_memory_bytes": run.peak_memory_bytes(),
     }

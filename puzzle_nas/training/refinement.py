@@ -93,7 +93,7 @@ class Refinement:
     def __init__(self, found: ArchitectureSearch, settings: SearchSettings, trials: Trials):
         self.found, self.settings, self.trials = found, settings, trials
         self.tried: list[dict[str, Any]] = []
-        """What was measured, in order: how it was found, its summed score, its KL."""
+        """What was measured, in order: how it was found, its summed score, its predicted speed-up, its KL."""
         self._near: tuple[ArchitectureSearch, Architecture] | None = None
 
     def best(self, limits: dict[str, float]) -> Architecture:
@@ -145,7 +145,12 @@ class Refinement:
         if not results:
             raise InfeasibleError("Every child that meets the limits has a KL that is not finite; loosen a limit.")
         self.tried += [
-            {"found_by": how, "score_sum": found.score_of(architecture), "selection_kl_nats": kl}
+            {
+                "found_by": how,
+                "score_sum": found.score_of(architecture),
+                "speedup_predicted": found.costs.mix_ms(found.parent) / found.costs.mix_ms(architecture),
+                "selection_kl_nats": kl,
+            }
             for kl, architecture in results
         ]
         return min(results, key=lambda result: result[0])

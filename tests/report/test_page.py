@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plotly.offline import get_plotlyjs
 
 from puzzle_nas.architecture import (
     SLOTS,
@@ -24,10 +23,13 @@ from puzzle_nas.architecture import (
     NoOpFFN,
     ParentShape,
 )
+from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder, write_bytes, write_json
 from puzzle_nas.recipe import Recipe, parse_recipe
-from puzzle_nas.report.figures import Point, frontier_figure, log_axis
-from puzzle_nas.report.page import render_page
+from puzzle_nas.report.figures.common import log_axis
+from puzzle_nas.report.figures.tradeoffs import Point, decision_figure
+from puzzle_nas.report.layout import packed_plotly
+from puzzle_nas.report.page import SECTIONS, render_page
 from puzzle_nas.report.summary import build_summary
 from puzzle_nas.report.tables import model_rows
 
@@ -146,8 +148,12 @@ def make_run(folder: Path, parent: str = "example/parent-135M") -> tuple[Recipe,
         "max_params": {"architecture": [], **common, "speedup_predicted": 1.3342},
     }
     search = {"limits": {"speedup": 1.3}, "architecture": child().to_list(), "score_sum": 0.4321, **common}
-    tried = [{"found_by": how, "score_sum": 0.4321, "selection_kl_nats": kl} for how, kl in MEASURED_CHILDREN]
-    search |= {"baselines": baselines, "children_measured": tried, "speed_checks": []}
+    tried = [
+        {"found_by": how, "score_sum": 0.4321, "speedup_predicted": 1.31, "selection_kl_nats": kl}
+        for how, kl in MEASURED_CHILDREN
+    ]
+    search |= {"baselines": baselines, "children_measured": tried}
+    search["speed_checks"] = [{"speedup_predicted": 1.3217, "speedup_measured": 1.31}]
     write_json(run.architecture(), search)
     evaluation = {
         "parent": quality(0.0),
@@ -172,20 +178,23 @@ def make_run(folder: Path, parent: str = "example/parent-135M") -> tuple[Recipe,
     gkd = {"tokens": 256_000, "best_step": 100, "selection_kl_nats_start": 0.4011}
     write_json(run / "gkd.json", gkd | {"selection_kl_nats_best": 0.25, "curve": curve})
     for number, stage in enumerate(("build_library", "distill_blocks", "score_blocks", "distill_child")):
-        run.add_seconds(stage, 20.0 * (number + 1))
+        run.add_seconds(stage, 20.0 * (number + 1), 1_200_000_000 * (number + 1))
     return recipe, run, build_summary(recipe, run)
 
 
 def own_part(page: str) -> str:
-    """The page without plotly.js, whose source is full of addresses that nothing here uses."""
-    assert page.count(get_plotlyjs()) == 1
-    return page.replace(get_plotlyjs(), "")
+    """The page without plotly.js."""
+    assert page.count(packed_plotly()) == 1
+    return page.replace(packed_plotly(), "")
 
 
 def drawn(page: str) -> dict[str, tuple[list, dict]]:
     """Data and layout of each figure in the page."""
-    calls = [json.loads(f"[{call}]") for call in re.findall(r"Plotly\.newPlot\((.*)\)\);</script>", page)]
-    return {name: (data, layout) for name, data, layout, _ in calls}
+    found = re.findall(
+        r'<div id="([\w-]+)" class="plot"[^>]*></div><script type="application/json">(.*)</script>', page
+    )
+    figures = {name: json.loads(figure) for name, figure in found}
+    return {name: (figure["data"], figure["layout"]) for name, figure in figures.items()}
 
 
 @pytest.fixture
@@ -209,12 +218,49 @@ def test_page_holds_the_summary_and_every_figure(made):
         assert "".join(f"<td>{cell}</td>" for cell in row) in page
     figures = drawn(page)
     pairs = {"scores-attention", "scores-ffn", "bld-attention", "bld-ffn", "gkd-kl", "gkd-loss"}
-    assert set(figures) == pairs | {"child", "baselines", "prediction", "seconds"}
+    assert set(figures) == pairs | {"decision", "child", "losses", "prediction", "seconds"}
     curve = next(trace for trace in figures["scores-ffn"][0] if trace["name"] == "ffn.w768")
     assert curve["y"] == [damage(layer, GatedFFN(768)) for layer in range(LAYERS)]
-    labels = {annotation["text"] for annotation in figures["baselines"][1]["annotations"]}
+    labels = {annotation["text"] for annotation in figures["decision"][1]["annotations"]}
     assert labels == {"child, assembled", "child, refitted", "child, distilled", "greedy", "max-params"}
     assert "Example CPU" in page and "puzzle-nas 0.1.0, torch 2.11" in page and "learning_rate" in page
+
+
+def test_the_decision_shows_the_child_what_was_measured_and_the_best_at_other_limits(made):
+    recipe, run, _, page = made
+    traces = {trace["name"]: trace for trace in drawn(page)["decision"][0]}
+    assert traces["measured in the search"]["y"] == [kl for _, kl in MEASURED_CHILDREN]
+    assert traces["child"]["y"] == [0.5123, 0.3977, 0.2101]
+    frontier = traces["best at each limit, predicted"]
+    assert len(frontier["x"]) > 5 and frontier["x"] == sorted(frontier["x"]) and frontier["y"] == sorted(frontier["y"])
+    found = ArchitectureSearch.load(recipe, run)
+    (best,) = found.solve({"speedup": frontier["x"][-1] * (1 - 1e-9)}, 0.0, 60)
+    assert frontier["y"][-1] == pytest.approx(best.score, rel=1e-3)
+    assert all("M parameters" in note for _, note in frontier["customdata"])
+    rows = [f"{x:.3f}x</td><td>{y:.4f}" for x, y in zip(frontier["x"], frontier["y"], strict=True)]
+    assert all(row in page for row in rows)
+
+
+def test_losses_are_the_scores_of_what_the_child_holds(made):
+    page = made[-1]
+    bars = {trace["name"]: dict(zip(trace["x"], trace["y"], strict=True)) for trace in drawn(page)["losses"][0]}
+    for layer, slot, spec in child():
+        score = 0.0 if spec == SHAPE.parent_spec(slot) else damage(layer, spec)
+        assert bars[{"attention": "attention", "ffn": "FFN"}[slot]][layer] == score
+    assert "0.2101 ± 0.0105" in page
+
+
+def test_cost_says_tokens_and_memory(made):
+    page = made[-1]
+    trained = sum(spec.kind != "no_op" for _, spec in variants())
+    assert f"65,536 tokens for each of {trained} variants" in page
+    assert "256,000 tokens" in page and "4.8 GB" in page and "200 seconds (3.3 minutes)" in page
+
+
+def test_every_section_folds_and_pages_stay_small(tmp_path):
+    page = render_page(*make_run(tmp_path))
+    assert len(page.encode()) < 2_500_000
+    assert page.count("<section") == len(SECTIONS) == own_part(page).count("</h2></summary>")
 
 
 def test_child_bars_are_relative_to_the_parents_subblock(made):
@@ -251,14 +297,15 @@ def test_absent_parts_are_said(tmp_path):
     write_json(run / "gkd.json", gkd | {"curve": [{"step": 0, "selection_kl_nats": 0.5}]})
     page = own_part(render_page(recipe, run, build_summary(recipe, run)))
     for sentence in (
-        "The run holds no replace-1-block scores.",
+        "The run holds no replace-1-block scores of single variants.",
+        "The run holds no scores or costs to solve other limits with.",
         "BLD was skipped (bld.tokens is 0)",
         "The refit was not tried",
         "GKD was skipped (gkd.tokens is 0).",
         "homogeneous is infeasible: No single &lt;variant&gt; meets the limits.",
     ):
         assert sentence in page
-    assert set(drawn(page)) == {"child", "baselines", "prediction", "seconds"}
+    assert set(drawn(page)) == {"child", "decision", "prediction", "seconds"}
     assert "child, refitted" not in page
 
 
@@ -269,7 +316,7 @@ def test_page_needs_only_a_summary(tmp_path):
     assert "The run holds no cost table." in page
     assert "The run holds no library." in page
     assert "The run holds no curve of GKD." in page
-    assert set(drawn(page)) == {"baselines", "prediction", "seconds"}
+    assert set(drawn(page)) == {"decision", "prediction", "seconds"}
 
 
 def test_scores_below_zero_are_counted_not_drawn(tmp_path):
@@ -299,10 +346,10 @@ def test_same_run_gives_same_bytes(made):
 def test_log_axis_spans_the_values_with_readable_ticks(values):
     axis = log_axis([None, *values])
     assert all(axis["range"][0] < math.log10(value) < axis["range"][1] for value in values)
-    assert len(axis["tickvals"]) <= 9
+    assert 3 <= len(axis["tickvals"]) <= 9
 
 
 def test_labels_of_close_points_do_not_overlap():
-    figure = frontier_figure([Point(f"model {i}", 1.3, 0.5 + i / 1000, i == 0) for i in range(4)])
+    figure = decision_figure([Point(f"model {i}", 1.3, 0.5 + i / 1000, "child") for i in range(4)])
     offsets = sorted(annotation.ay for annotation in figure.layout.annotations)
     assert all(b - a > 15 for a, b in pairwise(offsets))

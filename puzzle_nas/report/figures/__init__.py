@@ -1,0 +1,1 @@
+"""Plotly figures, made from plain values."""

@@ -1,0 +1,121 @@
+"""What the documentation tells people to type: it parses, the files it names exist, and what is cheap is run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from puzzle_nas.cli import app
+from puzzle_nas.recipe import load_recipe, parse_recipe
+from tests.conftest import puzzle
+
+ROOT = Path(__file__).parents[2]
+PAGES = {page.name: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+OTHER_PROGRAMS = {"make", "cp", "open", "source", "python"}
+ON_AN_ENGINE = {"engine", "serve", "bench", "export"}
+"""Commands that need an engine installed: the suites of engines and exporters run them."""
+TABLE = "\n".join(
+    ["layer,variant,loss,runtime_ms,memory"]
+    + [f"{layer},{row}" for layer in range(24) for row in ("full,0,10,1.5e8", f"half,{1 + layer},4,1e8", "none,99,0,0")]
+)
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """The contents of fenced blocks."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [content for language, content in found if language in languages]
+
+
+def commands(text: str) -> list[list[str]]:
+    """Every command of a page as words, comments left out."""
+    lines = "\n".join(blocks(text, "bash", "console", "sh")).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
+    return [[line[0].removeprefix(".venv/bin/"), *line[1:]] for line in words if line]
+
+
+PUZZLE = [(page, command[1:]) for page, text in PAGES.items() for command in commands(text) if command[0] == "puzzle"]
+
+
+def test_pages_hold_commands():
+    assert len(PUZZLE) > 30
+    assert {"README.md", "tutorial.md", "own-model.md", "own-data.md", "serving.md"} <= {page for page, _ in PUZZLE}
+
+
+@pytest.mark.parametrize(("page", "words"), PUZZLE, ids=[f"{page} {' '.join(words)}" for page, words in PUZZLE])
+def test_every_puzzle_command_parses(page, words):
+    command, words = get_command(app), list(words)
+    name = "puzzle"
+    while hasattr(command, "commands"):
+        name = words.pop(0)
+        assert name in command.commands
+        command = command.commands[name]
+    context = command.make_context(name, words)
+    overrides = context.params.get("overrides") or []
+    load_recipe(ROOT / "recipes/quickstart.yaml", list(overrides))
+    if name == "run" and str(context.params["recipe"]).startswith("recipes/"):
+        assert (ROOT / context.params["recipe"]).is_file()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_other_commands_and_every_file_that_is_named_exist(page):
+    text = PAGES[page]
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for program, *words in commands(text):
+        assert program in {"puzzle", *OTHER_PROGRAMS}, f"{page} uses {program}: say here how it is checked"
+        if program == "make":
+            assert words[0] in targets
+        if program == "python":
+            files = words[2:] if words[:2] == ["-m", "pytest"] else words[:1]
+            assert all((ROOT / file).exists() for file in files)
+    # What a page says that a command writes may not be there yet.
+    for path in re.findall(r"(?<!writes `)\b(?:puzzle_nas|benchmarks|recipes|docs|tests)/[\w/.-]*\w", text):
+        assert (ROOT / path).exists(), f"{page} names {path}"
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", text):
+        assert ((ROOT if page == "README.md" else ROOT / "docs") / link).exists(), f"{page} links to {link}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_yaml_is_part_of_a_recipe_and_python_is_python(page):
+    whole = yaml.safe_load((ROOT / "recipes/quickstart.yaml").read_text())
+    for part in blocks(PAGES[page], "yaml"):
+        parse_recipe(yaml.safe_dump(whole | yaml.safe_load(part)))
+    for code in blocks(PAGES[page], "python"):
+        compile(code, page, "exec")
+
+
+def is_cheap(words: list[str]) -> bool:
+    """Whether it runs on the tiny model, on any machine and without an engine."""
+    on_this_machine = not any(word.startswith(("engine=", "costs.file=")) for word in words)
+    return words[0] not in ON_AN_ENGINE and on_this_machine
+
+
+RUN = {
+    page: [c for c in commands(text) if c[0] == "cp" or (c[0] == "puzzle" and is_cheap(c[1:]))]
+    for page, text in PAGES.items()
+}
+
+
+@pytest.mark.parametrize("page", [page for page, found in RUN.items() if any(c[0] == "puzzle" for c in found)])
+def test_cheap_commands_run_in_order_on_the_tiny_model(page, tmp_path, tiny_run, tiny_settings):
+    """In a folder in which every recipe is the tiny one, and every run that a page starts with is finished."""
+    for run in ("quickstart", "another", "mine"):
+        shutil.copytree(tiny_run, tmp_path / "runs" / run)
+    (tmp_path / "recipes").mkdir()
+    for recipe in ("recipes/quickstart.yaml", "my.yaml"):
+        (tmp_path / recipe).write_text(json.dumps(tiny_settings))
+    own_table = re.search(r"^```\n(layer,.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL)
+    (tmp_path / "costs.csv").write_text(own_table[1] if own_table else TABLE)
+    for program, *words in RUN[page]:
+        if program == "puzzle":
+            puzzle(*words, cwd=tmp_path)
+        elif words[0] == "-r":
+            shutil.copytree(tmp_path / words[1], tmp_path / words[2])
+    for run in (tmp_path / "runs").iterdir():
+        assert json.loads((run / "summary.json").read_text())["child"]["speedup_predicted"] > 1
