@@ -1,8 +1,13 @@
-"""A byte-level BPE tokenizer as GGUF fields."""
+"""A BPE tokenizer as GGUF fields: of bytes (GPT-2, Llama 3, Qwen), or as SentencePiece makes it (Llama 2, Mistral).
+
+llama.cpp merges the latter's pieces by the score of the result, transformers by the rank of the pair. The score of a
+token is therefore the rank of its first pair, negated; where that merges otherwise, verification finds it.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
@@ -13,6 +18,8 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_SPACE = "▁"
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
@@ -26,26 +33,25 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None
         writer.add_tokenizer_model("none")
         return
     data = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, pre = data["model"], _pre_tokenizer_name(data)
-    added = {entry["id"]: entry for entry in data["added_tokens"]}
-    by_id = {index: token for token, index in model["vocab"].items()}
-    tokens, types = [], []
-    for index in range(vocab_size):
-        entry = added.get(index)
-        if entry is not None:
-            tokens.append(entry["content"])
-            types.append(TokenType.CONTROL if entry["special"] else TokenType.USER_DEFINED)
-        elif index in by_id:
-            tokens.append(by_id[index])
-            types.append(TokenType.NORMAL)
-        else:
-            tokens.append(f"[PAD{index}]")
-            types.append(TokenType.UNUSED)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    model = data["model"]
+    if model["type"] != "BPE":
+        raise ExportError(f"This child cannot be exported to gguf: its tokenizer is {model['type']}, not BPE.")
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    tokens, types = _vocabulary(data, vocab_size)
+    if model.get("byte_fallback"):
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_add_space_prefix(_space_prefix(data))
+        ranks: dict[str, int] = {}
+        for rank, pair in enumerate(merges):
+            ranks.setdefault("".join(pair), rank)
+        writer.add_token_scores([-float(ranks.get(token, len(merges))) for token in tokens])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_pre_tokenizer_name(data))
+        writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
     for name, add in (
         ("bos", writer.add_bos_token_id),
         ("eos", writer.add_eos_token_id),
@@ -62,18 +68,68 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None
         writer.add_chat_template(tokenizer.chat_template)
 
 
+def _vocabulary(data: dict, vocab_size: int) -> tuple[list[str], list[TokenType]]:
+    """The tokens by id, unused ids filled up, and what each is."""
+    model = data["model"]
+    added = {entry["id"]: entry for entry in data["added_tokens"]}
+    by_id = {index: token for token, index in model["vocab"].items()}
+    tokens, types = [], []
+    for index in range(vocab_size):
+        entry, token = added.get(index), by_id.get(index)
+        if token is not None and model.get("byte_fallback") and token == model.get("unk_token"):
+            kind = TokenType.UNKNOWN
+        elif entry is not None:
+            token = entry["content"]
+            kind = TokenType.CONTROL if entry["special"] else TokenType.USER_DEFINED
+        elif token is None:
+            token, kind = f"[PAD{index}]", TokenType.UNUSED
+        else:
+            kind = TokenType.BYTE if model.get("byte_fallback") and _BYTE.fullmatch(token) else TokenType.NORMAL
+        tokens.append(token)
+        types.append(kind)
+    return tokens, types
+
+
+def _space_prefix(data: dict) -> bool:
+    """Whether a space is put before text, by a tokenizer that reads spaces as SentencePiece does.
+
+    Raises:
+        ExportError: it changes or splits text in another way.
+    """
+    normalisers, pre_tokenizers = (
+        _steps(data["normalizer"], "normalizers"),
+        _steps(data["pre_tokenizer"], "pretokenizers"),
+    )
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    prepend = {"type": "Prepend", "prepend": _SPACE}
+    metaspaces = [step for step in pre_tokenizers if step["type"] == "Metaspace" and step["replacement"] == _SPACE]
+    as_normaliser = not pre_tokenizers and normalisers in ([replace], [prepend, replace])
+    as_pre_tokenizer = not normalisers and len(metaspaces) == len(pre_tokenizers) == 1
+    if not as_normaliser and not as_pre_tokenizer:
+        kinds = ", ".join(step["type"] for step in normalisers + pre_tokenizers) or "none"
+        raise ExportError(
+            "This child cannot be exported to gguf: its tokenizer falls back to bytes, but does not read spaces as "
+            f"SentencePiece does (its steps: {kinds})."
+        )
+    return prepend in normalisers or any(step["prepend_scheme"] != "never" for step in metaspaces)
+
+
+def _steps(step: dict | None, name: str) -> list[dict]:
+    """A tokenizer's step as a list, a sequence being many."""
+    if step is None:
+        return []
+    return step[name] if step["type"] == "Sequence" else [step]
+
+
 def _pre_tokenizer_name(data: dict) -> str:
     """llama.cpp's name of the way text is split.
 
     Raises:
         ExportError: it has none that we know.
     """
-    if data["model"]["type"] != "BPE" or data["model"].get("byte_fallback"):
-        raise ExportError("This child cannot be exported to gguf: its tokenizer is no byte-level BPE.")
-    pre = data["pre_tokenizer"] or {}
-    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
-    kinds = [step.get("type") for step in steps]
-    pattern = steps[0].get("pattern", {}).get("Regex") if kinds[0] == "Split" else None
+    steps = _steps(data["pre_tokenizer"], "pretokenizers")
+    kinds = [step["type"] for step in steps]
+    pattern = steps[0]["pattern"].get("Regex") if kinds[:1] == ["Split"] else None
     if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1]["use_regex"]:
@@ -84,5 +140,5 @@ def _pre_tokenizer_name(data: dict) -> str:
         return "qwen2"
     raise ExportError(
         "This child cannot be exported to gguf: its tokenizer splits text in a way that has no name there "
-        f"({', '.join(map(str, kinds))})."
+        f"({', '.join(kinds) or 'none'})."
     )

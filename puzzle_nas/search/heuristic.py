@@ -1,4 +1,4 @@
-"""A good choice in milliseconds: round the relaxation, repair what breaks limits, improve by single swaps."""
+"""A good choice in milliseconds: round the relaxation, repair what breaks limits, improve by swaps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from puzzle_nas.search.program import Program
 
 MAX_SWAPS = 2000
 ROUNDING = 1e-13
+MOST_PAIRED = 1500
+"""Swaps of which pairs are tried."""
 
 
 def find_path(program: Program, likely: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
@@ -21,7 +23,7 @@ def find_path(program: Program, likely: np.ndarray, lengths: np.ndarray) -> np.n
     for path in (program.chain.shortest_path(-likely), program.chain.shortest_path(lengths)):
         repaired = _repair(program, path, lengths)
         if repaired is not None:
-            found.append(_improve(program, repaired))
+            found.append(improve(program, repaired))
     found = [path for path in found if program.feasible(path)]
     return min(found, key=program.score, default=None)
 
@@ -73,16 +75,35 @@ def _repair(program: Program, path: np.ndarray, lengths: np.ndarray) -> np.ndarr
     return None
 
 
-def _improve(program: Program, path: np.ndarray) -> np.ndarray:
-    """Take the swap that lowers the cost most while every row holds, until there is none."""
+def improve(program: Program, path: np.ndarray) -> np.ndarray:
+    """Take the swap, or the two at once, that lower the cost most while every row holds, until there are none."""
     swaps = _Swaps(program, path)
     for _ in range(MAX_SWAPS):
+        before = swaps.path.copy()
         change, totals = swaps.changes(program.cost)
         allowed = (swaps.violation(totals) <= ROUNDING) & (change < 0)
-        if not allowed.any():
+        if allowed.any():
+            swaps.take(int(np.argmin(np.where(allowed, change, np.inf))))
+        elif (pair := _best_pair(swaps, change, totals)) is not None:
+            for swap in pair:
+                swaps.take(swap)
+        else:
             break
-        before = swaps.path.copy()
-        swaps.take(int(np.argmin(np.where(allowed, change, np.inf))))
         if not program.feasible(swaps.path):
             return before
     return swaps.path
+
+
+def _best_pair(swaps: _Swaps, change: np.ndarray, totals: np.ndarray) -> tuple[int, int] | None:
+    """The two swaps in different places that together lower the cost most while every row holds."""
+    if len(change) > MOST_PAIRED:
+        return None
+    both = change[:, None] + change
+    allowed = (both < -ROUNDING * np.abs(change).max(initial=0.0)) & (swaps.arc_place[:, None] != swaps.arc_place)
+    for row, total in enumerate(totals):
+        after = total[:, None] + (total - swaps.totals[row])
+        allowed &= (after <= swaps.upper[row] + ROUNDING) & (after >= swaps.lower[row] - ROUNDING)
+    if not allowed.any():
+        return None
+    first, second = np.unravel_index(np.argmin(np.where(allowed, both, np.inf)), both.shape)
+    return int(first), int(second)

@@ -196,12 +196,16 @@ class Program:
 
 def _pareto(sorted_table: np.ndarray) -> np.ndarray:
     """Mask of the columns that no earlier column is <= in every entry; columns sorted lexicographically."""
-    alive = np.ones(sorted_table.shape[1], bool)
-    for index in range(len(alive)):
-        if alive[index]:
-            worse = (sorted_table[:, index + 1 :] >= sorted_table[:, index : index + 1]).all(axis=0)
-            alive[index + 1 :] &= ~worse
-    return alive
+    # The first row is sorted; whatever a dominated column dominates, its dominator does too.
+    count, block = sorted_table.shape[1], 256
+    keep = np.ones(count, bool)
+    for start in range(0, count, block):
+        stop = min(count, start + block)
+        beaten = np.arange(stop)[:, None] < np.arange(start, stop)
+        for row in sorted_table[1:]:
+            beaten &= row[:stop, None] <= row[start:stop]
+        keep[start:stop] = ~beaten.any(axis=0)
+    return keep
 
 
 def build_program(problem: Problem) -> Program:

@@ -1,8 +1,8 @@
 """The cheapest path of a program within its rows: bounds of our own, then HiGHS on what they leave.
 
 From cheap to dear: drop dominated arcs; solve the linear relaxation; its prices give a bound that we compute
-ourselves; round and repair it to a first path; drop the arcs that cannot beat that; branch and bound on the
-rest. Whatever comes back is checked against every row in exact arithmetic.
+ourselves; round and repair it to a first path; drop the arcs that cannot beat that; sweep the layers, ever wider;
+branch and bound on what that leaves open. Whatever comes back is checked against every row in exact arithmetic.
 """
 
 from __future__ import annotations
@@ -15,14 +15,20 @@ from dataclasses import dataclass, replace
 import highspy
 import numpy as np
 
-from puzzle_nas.search.heuristic import find_path
+from puzzle_nas.search.heuristic import find_path, improve
 from puzzle_nas.search.program import Program, Row
+from puzzle_nas.search.sweep import MOST_EXTENSIONS, sweep
 
 Status = highspy.HighsModelStatus
 TOLERANCE = 1e-9
 """Feasibility tolerance of the solver, for rows whose largest coefficient is 1."""
 SCORE_SCALE = 1e4
 """Cost of the dearest variant as the solver sees it, far above its absolute tolerances."""
+WIDTHS = (300, 1500, 6000, 24000, 96000)
+"""Of the sweeps over the layers; the last two take longer and follow only where they promise to close the gap."""
+CHEAP_WIDTHS = 4
+NUM_PRICES = 12
+"""Price vectors that bound what a sweep has chosen so far."""
 EXCLUSIONS = 25
 """Choices that break a limit by less than the tolerance are excluded one by one, at most so many."""
 
@@ -103,19 +109,15 @@ def _search(
     if relaxed is None:
         return None, math.inf, best
     likely, prices = relaxed
-    matrix, lower, upper = core.scaled_rows
-    lengths = core.cost + prices @ matrix
-    value, through = core.chain.shortest(lengths)
-    priced = prices != 0
-    bound = value - float(prices[priced] @ np.where(prices > 0, upper, lower)[priced])
+    lengths = core.cost + prices @ core.scaled_rows[0]
+    bound = _priced_bound(core, prices)[0]
     found = find_path(core, likely, lengths)
     best = _better(program, best, None if found is None else kept[found])
     if _close(program, best, bound, gap, offset):
         return best, bound, best
-    if best is not None:
-        score = program.score(best)
-        useful = bound + through <= score + 1e-12 * (abs(score) + abs(value))
-        kept, core = kept[useful], core.subset(useful)
+    kept, core, bound, best = _sweeps(program, kept, core, bound, best, prices, gap, offset, deadline)
+    if bound == math.inf or _close(program, best, bound, gap, offset):
+        return best, bound, best
     start = None
     if best is not None and np.isin(best, kept).all():
         start = np.searchsorted(kept, best)
@@ -126,6 +128,62 @@ def _search(
         return best, max(bound, inner_bound), best
     path = kept[path]
     return path, max(bound, inner_bound), _better(program, best, path)
+
+
+def _priced_bound(program: Program, prices: np.ndarray) -> tuple[float, np.ndarray]:
+    """A bound on the cost of every path, and by how much it rises for the paths through each arc."""
+    matrix, lower, upper = program.scaled_rows
+    value, through = program.chain.shortest(program.cost + prices @ matrix)
+    priced = prices != 0
+    return value - float(prices[priced] @ np.where(prices > 0, upper, lower)[priced]), through
+
+
+def _useful(program: Program, prices: np.ndarray, score: float) -> np.ndarray:
+    """Mask of the arcs through which a path may cost as little as `score`."""
+    bound, through = _priced_bound(program, prices)
+    return bound + through <= score + 1e-12 * (abs(score) + float(np.abs(program.cost).sum()))
+
+
+def _sweeps(
+    program: Program,
+    kept: np.ndarray,
+    core: Program,
+    bound: float,
+    best: np.ndarray | None,
+    prices: np.ndarray,
+    gap: float,
+    offset: float,
+    deadline: float,
+) -> tuple[np.ndarray, Program, float, np.ndarray | None]:
+    """Sweeps over the layers, as long as a wider one may close the gap; what they leave of the core, bound and best."""
+    for number, width in enumerate(WIDTHS, start=1):
+        if best is not None:
+            useful = _useful(core, prices, program.score(best))
+            kept, core = kept[useful], core.subset(useful)
+        if core.chain.has_spans or not core.chain.connected:
+            break
+        if width * int(np.bincount(core.chain.start).max()) > MOST_EXTENSIONS:
+            break
+        around = _prices_around(core, deadline)
+        if around is None:
+            break
+        prices, target = around[0], _target(program, best, gap, offset)
+        path, least = sweep(core, around, width, target, deadline)
+        best = _better(program, best, None if path is None else kept[improve(core, path)])
+        reached = min(target, least) if best is None else min(target, least, program.score(best))
+        growth, bound = reached - bound, max(bound, reached)
+        hopeless = number >= CHEAP_WIDTHS and bound + 2 * growth < _target(program, best, gap, offset)
+        if hopeless or _close(program, best, bound, gap, offset):
+            break
+    return kept, core, bound, best
+
+
+def _target(program: Program, best: np.ndarray | None, gap: float, offset: float) -> float:
+    """The bound that closes the gap."""
+    if best is None:
+        return math.inf
+    score = program.score(best)
+    return score - 0.999 * gap * abs(score + offset)
 
 
 def _model(program: Program, offset: float) -> tuple[highspy.HighsLp, float]:
@@ -211,13 +269,39 @@ def _relax(program: Program, deadline: float) -> tuple[np.ndarray, np.ndarray] |
     highs = _run(model, deadline, 0.0)
     if highs.getModelStatus() == Status.kInfeasible:
         return None
+    prices = _prices(highs, program, scale)
+    if prices is None:
+        return np.zeros(len(program.cost)), np.zeros(len(program.rows))
+    return np.array(highs.getSolution().col_value), prices
+
+
+def _prices_around(program: Program, deadline: float) -> np.ndarray | None:
+    """Prices of the relaxation, then of it with rows moved by a few arcs' worth, `(K, rows)`; None if it fails."""
+    model, scale = _model(program, 0.0)
+    matrix, lower, upper = program.scaled_rows
+    highs = _run(model, deadline, 0.0)
+    found = [_prices(highs, program, scale)]
+    if found[0] is None:
+        return None
+    random = np.random.default_rng(0)
+    for number in range(1, NUM_PRICES):
+        moves = random.normal(size=len(matrix)) * matrix.std(axis=1) * (0.3 if number % 2 else 1.5)
+        for row, move in enumerate(moves):
+            highs.changeRowBounds(program.chain.length + row, lower[row] + move, upper[row] + move)
+        highs.run()
+        found.append(_prices(highs, program, scale))
+    return np.array([prices for prices in found if prices is not None])
+
+
+def _prices(highs: highspy.Highs, program: Program, scale: float) -> np.ndarray | None:
+    """Of each scaled row, from a relaxation that is solved; None if it is not."""
     solution = highs.getSolution()
     if highs.getModelStatus() != Status.kOptimal or not solution.dual_valid:
-        return np.zeros(len(program.cost)), np.zeros(len(program.rows))
+        return None
     prices = -np.array(solution.row_dual)[program.chain.length :] / scale
     _, lower, upper = program.scaled_rows
     prices[((prices > 0) & np.isinf(upper)) | ((prices < 0) & np.isinf(lower))] = 0.0
-    return np.array(solution.col_value), prices
+    return prices
 
 
 def _branch_and_bound(

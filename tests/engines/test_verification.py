@@ -2,6 +2,7 @@
 
 import json
 
+import gguf
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from puzzle_nas.data.sources import documents
 from puzzle_nas.engines import SERVING_ENGINES
 from puzzle_nas.engines.llama_cpp import LlamaCppEngine
 from puzzle_nas.engines.verification import (
+    AWKWARD_TEXT,
     CONTINUED_TOKENS,
     LEAST_TOKENS,
     VERIFICATION_CHUNK_TOKENS,
@@ -22,7 +24,7 @@ from puzzle_nas.exporters import EXPORTERS, Child, gguf_format
 from puzzle_nas.exporters.gguf_format import GGUFExporter
 from puzzle_nas.exporters.transformers_format import TransformersExporter
 from puzzle_nas.recipe import SourceSettings
-from tests.exporters.children import CHILDREN, EVERY_KIND, FAMILIES, child_of, tokenizer
+from tests.exporters.children import CHILDREN, EVERY_KIND, FAMILIES, child_of, sentencepiece_tokenizer, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,30 @@ def test_llama_cpp_computes_every_family_that_is_not_refused(name, tmp_path, pro
 def test_llama_cpp_reads_digits_apart_where_the_child_does(tmp_path, prompts):
     child = Child(child_of().model, tokenizer(individual_digits=True))
     check(GGUFExporter(), child, tmp_path, prompts)
+
+
+@pytest.mark.parametrize("as_normaliser", [True, False])
+def test_llama_cpp_reads_text_as_a_sentencepiece_tokenizer_does(as_normaliser, tmp_path):
+    theirs = sentencepiece_tokenizer(as_normaliser)
+    child = Child(child_of(vocab_size=len(theirs)).model, theirs)
+    source = documents(SourceSettings(source="python-stdlib"), seed=1)
+    prompts = cut_prompts(
+        [token for _ in range(20) for token in theirs(next(source), add_special_tokens=False).input_ids], 256
+    )
+    check(GGUFExporter(), child, tmp_path, prompts)
+    ids = theirs(AWKWARD_TEXT).input_ids
+    assert any(theirs.convert_ids_to_tokens(ids)[i].startswith("<0x") for i in range(len(ids)))
+
+
+def test_a_sentencepiece_tokenizer_that_merges_otherwise_is_caught(tmp_path, prompts, monkeypatch):
+    theirs = sentencepiece_tokenizer(True)
+    monkeypatch.setattr(gguf.GGUFWriter, "add_token_scores", _turned_round(gguf.GGUFWriter.add_token_scores))
+    with pytest.raises(ExportError, match="reads text otherwise than the child's tokenizer"):
+        check(GGUFExporter(), Child(child_of(vocab_size=len(theirs)).model, theirs), tmp_path, prompts)
+
+
+def _turned_round(add_token_scores):
+    return lambda writer, scores: add_token_scores(writer, [-score for score in scores])
 
 
 def test_a_tokenizer_that_splits_text_otherwise_is_caught(tmp_path, prompts, monkeypatch):

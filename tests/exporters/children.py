@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from puzzle_nas.data.sources import documents
@@ -92,6 +92,32 @@ def tokenizer(individual_digits=False):
     raw.train_from_iterator([*(next(source) for _ in range(20)), "12345 " * 100], trainer)
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     return PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+
+
+@functools.cache
+def sentencepiece_tokenizer(as_normaliser):
+    """As transformers converts SentencePiece's: bytes as a last resort, every split of a token a merge."""
+    space, special = "▁", ["<unk>", "<s>", "</s>"]
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(space)
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, limit_alphabet=70, show_progress=False)
+    source = documents(SourceSettings(source="python-stdlib"), seed=0)
+    trained.train_from_iterator([next(source) for _ in range(20)], trainer)
+    learnt = [token for token, _ in sorted(trained.get_vocab().items(), key=lambda item: item[1])][len(special) :]
+    # SentencePiece keeps white space in rows too.
+    learnt += [space * length for length in (2, 4, 8)]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *learnt]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = [(t[:i], t[i:]) for t in learnt for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
+    raw = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    if as_normaliser:
+        raw.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+    else:
+        raw.pre_tokenizer = pre_tokenizers.Metaspace(space, prepend_scheme="first", split=False)
+    raw.decoder = decoders.Sequence([decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()])
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **names)
 
 
 def child_of(per_layer=None, **changes):

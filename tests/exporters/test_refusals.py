@@ -1,6 +1,10 @@
 """What a format cannot hold is refused by name, and search never offers it where the recipe says so."""
 
+import json
+
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from puzzle_nas.architecture import (
     SPEC_KINDS,
@@ -12,9 +16,9 @@ from puzzle_nas.architecture import (
     build_search_space,
 )
 from puzzle_nas.errors import ExportError
-from puzzle_nas.exporters import EXPORTERS
+from puzzle_nas.exporters import EXPORTERS, Child
 from puzzle_nas.servable import SERVERS, servable_space
-from tests.exporters.children import EVERY_KIND, STOCK_SAFE, child_of
+from tests.exporters.children import EVERY_KIND, STOCK_SAFE, child_of, sentencepiece_tokenizer
 
 
 @pytest.mark.parametrize("name", EXPORTERS)
@@ -47,6 +51,22 @@ def test_decilm_names_every_layer_that_it_cannot_hold():
 def test_gguf_names_what_it_lacks_of_the_family(changes, reason):
     with pytest.raises(ExportError, match=reason):
         EXPORTERS["gguf"].refuse(child_of(**changes))
+
+
+def test_gguf_names_what_it_lacks_of_a_tokenizer(tmp_path):
+    def with_steps(**steps):
+        theirs = sentencepiece_tokenizer(True)
+        data = {**json.loads(theirs.backend_tokenizer.to_str()), **steps}
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)))
+
+    lower_case = with_steps(normalizer={"type": "Lowercase"})
+    words = with_steps(model={"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"})
+    for theirs, reason in (
+        (lower_case, r"reads? spaces as SentencePiece does \(its steps: Lowercase"),
+        (words, "is WordLevel"),
+    ):
+        with pytest.raises(ExportError, match=reason):
+            EXPORTERS["gguf"].write(Child(child_of().model, theirs), tmp_path, "float32")
 
 
 def test_a_servable_space_holds_only_what_every_server_holds():
