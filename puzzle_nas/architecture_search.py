@@ -60,7 +60,7 @@ class ArchitectureSearch:
         own = {shape.parent_spec(slot) for slot in SLOTS}
         scores: dict[Choice, float] = {}
         metric = recipe.scoring.metric
-        field = "kl_nats" if metric == "kl" else "lm_loss_increase_nats"
+        field = {"kl": "kl_nats", "lm_loss": "lm_loss_increase_nats", "task": "task_loss"}[metric]
         for layer, specs in space.choices(by_block=recipe.scoring.unit == "block"):
             harmless = not scored or own.issuperset(specs)
             path = run.score(layer, choice_id(specs), metric=metric)

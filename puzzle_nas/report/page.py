@@ -262,6 +262,7 @@ def _scores(recipe: Recipe, run: RunFolder, summary: Mapping[str, Any], library:
     field, unit = {
         "kl": ("kl_nats", "KL, nats"),
         "lm_loss": ("lm_loss_increase_nats", "LM loss increase, nats"),
+        "task": ("task_loss", f"loss of {recipe.scoring.task_measure} on the task"),
     }[metric]
     curves: dict[str, list[figures.Curve]] = {slot: [] for slot in SLOTS}
     for slot in SLOTS:
@@ -277,7 +278,7 @@ def _scores(recipe: Recipe, run: RunFolder, summary: Mapping[str, Any], library:
     text = _paragraph("Each point is the parent with one sub-block replaced: the higher, the more that one matters.")
     child = summary["child"]
     kl = child["validation_kl_nats_assembled"]
-    if kl is not None:
+    if kl is not None and metric != "task":
         text += _paragraph(
             f"The scores of the child's variants sum to {child['score_sum_nats']:.4g} nats; assembled, "
             f"and before any training as a whole, it has a KL of {kl:.4g} nats."
@@ -540,7 +541,7 @@ def render_frontier(frontier: Mapping[str, Any], parent: str) -> str:
         "memory_bytes": ("memory_bytes", "memory of parameters, KV cache and working space, bytes"),
         "parameters": ("parameters", "parameters"),
     }.get(frontier["limit"], ("speedup_predicted", "predicted speed-up"))
-    unit = {"kl": "KL", "lm_loss": "LM loss increase"}[frontier["metric"]]
+    unit = {"kl": "KL, nats", "lm_loss": "LM loss increase, nats", "task": "loss on the task"}[frontier["metric"]]
     lines = []
     for model, (label, _) in FRONTIER_MODELS.items():
         own = [row for row in frontier["rows"] if row["model"] == model and "infeasible" not in row]
@@ -548,10 +549,10 @@ def render_frontier(frontier: Mapping[str, Any], parent: str) -> str:
         lines.append(figures.FrontierLine(label, costs, scores, model == "child", model == "random"))
     held = ", ".join(f"{name} = {value:g}" for name, value in frontier["other_limits"].items())
     text = _paragraph(
-        f"Each point is a whole architecture: the sum of its replace-1-block scores ({unit}, nats) against its "
+        f"Each point is a whole architecture: the sum of its replace-1-block scores ({unit}) against its "
         f"predicted costs. Lower is better. Nothing was assembled." + (f" Throughout, {held}." if held else "")
     )
-    figure = figures.search_frontier_figure([line for line in lines if line.costs], axis, f"summed score: {unit}, nats")
+    figure = figures.search_frontier_figure([line for line in lines if line.costs], axis, f"summed score: {unit}")
     columns, rows = frontier_rows(frontier)
     return _document(
         f"Puzzle: the frontier of {parent}",

@@ -1,16 +1,23 @@
-"""Replace-1-block scores of every variant (Puzzle, section 3). Files: scores/main/kl/layer_NN.VARIANT.json."""
+"""Replace-1-block scores of every variant (Puzzle, section 3). Files: scores/main/METRIC/layer_NN.VARIANT.json."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
 from puzzle_nas.architecture import SLOTS, choice_id
 from puzzle_nas.artifacts import RunFolder, write_json
 from puzzle_nas.data.batches import load_tokens
-from puzzle_nas.families import load_parent
+from puzzle_nas.data.task_items import half_of, read_task
+from puzzle_nas.evaluation.task_scores import TaskWalk, TokenisedTask, task_score
+from puzzle_nas.families import load_parent, load_tokenizer
+from puzzle_nas.families.loading import parent_checkpoint
 from puzzle_nas.library import variant_layer
+from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.progress import progress
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.training.losses import Divergence
@@ -30,7 +37,7 @@ def summarise(values_S: torch.Tensor) -> dict[str, float]:
     return {"mean": values_S.mean().item(), "standard_error": error}
 
 
-def score_of(divergence: Divergence, parent: Divergence) -> dict:
+def divergence_score(divergence: Divergence, parent: Divergence) -> dict:
     """The JSON of one variant. All figures are means over the tokens of a sequence, then over sequences."""
     kl = divergence.kl_nats.double().mean(1)
     # The last position of a sequence has no label.
@@ -45,15 +52,24 @@ def score_of(divergence: Divergence, parent: Divergence) -> dict:
     }
 
 
+def _walk(recipe: Recipe, run: RunFolder, parent: PuzzleForCausalLM) -> tuple[ReplacementWalk, Callable[..., dict]]:
+    """What is walked, and the JSON of what it finds."""
+    settings = recipe.scoring
+    if settings.task is None:
+        return ReplacementWalk(parent, load_tokens(run, "scoring"), settings.batch_tokens), divergence_score
+    items = half_of(read_task(settings.task), True, settings.task)[: settings.task_items]
+    task = TokenisedTask.of(items, load_tokenizer(parent_checkpoint(run)), parent.config.max_position_embeddings)
+    return TaskWalk(parent, task, settings.batch_tokens), partial(task_score, measure=settings.task_measure)
+
+
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Score every variant of every layer in the parent."""
     parent, shape = load_parent(run)
     space = search_space_of(recipe, shape)
-    tokens = load_tokens(run, "scoring")
     metric = recipe.scoring.metric
     with progress("score blocks, layer", shape.num_hidden_layers) as ticker:
-        walk = ReplacementWalk(parent, tokens, recipe.scoring.batch_tokens)
-        parent_scores: Divergence | None = None
+        walk, score_of = _walk(recipe, run, parent)
+        parent_scores: Any = None
         own = {shape.parent_spec(slot) for slot in SLOTS}
         choices = list(space.choices(by_block=recipe.scoring.unit == "block"))
         for index in range(shape.num_hidden_layers):
