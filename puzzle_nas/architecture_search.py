@@ -68,7 +68,7 @@ class ArchitectureSearch:
         space = servable_space(search_space_of(recipe, shape), shape, recipe.search.servable_by)
         own = {shape.parent_spec(slot) for slot in SLOTS}
         metric, library = recipe.scoring.metric, library or recipe.final_library
-        field = "kl_nats" if metric == "kl" else "lm_loss_increase_nats"
+        field = {"kl": "kl_nats", "lm_loss": "lm_loss_increase_nats", "task": "task_loss"}[metric]
         by_block = recipe.scoring.unit == "block"
 
         def score(layer: int, specs: Sequence[Spec], library: str = "main") -> float | None:

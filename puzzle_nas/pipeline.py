@@ -13,6 +13,7 @@ import transformers
 
 from puzzle_nas import __version__
 from puzzle_nas.artifacts import RunFolder, fingerprint, write_bytes
+from puzzle_nas.data.task_items import half_of, read_task
 from puzzle_nas.engines import ENGINES
 from puzzle_nas.errors import ArtifactError, RecipeError
 from puzzle_nas.progress import console
@@ -120,6 +121,8 @@ def made_from(stage: ModuleType, recipe: Recipe, run: RunFolder) -> str:
         inputs["cost_file"] = recipe.costs.file.read_text()
     if stage is prepare_parent:
         inputs["weights"] = prepare_parent.local_weights(recipe)
+    if "scoring" in settings and recipe.scoring.task is not None:
+        inputs["task_items"] = [repr(item) for item in read_task(recipe.scoring.task)]
     return fingerprint([settings, inputs])
 
 
@@ -180,6 +183,8 @@ def run_stages(recipe: Recipe, run: RunFolder, first: str | None = None, last: s
     stages = every[begin : end + 1]
     if any("engine" in stage.SETTINGS for stage in stages) and not recipe.costs.force:
         ENGINES[recipe.engine].python()
+    if recipe.scoring.task is not None:
+        half_of(read_task(recipe.scoring.task), True, recipe.scoring.task)
     with run.locked():
         claim_run(recipe, run)
         for number, stage in enumerate(stages, start=begin + 1):

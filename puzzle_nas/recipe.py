@@ -141,8 +141,16 @@ class CostSettings(Settings):
 class ScoringSettings(Settings):
     """Replace-1-block scores (Puzzle, section 2)."""
 
-    metric: Literal["kl", "lm_loss"] = "kl"
-    """KL(parent || child) in nats per token, or the child's increase in LM loss. Both are always recorded."""
+    metric: Literal["kl", "lm_loss", "task"] = "kl"
+    """KL(parent || child) in nats per token, the child's increase in LM loss (these two are always recorded both), or
+    what it loses on a task (Puzzle, Table 9)."""
+    task: Path | None = None
+    """For `metric: task`: JSON lines with `question`, `choices` and `answer`. Half of the items, by a hash of each, are
+    for scores; `puzzle evaluate` reports on the others."""
+    task_measure: Literal["margin", "accuracy"] = "margin"
+    """Log-likelihood of the right choice less that of the likeliest wrong one, in nats, or the share answered right."""
+    task_items: int | None = Field(None, ge=2)
+    """Items of that half that are used; null means all."""
     unit: Literal["sub_block", "block"] = "sub_block"
     """Replace one sub-block at a time (m + n scores a layer), or, as the paper, attention and FFN together (m x n)."""
     batch_tokens: int = Field(2_048, ge=1)
@@ -269,6 +277,16 @@ class Recipe(Settings):
         names = [s.name for s in self.scenarios]
         if not names or len(set(names)) < len(names) or "mix" in names:
             raise ValueError("scenarios need at least one entry, and names that differ; 'mix' means all of them")
+        return self
+
+    @model_validator(mode="after")
+    def _task_is_named(self) -> Recipe:
+        if (self.scoring.metric == "task") != (self.scoring.task is not None):
+            raise ValueError("scoring.metric: task and scoring.task, a file of items, belong together")
+        if self.scoring.metric == "task" and (self.search.verify > 1 or self.search.refine_rounds):
+            raise ValueError(
+                "search.verify and search.refine_rounds choose by KL; with scoring.metric: task, set them to 1 and 0"
+            )
         return self
 
     def mixes(self) -> list[tuple[Scenario, ...]]:

@@ -159,7 +159,12 @@ def _read_text(path: Path, text_field: str) -> Iterator[str]:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
+def json_lines(path: Path, example: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a .jsonl or .jsonl.gz file, each with its place for messages; `example` is what a line could be.
+
+    Raises:
+        DataError: missing, damaged, or a line is no JSON object.
+    """
     number = 0
     try:
         with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as file:
@@ -172,14 +177,18 @@ def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
                     raise DataError(f"{path}, line {number}, is not JSON; mend or delete that line.") from None
                 if not isinstance(row, dict):
                     raise DataError(
-                        f"{path}, line {number}, is not a JSON object; each line must be one, such as "
-                        f'{{"{text_field}": "..."}}.'
+                        f"{path}, line {number}, is not a JSON object; each line must be one, such as {example}."
                     )
-                yield _text_of(row, text_field, f"{path}, line {number},")
+                yield f"{path}, line {number},", row
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise DataError(f"{path} is damaged after line {number}; fetch or compress it again.") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
+    for where, row in json_lines(path, f'{{"{text_field}": "..."}}'):
+        yield _text_of(row, text_field, where)
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
-import torch
 from transformers import TextIteratorStreamer
 
-from puzzle_nas.families.loading import Machine, bfloat16_is_fast, load_model, load_tokenizer
+from puzzle_nas.families.loading import load_model, load_tokenizer, this_machine
 
 
 def generate(checkpoint: Path, prompt: str, max_new_tokens: int, chat: bool, temperature: float) -> Iterator[str]:
@@ -18,9 +18,14 @@ def generate(checkpoint: Path, prompt: str, max_new_tokens: int, chat: bool, tem
     Raises:
         CheckpointError: the checkpoint cannot be loaded.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
-    model, tokenizer = load_model(checkpoint, Machine(device, dtype)), load_tokenizer(checkpoint)
+    model = load_model(checkpoint, this_machine())
+    yield from answer(model, load_tokenizer(checkpoint), prompt, max_new_tokens, chat, temperature)
+
+
+def answer(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, chat: bool, temperature: float
+) -> Iterator[str]:
+    """`generate` of a model that is loaded already."""
     if chat and tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(
@@ -30,7 +35,7 @@ def generate(checkpoint: Path, prompt: str, max_new_tokens: int, chat: bool, tem
         inputs = tokenizer(prompt, return_tensors="pt")
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    arguments = {**inputs.to(device), "max_new_tokens": max_new_tokens, "streamer": streamer, **sampling}
+    arguments = {**inputs.to(model.device), "max_new_tokens": max_new_tokens, "streamer": streamer, **sampling}
     thread = Thread(target=model.generate, kwargs=arguments, daemon=True)
     thread.start()
     yield from streamer

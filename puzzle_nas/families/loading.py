@@ -81,6 +81,12 @@ def machine_of(recipe: Recipe) -> Machine:
     return Machine(device, DTYPES[precision])
 
 
+def this_machine() -> Machine:
+    """Device and precision without a recipe: a GPU when there is one, bfloat16 where it is fast."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Machine(device, torch.bfloat16 if bfloat16_is_fast(device) else torch.float32)
+
+
 def find_checkpoint(parent: str, download_dir: Path) -> Path | str:
     """Where the parent lies: a checkpoint folder, a .gguf file, or a hub id.
 
@@ -137,7 +143,8 @@ def _find_in_package(requirement: str, download_dir: Path) -> Path:
     raise CheckpointError(f"The package {requirement} holds neither a .gguf file nor a transformers checkpoint.")
 
 
-def _explain_loading(where: Path | str, error: Exception) -> CheckpointError:
+def explain_loading(where: Path | str, error: Exception) -> CheckpointError:
+    """What a failure to load a checkpoint folder or hub id means for its user."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(where, Path):
         return CheckpointError(
@@ -164,7 +171,7 @@ def open_parent(where: Path | str) -> tuple[PreTrainedModel, Any]:
     try:
         config = AutoConfig.from_pretrained(folder, **arguments)
     except LOADING_ERRORS as error:
-        raise _explain_loading(where, error) from error
+        raise explain_loading(where, error) from error
     family_of(config.model_type)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -173,7 +180,7 @@ def open_parent(where: Path | str) -> tuple[PreTrainedModel, Any]:
         model, loading = loaded
         tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
     except LOADING_ERRORS as error:
-        raise _explain_loading(where, error) from error
+        raise explain_loading(where, error) from error
     if missing := sorted(loading["missing_keys"]):
         raise CheckpointError(f"The checkpoint {where} lacks {len(missing)} weights, {missing[0]} among them.")
     if arguments:
@@ -290,7 +297,7 @@ def load_model(checkpoint: Path, machine: Machine) -> PuzzleForCausalLM:
             family_of(config.model_type)
             model = to_puzzle(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=machine.dtype))
     except LOADING_ERRORS as error:
-        raise _explain_loading(checkpoint, error) from error
+        raise explain_loading(checkpoint, error) from error
     return model.to(machine.device).eval().requires_grad_(False)
 
 

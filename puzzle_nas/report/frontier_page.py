@@ -29,7 +29,7 @@ def render_frontier(frontier: Mapping[str, Any], parent: str) -> str:
         "memory_bytes": ("memory_bytes", "memory of parameters, KV cache and working space, bytes"),
         "parameters": ("parameters", "parameters"),
     }.get(frontier["limit"], ("speedup_predicted", "predicted speed-up"))
-    unit = {"kl": "KL", "lm_loss": "LM loss increase"}[frontier["metric"]]
+    unit = {"kl": "KL, nats", "lm_loss": "LM loss increase, nats", "task": "loss on the task"}[frontier["metric"]]
     lines = []
     for model, (label, _) in FRONTIER_MODELS.items():
         own = [row for row in frontier["rows"] if row["model"] == model and "infeasible" not in row]
@@ -37,10 +37,10 @@ def render_frontier(frontier: Mapping[str, Any], parent: str) -> str:
         lines.append(FrontierLine(label, costs, scores, model == "child", model == "random"))
     held = ", ".join(f"{name} = {value:g}" for name, value in frontier["other_limits"].items())
     text = paragraph(
-        f"Each point is a whole architecture: the sum of its replace-1-block scores ({unit}, nats) against its "
+        f"Each point is a whole architecture: the sum of its replace-1-block scores ({unit}) against its "
         f"predicted costs. Lower is better. Nothing was assembled." + (f" Throughout, {held}." if held else "")
     )
-    drawn = search_frontier_figure([line for line in lines if line.costs], axis, f"summed score: {unit}, nats")
+    drawn = search_frontier_figure([line for line in lines if line.costs], axis, f"summed score: {unit}")
     columns, rows = frontier_rows(frontier)
     return document(
         f"Puzzle: the frontier of {parent}",

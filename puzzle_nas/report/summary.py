@@ -14,8 +14,8 @@ def build_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
     """The content of summary.json; paths are relative to the run folder."""
     facts = read_json(run.parent, "prepare-parent")
     search = read_json(run.architecture(), "search")
-    quality = read_json(run / "evaluation.json", "evaluate")
-    measured = read_json(run / "measured.json", "evaluate")
+    quality = read_json(run / "evaluation.json", "evaluate-child")
+    measured = read_json(run / "measured.json", "evaluate-child")
     gkd, refit = read_json(run / "gkd.json", "distill-child"), read_json(run / "refit.json", "refit")
     costs = CostTable.load(run, recipe)
     architecture = Architecture.from_list(search["architecture"])

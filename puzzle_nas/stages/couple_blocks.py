@@ -14,14 +14,13 @@ from puzzle_nas.architecture import SLOTS, ParentShape, Spec, choice_id
 from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.data.batches import block_order, load_tokens
+from puzzle_nas.evaluation.scores import problem_of, scoring_walk
 from puzzle_nas.families import load_parent
 from puzzle_nas.library import block_layers, block_weights
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.training.block_distillation import Job, distill_blocks
-from puzzle_nas.training.replacement import ReplacementWalk
-from puzzle_nas.training.scores import problem_of, score_of
 
 NAME = "couple_blocks"
 COMMAND = "couple-blocks"
@@ -96,7 +95,7 @@ def _score(recipe: Recipe, run: RunFolder, parent: PuzzleForCausalLM, pairs: Seq
     if all(path.exists() for here in paths for path in here):
         return
     with progress("score pairs, layer", len(pairs)) as ticker:
-        walk = ReplacementWalk(parent, load_tokens(run, "scoring"), recipe.scoring.batch_tokens)
+        walk, score_of = scoring_walk(recipe, run, parent)
         itself = walk.model_itself()
         for layer, here in enumerate(pairs):
             missing = [(pair, path) for pair, path in zip(here, paths[layer], strict=True) if not path.exists()]

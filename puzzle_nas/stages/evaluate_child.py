@@ -15,7 +15,7 @@ from puzzle_nas.recipe import Recipe
 from puzzle_nas.training.comparison import ParentReference
 
 NAME = "evaluate_child"
-COMMAND = "evaluate"
+COMMAND = "evaluate-child"
 NEEDS = ("distill_child",)
 SETTINGS = ("evaluation", "scenarios", "engine")
 OUTPUTS = ("evaluation.json", "measured.json")

@@ -1,4 +1,4 @@
-"""Replace-1-block scores of every variant (Puzzle, section 3). Files: scores/main/kl/layer_NN.VARIANT.json."""
+"""Replace-1-block scores of every variant (Puzzle, section 3). Files: scores/main/METRIC/layer_NN.VARIANT.json."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ import torch
 
 from puzzle_nas.architecture import SLOTS, choice_id
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
-from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.evaluation.scores import problem_of, scoring_walk
 from puzzle_nas.families import load_parent
 from puzzle_nas.library import variant_layer
 from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe, search_space_of
-from puzzle_nas.training.losses import Divergence
-from puzzle_nas.training.replacement import ReplacementWalk
-from puzzle_nas.training.scores import problem_of, score_of
 
 NAME = "score_blocks"
 COMMAND = "score-blocks"
@@ -42,11 +39,10 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     """Score every variant of every layer in the parent, and name those that are not fit to be chosen."""
     parent, shape = load_parent(run)
     space = search_space_of(recipe, shape)
-    tokens = load_tokens(run, "scoring")
     metric = recipe.scoring.metric
     with progress("score blocks, layer", shape.num_hidden_layers) as ticker:
-        walk = ReplacementWalk(parent, tokens, recipe.scoring.batch_tokens)
-        parent_scores: Divergence | None = None
+        walk, score_of = scoring_walk(recipe, run, parent)
+        parent_scores: Any = None
         own = {shape.parent_spec(slot) for slot in SLOTS}
         choices = list(space.choices(by_block=recipe.scoring.unit == "block"))
         written: dict[Path, tuple[int, str]] = {}

@@ -50,21 +50,30 @@ class ParentReference:
     def _final(model: PuzzleForCausalLM, batch: torch.Tensor) -> torch.Tensor:
         return model.model(batch.to(model.device), use_cache=False).last_hidden_state
 
-    @torch.inference_mode()
     def compare(self, child: PuzzleForCausalLM, on_batch: Callable[[], None] = lambda: None) -> Comparison:
         """Measure one child (or the parent itself)."""
-        was_training = child.training
-        child.eval()
+        return summarise(self.divergence(child, on_batch))
+
+    @torch.inference_mode()
+    def divergence(
+        self, child: PuzzleForCausalLM | None = None, on_batch: Callable[[], None] = lambda: None
+    ) -> Divergence:
+        """Per-token figures of one child, or of the parent itself without another forward pass; shaped [S, T]."""
+        was_training = child is not None and child.training
+        if child is not None:
+            child.eval()
         parts: list[Divergence] = []
         for batch, labels, final in zip(
             self.tokens_ST.split(self.step), self.labels_ST.split(self.step), self.final, strict=True
         ):
-            mine = self._final(child, batch).flatten(0, 1).to(child.lm_head.weight.dtype)
-            heads = [self.head, child.lm_head]
-            parts += divergences(final.flatten(0, 1), [mine], heads, labels.flatten().to(child.device))
+            mine, head = final.flatten(0, 1), self.head
+            if child is not None:
+                mine, head = self._final(child, batch).flatten(0, 1).to(child.lm_head.weight.dtype), child.lm_head
+            parts += divergences(final.flatten(0, 1), [mine], [self.head, head], labels.flatten().to(final.device))
             on_batch()
-        child.train(was_training)
-        return summarise(joined(parts, self.tokens_ST.shape))
+        if child is not None:
+            child.train(was_training)
+        return joined(parts, self.tokens_ST.shape)
 
 
 def summarise(divergence: Divergence) -> Comparison:

@@ -39,7 +39,7 @@ def pinned(tiny_run, tiny_settings, tmp_path_factory):
     settings = {**tiny_settings, "costs": {"file": str(tiny_run / "costs/torch.json")}, "coupled_bld": COUPLED}
     recipe = folder / "pinned.yaml"
     recipe.write_text(json.dumps(settings))
-    puzzle("run", recipe, "--run-dir", folder / "whole", "--to", "evaluate")
+    puzzle("run", recipe, "--run-dir", folder / "whole", "--to", "evaluate-child")
     return recipe, final_bytes(folder / "whole")
 
 
@@ -47,7 +47,7 @@ def pinned(tiny_run, tiny_settings, tmp_path_factory):
 def test_a_killed_run_ends_with_the_same_bytes(where, pinned, tmp_path):
     recipe, expected = pinned
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "puzzle_nas.cli", "run", recipe, "--run-dir", run, "--to", "evaluate"]
+    command = [sys.executable, "-m", "puzzle_nas.cli", "run", recipe, "--run-dir", run, "--to", "evaluate-child"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not any(run.glob(MIDDLE[where])):
         assert process.poll() is None, "the run ended before it could be killed"
@@ -55,7 +55,7 @@ def test_a_killed_run_ends_with_the_same_bytes(where, pinned, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (run / "evaluation.json").exists()
-    out = puzzle("run", recipe, "--run-dir", run, "--to", "evaluate").stdout
+    out = puzzle("run", recipe, "--run-dir", run, "--to", "evaluate-child").stdout
     assert "already done" in out
     assert final_bytes(run) == expected
 

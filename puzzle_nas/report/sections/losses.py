@@ -11,7 +11,11 @@ from puzzle_nas.report.figures.common import SLOT_NAMES
 from puzzle_nas.report.figures.layers import Curve, losses_figure, scores_figure
 from puzzle_nas.report.layout import figure, folded, pair, paragraph, table
 
-UNITS = {"kl": ("kl_nats", "KL, nats"), "lm_loss": ("lm_loss_increase_nats", "LM loss increase, nats")}
+UNITS = {
+    "kl": ("kl_nats", "KL, nats"),
+    "lm_loss": ("lm_loss_increase_nats", "LM loss increase, nats"),
+    "task": ("task_loss", "loss on the task"),
+}
 """By metric: the field of a score's file, and what an axis says."""
 
 
@@ -59,8 +63,8 @@ def _by_layer(facts: Facts) -> str:
     total, worst = sum(score for score, _ in worst), sorted(worst, reverse=True)[:3]
     child = facts.summary["child"]
     kl = child["validation_kl_nats_assembled"]
-    text = f"The scores of the child's variants sum to {child['score_sum_nats']:.4g} nats"
-    if kl is not None:
+    text = f"The scores of the child's variants sum to {child['score_sum_nats']:.4g} ({unit})"
+    if kl is not None and facts.recipe.scoring.metric != "task":
         text += f"; assembled, and before any training as a whole, it has a KL of {kl:.4g} nats"
     if total > 0:
         share = sum(score for score, _ in worst) / total

@@ -1,4 +1,4 @@
-"""Replace-1-block scores as they are stored.
+"""Replace-1-block scores: what is walked, and what is stored.
 
 Shapes: S sequences.
 """
@@ -6,10 +6,33 @@ Shapes: S sequences.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from puzzle_nas.artifacts import RunFolder
+from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.data.task_items import half_of, read_task
+from puzzle_nas.evaluation.task_scores import TaskWalk, TokenisedTask, task_score
+from puzzle_nas.families import load_tokenizer
+from puzzle_nas.families.loading import parent_checkpoint
+from puzzle_nas.modeling import PuzzleForCausalLM
+from puzzle_nas.recipe import Recipe
 from puzzle_nas.training.losses import Divergence
+from puzzle_nas.training.replacement import ReplacementWalk
+
+
+def scoring_walk(
+    recipe: Recipe, run: RunFolder, parent: PuzzleForCausalLM
+) -> tuple[ReplacementWalk, Callable[..., dict]]:
+    """What is walked, and what makes the JSON of a variant from its result and the parent's."""
+    settings = recipe.scoring
+    if settings.task is None:
+        return ReplacementWalk(parent, load_tokens(run, "scoring"), settings.batch_tokens), divergence_score
+    items = half_of(read_task(settings.task), True, settings.task)[: settings.task_items]
+    task = TokenisedTask.of(items, load_tokenizer(parent_checkpoint(run)), parent.config.max_position_embeddings)
+    return TaskWalk(parent, task, settings.batch_tokens), partial(task_score, measure=settings.task_measure)
 
 
 def summarise(values_S: torch.Tensor) -> dict[str, float | None]:
@@ -23,7 +46,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def score_of(divergence: Divergence, parent: Divergence) -> dict:
+def divergence_score(divergence: Divergence, parent: Divergence) -> dict:
     """The JSON of one variant. All figures are means over the tokens of a sequence, then over sequences."""
     kl = divergence.kl_nats.double().mean(1)
     # The last position of a sequence has no label.
@@ -40,6 +63,6 @@ def score_of(divergence: Divergence, parent: Divergence) -> dict:
 
 def problem_of(score: dict, adds_nothing: bool = False) -> dict[str, str]:
     """Why something must not be chosen, as `problem`; empty for what may."""
-    if score["kl_nats"]["mean"] is None or score["lm_loss_increase_nats"]["mean"] is None:
+    if any(isinstance(figure, dict) and figure["mean"] is None for figure in score.values()):
         return {"problem": "its score is not a finite number"}
     return {"problem": "it has weights and adds nothing"} if adds_nothing else {}

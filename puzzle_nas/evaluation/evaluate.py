@@ -1,0 +1,121 @@
+"""`puzzle evaluate`: what was asked of one model, against its parent where it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puzzle_nas.artifacts import RunFolder, write_json
+from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.data.task_items import half_of, read_task
+from puzzle_nas.errors import RecipeError
+from puzzle_nas.evaluation.long_context import evaluate_lengths
+from puzzle_nas.evaluation.models import Evaluated, Subject, comparable
+from puzzle_nas.evaluation.tasks import evaluate_tasks
+from puzzle_nas.evaluation.text import compare_texts, domain_tokens, named_files, num_batches
+from puzzle_nas.families.loading import describe
+from puzzle_nas.progress import progress
+
+VALIDATION = "validation"
+LONG_SEQUENCES = 4
+"""Sequences of the longest length, at least, where --data gives the text."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to evaluate on."""
+
+    data: tuple[str, ...] = ()
+    """FILE or FILE=DOMAIN."""
+    sequence_length: int = 512
+    tokens: int = 16_384
+    """Tokens of each domain."""
+    tasks: tuple[str, ...] = ()
+    """Files of items, or lm-eval's names."""
+    limit: int | None = None
+    """Items of each task."""
+    held_out: bool = False
+    """Of task files, only the half that `scoring.metric: task` never sees."""
+    long_context: bool = False
+    max_length: int | None = None
+    """Longest length of `long_context`; None means all that the parent knows."""
+    questions: int = 10
+    """Of each kind at each length."""
+
+
+def evaluate(model: Path, parent: Path | None, asked: Asked) -> dict[str, Any]:
+    """Everything that was asked, as JSON; with nothing asked, a run's child on its validation split and, where scores
+    were taken on a task, on that task's other half.
+
+    Each part of a run's result, `text`, `tasks` and `long_context`, is kept in RUN/evaluations/PART.json as well.
+
+    Raises:
+        RecipeError: nothing to evaluate on, or lm-eval is missing.
+        CheckpointError, DataError: a model or a file that cannot be read.
+    """
+    subject = Subject.of(model, parent)
+    only_text = not asked.tasks and not asked.long_context
+    if subject.run is None and not asked.data and only_text:
+        raise RecipeError(f"{model} is no run folder; say what to evaluate it on: --data, --tasks or --long-context.")
+    child, above = subject.open()
+    names = {"model": str(subject.checkpoint), "parent": None if above is None else str(subject.parent)}
+    parts: dict[str, Any] = {}
+    if asked.data or only_text:
+        parts["text"] = _text(child, above, subject, asked)
+    scored = None if subject.recipe is None else subject.recipe.scoring.task
+    tasks = asked.tasks
+    if scored is not None and only_text and not asked.data:
+        tasks = (str(scored),)
+    if tasks:
+        seen = [] if scored is None else half_of(read_task(scored), True, scored)
+        parts["tasks"] = evaluate_tasks(child, above, tasks, asked.limit, asked.held_out, {item.key for item in seen})
+    if asked.long_context:
+        parts["long_context"] = _long_context(child, above, subject, asked)
+    for name, part in parts.items():
+        part |= {**names, "machine": describe(subject.machine)}
+        if subject.run is not None:
+            write_json(evaluation_path(subject.run, name), part)
+    return parts
+
+
+def evaluation_path(run: RunFolder, part: str) -> Path:
+    """Where a run keeps one part of its last evaluation."""
+    return run / "evaluations" / f"{part}.json"
+
+
+def _long_context(child: Evaluated, parent: Evaluated | None, subject: Subject, asked: Asked) -> dict[str, Any]:
+    longest = asked.max_length or (parent or child).max_length
+    if longest is None:
+        raise RecipeError("The model does not say how many positions it knows; give --max-length.")
+    text = None
+    if asked.data:
+        files = [file for files in named_files(asked.data).values() for file in files]
+        wanted = max(asked.tokens, LONG_SEQUENCES * longest)
+        text = domain_tokens(files, (parent or child).tokenizer, longest, wanted, subject.seed)
+    elif subject.run is not None:
+        text = load_tokens(subject.run, VALIDATION)
+    if parent is not None and text is not None:
+        comparable(child, parent)
+    return evaluate_lengths(child, parent, text, longest, asked.questions, subject.seed)
+
+
+def _text(child: Evaluated, parent: Evaluated | None, subject: Subject, asked: Asked) -> dict[str, Any]:
+    if parent is not None:
+        comparable(child, parent)
+    if asked.data:
+        length = min(asked.sequence_length, child.max_length or asked.sequence_length)
+        domains: Mapping[str, torch.Tensor] = {
+            domain: domain_tokens(files, (parent or child).tokenizer, length, asked.tokens, subject.seed)
+            for domain, files in named_files(asked.data).items()
+        }
+    else:
+        assert subject.run is not None
+        domains = {VALIDATION: load_tokens(subject.run, VALIDATION)}
+        length = domains[VALIDATION].shape[1]
+    with progress("compare on text, batch", sum(map(num_batches, domains.values()))) as ticker:
+        found = compare_texts(child, parent, domains, ticker.advance)
+    return {"sequence_length": length, **found}
