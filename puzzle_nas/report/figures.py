@@ -336,6 +336,30 @@ def prediction_figure(predicted_ms: Mapping[str, float], measured_ms: Mapping[st
     return _styled(figure, 240)
 
 
+def bench_figure(
+    scenarios: Sequence[str], rates: Mapping[str, Sequence[float]], speedups: Sequence[float]
+) -> go.Figure:
+    """Tokens per second and device of each model, by scenario, with the child's speed-up over it."""
+    figure = go.Figure()
+    for (model, values), colour in zip(rates.items(), (PARENT, FEWER_HEADS), strict=True):
+        last = model == list(rates)[-1]
+        figure.add_bar(
+            x=list(scenarios),
+            y=list(values),
+            name=model,
+            marker_color=colour,
+            text=[f"{speedup:.2f}x" for speedup in speedups] if last else None,
+            textposition="outside",
+            cliponaxis=False,
+            hovertemplate=f"{model}, %{{x}}: %{{y:,.0f}}<extra></extra>",
+        )
+    figure.update_layout(barmode="group", bargap=0.3)
+    figure.update_xaxes(title_text="prompt/output tokens", type="category", showgrid=False)
+    longest = max(value for values in rates.values() for value in values)
+    figure.update_yaxes(title_text="tokens per second and device", range=[0, OUTSIDE_TEXT * longest])
+    return _styled(figure, 420)
+
+
 def seconds_figure(seconds: Mapping[str, float]) -> go.Figure:
     """Wall time of each stage, the longest on top."""
     stages = sorted(seconds, key=lambda name: (seconds[name], name))
