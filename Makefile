@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # On a machine without an NVIDIA GPU, torch's CPU build (a tenth of the size) comes from torch's own index.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "--extra-index-url https://download.pytorch.org/whl/cpu")
 
-.PHONY: quickstart quickstart-smoke test check install install-use engines browser clean
+.PHONY: quickstart quickstart-smoke export-smoke test check install install-use engines browser clean
 
 quickstart: install-use
 	@if [ -f runs/quickstart/stages/write_report.json ]; then echo "runs/quickstart is there; checking that it is complete."; fi
@@ -16,6 +16,11 @@ quickstart-smoke: install-use
 	$(BIN)/puzzle run recipes/quickstart-smoke.yaml
 	$(BIN)/puzzle show runs/quickstart-smoke --json > /dev/null
 	$(BIN)/puzzle generate runs/quickstart-smoke "What is the capital of France?" --max-new-tokens 16
+
+# The real child, verified by the engines that serve it.
+export-smoke: quickstart-smoke engines
+	$(BIN)/puzzle export runs/quickstart-smoke --to gguf --quantize q8_0
+	$(BIN)/puzzle export runs/quickstart-smoke --to vllm
 
 test: install engines browser
 	$(BIN)/python -m pytest

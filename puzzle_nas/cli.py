@@ -483,12 +483,22 @@ def bench_command(
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes to choose the best from.")] = "1,4,16",
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats, of which the median counts.")] = 3,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: one for each core.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Convert the weights when loading (vllm, transformers). Default: as exported.")
+    ] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="Type of the KV cache, by the engine's name. Default: the engine's.")
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share every layer (vllm).")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write the figures as JSON, and a picture of them beside it.")
+    ] = None,
 ) -> None:
     """Time a parent and a child on the engine that serves them."""
-    from puzzle_nas.artifacts import write_json
-    from puzzle_nas.engines import serving_engine
+    from puzzle_nas.artifacts import write_bytes, write_json
+    from puzzle_nas.engines import Loading, serving_engine
     from puzzle_nas.errors import RecipeError
+    from puzzle_nas.report.bench_page import render_bench
     from puzzle_nas.stages.bench_child import bench, scenario_lengths
 
     try:
@@ -496,15 +506,20 @@ def bench_command(
     except ValueError:
         raise RecipeError(f"'{batch_sizes}' are no batch sizes; write numbers with commas, such as 1,4,16.") from None
     lengths = scenario_lengths(scenarios, scale)
-    result = bench(serving_engine(engine), {"parent": parent, "child": child}, lengths, sizes, repeats, threads)
-    print(f"{'prompt/output':>14s} {'batch':>9s} {'parent':>10s} {'child':>10s}  speed-up  (tokens per second)")
+    exports, loading = {"parent": parent, "child": child}, Loading(dtype, kv_dtype, tensor_parallel)
+    result = bench(serving_engine(engine), exports, lengths, sizes, repeats, threads, loading)
+    unit = "(tokens per second and device)"
+    print(f"{'prompt/output':>14s} {'batch':>9s} {'parent':>10s} {'child':>10s}  speed-up  {unit}")
     for name, row in result["scenarios"].items():
         before, after = row["parent"], row["child"]
         sizes_text = f"{before['batch_size']}, {after['batch_size']}"
-        rates = f"{before['tokens_per_second']:10.1f} {after['tokens_per_second']:10.1f}"
+        rates = " ".join(f"{facts['tokens_per_second_per_device']:10.1f}" for facts in (before, after))
         print(f"{name:>14s} {sizes_text:>9s} {rates}  {row['speedup']:.3f}x")
     if out is not None:
         write_json(out, result)
+        picture = out.with_suffix(".html")
+        write_bytes(picture, render_bench(result).encode())
+        print(f"Written to {out}; the picture is {picture}.")
 
 
 @app.command("serve")

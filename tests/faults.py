@@ -6,6 +6,7 @@ aimed at a stage: they strike after it has begun.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -251,10 +252,8 @@ class Undisturbed:
         command = Command("run", self.recipe, "--run-dir", run, fault=fault)
         if kill.how == "time" and command.wait_for(kill.aimed_at):
             time.sleep(kill.moment)
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(command.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         ended = command.end()
         assert ended.returncode in (0, -signal.SIGKILL), f"{kill}: {ended.stdout}\n{ended.stderr}"
         return ended.returncode != 0

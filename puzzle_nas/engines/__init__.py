@@ -1,6 +1,6 @@
 """Engines that run and time models. One class in one file each, and one line here."""
 
-from puzzle_nas.engines.base import Engine, RequestTime, ServingEngine, Tolerance
+from puzzle_nas.engines.base import Engine, Loading, RequestTime, ServingEngine, Tolerance
 from puzzle_nas.engines.llama_cpp import LlamaCppEngine
 from puzzle_nas.engines.timing import interleaved_medians, speedups
 from puzzle_nas.engines.torch_engine import TorchEngine
@@ -30,6 +30,7 @@ __all__ = [
     "ENGINES",
     "SERVING_ENGINES",
     "Engine",
+    "Loading",
     "RequestTime",
     "ServingEngine",
     "Tolerance",

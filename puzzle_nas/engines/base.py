@@ -47,6 +47,18 @@ class RequestTime:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """How an engine loads an export, where it offers a choice."""
+
+    dtype: str | None = None
+    """Into what the weights are converted; None leaves them as exported."""
+    kv_dtype: str | None = None
+    """Of the KV cache, by the engine's own name; None is the engine's default."""
+    tensor_parallel: int = 1
+    """Devices that share every layer."""
+
+
+@dataclass(frozen=True)
 class Tolerance:
     """How far an engine's log-probabilities of given tokens may lie from torch's, in nats."""
 
@@ -120,6 +132,12 @@ class ServingEngine(Engine[Worker]):
     """Whether it has a tokenizer of its own, written into the export, that must agree with the child's."""
     quantised: ClassVar[tuple[str, ...]] = ()
     """Types that `quantise` can make."""
+    dtypes: ClassVar[tuple[str, ...]] = ()
+    """Into what it converts weights that it loads."""
+    kv_dtypes: ClassVar[tuple[str, ...]] = ()
+    """What its KV cache can be, by its own names."""
+    shares_layers: ClassVar[bool] = False
+    """Whether several devices can share every layer (tensor parallelism)."""
 
     def install(self) -> Path:
         """Make the engine's environment, or see that it is there, and return its folder.
@@ -180,8 +198,30 @@ class ServingEngine(Engine[Worker]):
             raise ExportError(f"{exported} holds {record['format']}, and {self.name} loads {formats}.")
         return record["precision"]
 
+    def refuse(self, loading: Loading) -> None:
+        """Refuse what the engine does not offer.
+
+        Raises:
+            ExportError: names the way out.
+        """
+        if loading.tensor_parallel > 1 and not self.shares_layers:
+            raise ExportError(f"{self.name} has no tensor parallelism; leave out --tensor-parallel.")
+        if loading.dtype is not None and loading.dtype not in self.dtypes:
+            way_out = f"choose one of {', '.join(self.dtypes)}" if self.dtypes else "make another export instead"
+            raise ExportError(f"{self.name} does not convert weights to {loading.dtype}; {way_out}.")
+        if loading.kv_dtype is not None and loading.kv_dtype not in self.kv_dtypes:
+            way_out = f"choose one of {', '.join(self.kv_dtypes)}" if self.kv_dtypes else "leave out --kv-dtype"
+            raise ExportError(f"{self.name} has no KV cache in {loading.kv_dtype}; {way_out}.")
+
     @contextmanager
-    def load(self, exported: Path, precision: str, threads: int | None = None, exact: bool = False) -> Iterator[Worker]:
+    def load(
+        self,
+        exported: Path,
+        precision: str,
+        threads: int | None = None,
+        exact: bool = False,
+        loading: Loading | None = None,
+    ) -> Iterator[Worker]:
         """A worker that has loaded an export folder; it ends with the context.
 
         `exact` is for verification: the most precise arithmetic, chunks of `VERIFICATION_CHUNK_TOKENS`.
@@ -190,21 +230,32 @@ class ServingEngine(Engine[Worker]):
             EngineError: not installed, or the engine cannot load this export; quotes the engine.
         """
         with self.start() as worker:
-            self.load_into(worker, exported, precision, threads, exact)
+            self.load_into(worker, exported, precision, threads, exact, loading)
             yield worker
 
     def start(self) -> Worker:
         """A worker that has loaded nothing yet."""
         return Worker(self.name, self.python(), self.worker_script, self.environment())
 
-    def load_into(self, worker: Worker, exported: Path, precision: str, threads: int | None, exact: bool) -> None:
+    def load_into(
+        self,
+        worker: Worker,
+        exported: Path,
+        precision: str,
+        threads: int | None,
+        exact: bool,
+        loading: Loading | None = None,
+    ) -> None:
         """See `load`; what the worker had loaded before, it forgets."""
+        loading = loading or Loading()
         worker.ask(
             "load",
             folder=str(exported.resolve()),
-            precision=precision,
+            precision=loading.dtype or precision,
             threads=threads,
             chunk_tokens=VERIFICATION_CHUNK_TOKENS if exact else None,
+            kv_dtype=loading.kv_dtype,
+            tensor_parallel=loading.tensor_parallel,
         )
 
     @contextmanager

@@ -22,6 +22,7 @@ class LlamaCppEngine(ServingEngine):
     worker_script = WORKERS / "llama_cpp_worker.py"
     reads_tokenizer = True
     quantised = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+    kv_dtypes = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
     # Products with 16-bit weights round the activations to 16 bits too, with quantised weights to 8.
     tolerances = {
         "float32": Tolerance(mean_nats=1e-4, max_nats=1e-3),

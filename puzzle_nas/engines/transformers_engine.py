@@ -14,6 +14,7 @@ class TransformersEngine(ServingEngine):
     name = "transformers"
     formats = ("transformers",)
     requirements = ()
+    dtypes = ("float32", "bfloat16", "float16")
     worker_script = Path(__file__).parent / "workers" / "transformers_worker.py"
     tolerances = {
         "float32": Tolerance(mean_nats=1e-5, max_nats=1e-4),

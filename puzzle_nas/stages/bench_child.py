@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from puzzle_nas.architecture import Scenario
-from puzzle_nas.engines import ServingEngine
+from puzzle_nas.engines import Loading, ServingEngine
 from puzzle_nas.errors import ExportError
 from puzzle_nas.progress import progress
 
@@ -45,20 +46,23 @@ def bench(
     batch_sizes: Sequence[int],
     repeats: int,
     threads: int | None,
+    loading: Loading | None = None,
 ) -> dict[str, Any]:
     """Times of `parent` and `child` exports; JSON.
 
     Raises:
-        ExportError: an export that this engine does not load.
+        ExportError: an export that this engine does not load, or a way of loading that it does not offer.
         EngineError: the engine is not installed or fails.
     """
+    loading = loading or Loading()
+    engine.refuse(loading)
     precisions = {model: engine.precision_of(exports[model]) for model in MODELS}
     result: dict[str, Any] = {"engine": engine.name, "threads": threads, "load_average_1_min": os.getloadavg()[0]}
-    result["precision"] = precisions
+    result |= {"precision": precisions, "loading": asdict(loading)}
     total = len(lengths) * (len(batch_sizes) + repeats) * len(MODELS)
     with (
-        engine.load(exports["parent"], precisions["parent"], threads) as parent,
-        engine.load(exports["child"], precisions["child"], threads) as child,
+        engine.load(exports["parent"], precisions["parent"], threads, loading=loading) as parent,
+        engine.load(exports["child"], precisions["child"], threads, loading=loading) as child,
         progress("bench, request batch", total) as ticker,
     ):
         loaded = {"parent": parent, "child": child}
@@ -69,9 +73,14 @@ def bench(
             f"{prompt}/{output}": _scenario(engine, loaded, prompt, output, batch_sizes, repeats, ticker)
             for prompt, output in lengths
         }
-        result["memory"] = {
+        result["memory"] = memory = {
             model: {**engine.memory(loaded[model]), "weight_bytes": _weight_bytes(exports[model])} for model in MODELS
         }
+    for row in result["scenarios"].values():
+        for model in MODELS:
+            facts, per_token = row[model], memory[model]["kv_cache_bytes_per_token"]
+            facts["tokens_per_second_per_device"] = facts["tokens_per_second"] / loading.tensor_parallel
+            facts["kv_cache_bytes"] = per_token * facts["batch_size"] * row["tokens_per_request"]
     result["load_average_1_min_after"] = os.getloadavg()[0]
     return result
 
@@ -103,6 +112,7 @@ def _scenario(engine, loaded, prompt: int, output: int, batch_sizes, repeats: in
         _throughput(child, best["child"]) / _throughput(parent, best["parent"])
         for parent, child in zip(times["parent"], times["child"], strict=True)
     ]
+    result["tokens_per_request"] = prompt + output
     return {**result, "speedup": statistics.median(ratios), "speedup_by_repeat": sorted(ratios)}
 
 

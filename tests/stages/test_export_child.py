@@ -132,8 +132,28 @@ def test_bench_times_both_in_turns(exported, tmp_path):
     for row in result["scenarios"].values():
         assert len(row["speedup_by_repeat"]) == 2
         assert row["child"]["batch_size"] in (1, 2) and row["child"]["time_to_first_token_ms"] > 0
+        assert row["child"]["tokens_per_second_per_device"] == row["child"]["tokens_per_second"]
+        assert row["child"]["kv_cache_bytes"] == 448 * row["tokens_per_request"] * row["child"]["batch_size"]
     assert result["memory"]["child"]["kv_cache_bytes_per_token"] == 448
     assert result["memory"]["child"]["weight_bytes"] == (exported / "model.gguf").stat().st_size
+
+    page = (tmp_path / "bench.html").read_text()
+    assert "Parent and child in turns on llama.cpp" in page and "32/8" in page
+
+
+def test_bench_loads_as_it_is_told_or_refuses(exported, tmp_path, check_refused):
+    command = ("bench", exported, exported, "--engine", "llama.cpp", "--scenarios", "8/4", "--scale", "1")
+    puzzle(*command, "--batch-sizes", "1", "--repeats", "1", "--kv-dtype", "f32", "--out", tmp_path / "bench.json")
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["loading"] == {"dtype": None, "kv_dtype": "f32", "tensor_parallel": 1}
+    assert result["memory"]["child"]["kv_cache_bytes_per_token"] == 2 * 448
+    for option, sentence in (
+        (("--kv-dtype", "q8_0"), "does not divide n_embd_head_k"),
+        (("--kv-dtype", "fp8"), "no KV cache in fp8; choose one of f32, f16"),
+        (("--dtype", "float16"), "does not convert weights to float16; make another export"),
+        (("--tensor-parallel", "2"), "has no tensor parallelism; leave out --tensor-parallel"),
+    ):
+        check_refused(*command, *option, contains=["llama.cpp", sentence])
 
 
 def test_a_server_answers_the_curl_line_that_is_printed(exported):

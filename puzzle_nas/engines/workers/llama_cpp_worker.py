@@ -27,7 +27,7 @@ class LlamaCpp:
         llama_cpp.llama_backend_init()
         self._model = None
 
-    def load(self, folder, precision, threads, chunk_tokens):
+    def load(self, folder, precision, threads, chunk_tokens, kv_dtype=None, **_):
         """See engines/base.py. With `chunk_tokens`, no flash attention and a float32 cache."""
         if self._model:
             llama_cpp.llama_model_free(self._model)
@@ -36,6 +36,7 @@ class LlamaCpp:
         # llama.cpp's own default is four threads, whatever the machine has; they spin.
         self._threads = threads or len(os.sched_getaffinity(0))
         self._exact = chunk_tokens is not None
+        self._kv_dtype = "f32" if self._exact else kv_dtype or "f16"
         self._chunk_tokens = chunk_tokens or CHUNK_TOKENS
         parameters = llama_cpp.llama_model_default_params()
         # Repacked weights are less exact, and Q8_0 ones crash on machines with AMX.
@@ -122,12 +123,13 @@ class LlamaCpp:
         return {"prefill_ms": 1e3 * prefill, "decode_step_ms": 1e3 * decode / max(1, measured_steps)}
 
     def memory(self):
-        """See engines/base.py; the cache holds 2 bytes for each number, 4 in verification."""
+        """See engines/base.py."""
         fields = gguf.GGUFReader(self._path).fields
         key_length = fields["deci.attention.key_length"].contents()
         heads = np.sum(fields["deci.attention.head_count_kv"].contents())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"peak_bytes": peak, "kv_cache_bytes_per_token": int(2 * heads * key_length * (4 if self._exact else 2))}
+        numbers, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self._kv_dtype.upper()]]
+        return {"peak_bytes": peak, "kv_cache_bytes_per_token": int(2 * heads * key_length * size / numbers)}
 
     def quantise(self, source, target, kind):
         """Write `target`, the file `source` in llama.cpp's type `kind` (q8_0, q4_k_m, ...)."""
@@ -158,7 +160,7 @@ class Context:
         parameters.n_threads = parameters.n_threads_batch = owner._threads
         if owner._exact:
             parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
+        parameters.type_k = parameters.type_v = getattr(llama_cpp, f"GGML_TYPE_{owner._kv_dtype.upper()}")
         self._chunk_tokens = parameters.n_batch
         self._context = llama_cpp.llama_init_from_model(owner._model, parameters)
         if not self._context:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 class Transformers:
     """Answers from `AutoModelForCausalLM` with remote code. Weights keep their precision, arithmetic is float32."""
 
-    def load(self, folder, precision, threads, chunk_tokens):
+    def load(self, folder, precision, threads, chunk_tokens, **_):
         """See engines/base.py. `chunk_tokens`: prompts run in pieces of so many tokens, through the cache."""
         if threads:
             torch.set_num_threads(threads)

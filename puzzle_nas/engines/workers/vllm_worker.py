@@ -4,12 +4,15 @@
 
 import gc
 import os
+import re
 import resource
 import time
+from pathlib import Path
 
-# One process, so that every step can be timed from outside and memory is this process's own.
+# The scheduler in this process, so that every step can be timed from outside; and, without tensor parallelism, all.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
+import psutil
 import torch
 import transformers
 import vllm
@@ -27,7 +30,7 @@ GPU_SHARE = 0.45
 class Vllm:
     """One loaded checkpoint."""
 
-    def load(self, folder, precision, threads, chunk_tokens):
+    def load(self, folder, precision, threads, chunk_tokens, kv_dtype=None, tensor_parallel=1):
         """See engines/base.py. With `chunk_tokens`, arithmetic is float32 and prompts are taken in such pieces."""
         self._llm = self._engine = None
         gc.collect()
@@ -44,6 +47,8 @@ class Vllm:
             max_model_len=-1,
             disable_log_stats=True,
             seed=0,
+            kv_cache_dtype=kv_dtype or "auto",
+            tensor_parallel_size=tensor_parallel,
             **(
                 {"kv_cache_memory_bytes": KV_CACHE_BYTES}
                 if current_platform.is_cpu()
@@ -52,6 +57,7 @@ class Vllm:
             **(exact if chunk_tokens else {"dtype": precision, "enforce_eager": "PUZZLE_VLLM_EAGER" in os.environ}),
         )
         self._engine = self._llm.llm_engine
+        self._processes = tensor_parallel
         self._num_requests = 0
 
     def version(self):
@@ -100,10 +106,14 @@ class Vllm:
 
     def memory(self):
         """See engines/base.py."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"peak_bytes": self._peak_bytes(), "kv_cache_bytes_per_token": self._cache_bytes_per_token()}
+
+    def _peak_bytes(self):
         if current_platform.is_cuda():
-            peak = torch.cuda.max_memory_reserved()
-        return {"peak_bytes": peak, "kv_cache_bytes_per_token": sum(self._bytes_per_token().values())}
+            # With several processes the memory is theirs, and vLLM does not tell.
+            return torch.cuda.max_memory_reserved() if self._processes == 1 else None
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return own + sum(map(_peak_of, psutil.Process().children(recursive=True) if self._processes > 1 else ()))
 
     def _generate(self, prompts, **settings):
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
@@ -114,16 +124,12 @@ class Vllm:
         return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, **settings)
 
     def _cache(self):
-        return self._engine.engine_core.engine_core.model_executor.driver_worker.model_runner.kv_cache_config
+        return self._engine.engine_core.engine_core.scheduler.kv_cache_config
 
-    def _bytes_per_token(self):
-        """By layer with attention."""
-        result = {}
-        for group in self._cache().kv_cache_groups:
-            for layer in group.layer_names:
-                spec = getattr(group.kv_cache_spec, "kv_cache_specs", {layer: group.kv_cache_spec})[layer]
-                result[layer] = spec.page_size_bytes // spec.block_size
-        return result
+    def _cache_bytes_per_token(self):
+        """Of all layers with attention, in all processes."""
+        processes = self._llm.collective_rpc("get_kv_cache_spec")
+        return sum(spec.page_size_bytes // spec.block_size for layers in processes for spec in layers.values())
 
     def _refuse_what_does_not_fit(self, batch_size, length):
         """Requests that vLLM would put off or compute twice for want of cache must not be timed."""
@@ -137,4 +143,11 @@ class Vllm:
                 raise ValueError(f"{batch_size} requests of {length} tokens do not fit into the KV cache")
 
 
-answer_requests(Vllm())
+def _peak_of(process):
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+
+
+# Further processes, where there are any, import this file too.
+if __name__ == "__main__":
+    answer_requests(Vllm())

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
-from puzzle_nas.report.figures.common import LINEAR, NO_OP, OUTSIDE_TEXT, PARENT, Values, styled
+from puzzle_nas.report.figures.common import FEWER_HEADS, LINEAR, NO_OP, OUTSIDE_TEXT, PARENT, Values, styled
 
 
 def training_figure(tokens: Sequence[int], values: Values, title: str, best: int | None = None) -> go.Figure:
@@ -35,6 +35,30 @@ def training_figure(tokens: Sequence[int], values: Values, title: str, best: int
     figure.update_xaxes(title_text="training tokens", nticks=5, tickformat="~s")
     figure.update_yaxes(title_text=title)
     return styled(figure, 320)
+
+
+def bench_figure(
+    scenarios: Sequence[str], rates: Mapping[str, Sequence[float]], speedups: Sequence[float]
+) -> go.Figure:
+    """Tokens per second and device of each model, by scenario, with the child's speed-up over it."""
+    figure = go.Figure()
+    for (model, values), colour in zip(rates.items(), (PARENT, FEWER_HEADS), strict=True):
+        last = model == list(rates)[-1]
+        figure.add_bar(
+            x=list(scenarios),
+            y=list(values),
+            name=model,
+            marker_color=colour,
+            text=[f"{speedup:.2f}x" for speedup in speedups] if last else None,
+            textposition="outside",
+            cliponaxis=False,
+            hovertemplate=f"{model}, %{{x}}: %{{y:,.0f}}<extra></extra>",
+        )
+    figure.update_layout(barmode="group", bargap=0.3)
+    figure.update_xaxes(title_text="prompt/output tokens", type="category", showgrid=False)
+    longest = max(value for values in rates.values() for value in values)
+    figure.update_yaxes(title_text="tokens per second and device", range=[0, OUTSIDE_TEXT * longest])
+    return styled(figure, 420)
 
 
 def prediction_figure(predicted_ms: Mapping[str, float], measured_ms: Mapping[str, float]) -> go.Figure:
