@@ -111,7 +111,7 @@ def _scores(model: Evaluated, tasks: Mapping[str, Any], limit: int | None) -> di
     total = sum(_num_requests(tasks[name], docs) for name, docs in documents.items())
     with progress("tasks, requests", total) as ticker:
         found: Any = simple_evaluate(
-            HarnessModel(model, lambda rows: ticker.advance(min(rows, total - ticker.done))),
+            HarnessModel(model, lambda rows: ticker.advance(min(rows, total - ticker.done))),  # pyright: ignore[reportAbstractUsage]
             tasks=list(tasks.values()),
             limit=limit,
             bootstrap_iters=0,

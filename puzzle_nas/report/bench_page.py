@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from puzzle_nas.report.layout import document, paragraph, table
+from puzzle_nas.report.figures.runs import bench_figure
+from puzzle_nas.report.layout import document, figure, paragraph, table
 
 
 def render_bench(result: Mapping[str, Any]) -> str:
