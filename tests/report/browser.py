@@ -18,13 +18,13 @@ NO_SANDBOX = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 el
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """The machine's own Chromium, else playwright's; skips the test where there is neither."""
+    """The machine's own Chromium, else playwright's."""
     own = next(filter(None, map(shutil.which, INSTALLED)), None)
     with sync_playwright() as playwright:
         try:
             browser = playwright.chromium.launch(executable_path=own, args=NO_SANDBOX)
         except Error as error:
-            pytest.skip(f"No Chromium here; `make browser` installs one where it can. {error}")
+            pytest.fail(f"No Chromium here; install one with: make browser. {error}")
         yield browser
         browser.close()
 
