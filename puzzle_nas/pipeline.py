@@ -71,6 +71,11 @@ def why_left_out(stage: ModuleType, recipe: Recipe) -> str | None:
     return stage.why_left_out(recipe) if hasattr(stage, "why_left_out") else None
 
 
+def needs(stage: ModuleType, recipe: Recipe) -> list[ModuleType]:
+    """The stages whose outputs it reads, without those that the recipe leaves out."""
+    return [before for before in map(stage_named, stage.NEEDS) if not why_left_out(before, recipe)]
+
+
 def open_run(run: RunFolder) -> Recipe:
     """The recipe of an existing run folder.
 
@@ -109,14 +114,13 @@ def made_from(stage: ModuleType, recipe: Recipe, run: RunFolder) -> str:
     """
     settings = recipe.model_dump(mode="json", include=set(stage.SETTINGS))
     inputs: dict[str, Any] = {}
-    for name in stage.NEEDS:
-        if why_left_out(stage_named(name), recipe):
-            continue
-        record = run.record(name)
+    for before in needs(stage, recipe):
+        record = run.record(before.NAME)
         if record is None:
-            command = stage_named(name).COMMAND
-            raise ArtifactError(f"{run} has no finished {command} yet. Make it with: puzzle {command} {run}")
-        inputs[name] = record["outputs_fingerprint"]
+            raise ArtifactError(
+                f"{run} has no finished {before.COMMAND} yet. Make it with: puzzle {before.COMMAND} {run}"
+            )
+        inputs[before.NAME] = record["outputs_fingerprint"]
     if "costs" in settings and recipe.costs.file is not None and recipe.costs.file.is_file():
         inputs["cost_file"] = recipe.costs.file.read_text()
     if stage is prepare_parent:
@@ -126,16 +130,15 @@ def made_from(stage: ModuleType, recipe: Recipe, run: RunFolder) -> str:
     return fingerprint([settings, inputs])
 
 
-def verify_inputs(stage: ModuleType, run: RunFolder) -> None:
-    """Check the files of every stage that comes before, through NEEDS.
+def verify_inputs(stage: ModuleType, recipe: Recipe, run: RunFolder) -> None:
+    """Check the files of every stage that comes before.
 
     Raises:
         ArtifactError: one is missing or changed.
     """
-    for name in stage.NEEDS:
-        before = stage_named(name)
-        verify_inputs(before, run)
-        run.verify_outputs(name, before.COMMAND)
+    for before in needs(stage, recipe):
+        verify_inputs(before, recipe, run)
+        run.verify_outputs(before.NAME, before.COMMAND)
 
 
 def run_stage(stage: ModuleType, recipe: Recipe, run: RunFolder, again: bool = False, label: str = "") -> None:
@@ -151,7 +154,7 @@ def run_stage(stage: ModuleType, recipe: Recipe, run: RunFolder, again: bool = F
         run.clear_scratch(stage.NAME)
         console.print(f"{label}{stage.COMMAND}: already done")
         return
-    verify_inputs(stage, run)
+    verify_inputs(stage, recipe, run)
     console.print(f"{label}{stage.COMMAND}")
     run.begin(stage.NAME, source, stage.OUTPUTS)
     begin = time.perf_counter()

@@ -8,7 +8,7 @@ from typing import Any
 
 from puzzle_nas.artifacts import RunFolder, file_checksum, fingerprint
 from puzzle_nas.errors import PuzzleError
-from puzzle_nas.pipeline import STAGES, made_from, open_run
+from puzzle_nas.pipeline import STAGES, made_from, needs, open_run
 
 BOOKKEEPING = ("recipe.yaml", ".lock", "stages/", "seconds/")
 """What no stage records as an artifact."""
@@ -120,7 +120,7 @@ def verify_run(run: RunFolder) -> RunCheck:
             check.stale = True
     # An input that is stale itself has not been made anew yet: its record still fits what was made from it.
     for stage in STAGES:
-        if checks[stage.NAME].finished and any(checks[name].stale for name in stage.NEEDS):
+        if checks[stage.NAME].finished and any(checks[before.NAME].stale for before in needs(stage, recipe)):
             checks[stage.NAME].stale = True
     names = (str(path.relative_to(run.path)) for path in sorted(run.path.rglob("*")) if path.is_file())
     unrecorded = [name for name in names if name not in recorded and not name.startswith(BOOKKEEPING)]
