@@ -82,13 +82,12 @@ def test_activations_that_do_not_fit_the_disk_are_refused_before_the_kernel_ends
     assert undisturbed.finish(copy.path) == []
 
 
-@pytest.mark.parametrize("part", [".", "library", "scratch", "child-gkd", "stages"])
+@pytest.mark.parametrize("part", [".", "library", "scratch", "stages"])
 def test_a_read_only_folder(part, copy, undisturbed):
-    forget_from(copy, "distill_blocks")
     folder = copy / part
     folder.mkdir(exist_ok=True)
     mount = f"mount --bind {folder} {folder}; mount -o remount,ro,bind {folder}"
-    refused(on_a_disk(mount, "run", undisturbed.recipe, "--run-dir", copy), str(copy), "cannot be written")
+    refused(on_a_disk(mount, "distill-blocks", copy, "--again"), str(copy), "cannot be written")
     assert undisturbed.finish(copy.path) == []
 
 
@@ -118,7 +117,7 @@ def test_damaged_records_are_noticed(stage, copy, undisturbed):
         assert puzzle("verify", copy).returncode == 2
         ended = puzzle("run", undisturbed.recipe, "--run-dir", copy)
         if ended.returncode:
-            line = refused(ended, "is corrupted")
+            line = refused(ended)
             way_out = re.search(r"puzzle (\S+) (\S+) --again$", line)
             if way_out:
                 puzzle(*way_out.groups(), "--again", check=True)
@@ -292,7 +291,7 @@ def test_a_parent_that_overflows_is_refused(precision, undisturbed, tiny_setting
     shutil.copytree(tiny_settings["parent"], tmp_path / "parent")
     weights = tmp_path / "parent/model.safetensors"
     tensors = safetensors.torch.load_file(weights)
-    tensors["model.layers.1.mlp.down_proj.weight"] = tensors["model.layers.1.mlp.down_proj.weight"] * 1e38
+    tensors["model.layers.1.mlp.down_proj.weight"] = tensors["model.layers.1.mlp.down_proj.weight"] * float("inf")
     safetensors.torch.save_file(tensors, weights, {"format": "pt"})
     recipe = tmp_path / "recipe.yaml"
     settings = {**json.loads(undisturbed.recipe.read_text()), "parent": str(tmp_path / "parent")}
@@ -307,4 +306,4 @@ def test_records_whose_fingerprint_does_not_fit_are_named(copy):
     record["outputs_fingerprint"] = fingerprint("something else")
     write_json(copy.record_path("score_blocks"), record)
     ended = puzzle("verify", copy)
-    assert ended.returncode == 2 and "its fingerprint is not that of its files" in " ".join(ended.stdout.split())
+    assert ended.returncode == 2 and f"{copy.record_path('score_blocks')} is corrupted" in ended.stdout
