@@ -111,9 +111,6 @@ def complete_folder(path: Path):
         os.replace(partial, path)
 
 
-RECORD_KEYS = {"made_from", "outputs_fingerprint", "outputs"}
-
-
 class RunFolder:
     """Names and records inside one run folder."""
 
@@ -227,12 +224,17 @@ class RunFolder:
         return self / "stages" / f"{stage}.json"
 
     def record(self, stage: str) -> dict[str, Any] | None:
-        """A stage's record, or None when it has not finished yet."""
+        """A stage's record, or None when it has not finished yet.
+
+        Raises:
+            ArtifactError: it is corrupted.
+        """
         path = self.record_path(stage)
         if not path.exists():
             return None
         record = read_json(path)
-        if not isinstance(record, dict) or set(record) != RECORD_KEYS or not isinstance(record["outputs"], dict):
+        sound = isinstance(record, dict) and set(record) == {"made_from", "outputs_fingerprint", "outputs"}
+        if not sound or record["outputs_fingerprint"] != fingerprint(record["outputs"]):
             raise ArtifactError(f"{path} is corrupted. Delete it and run the same command again.")
         return record
 
@@ -257,12 +259,13 @@ class RunFolder:
     def discard(self, stage: str, outputs: Iterable[str]) -> None:
         """Delete what a stage has made."""
         self._sound.discard(stage)
-        self.record_path(stage).unlink(missing_ok=True)
-        (self / "stages" / f"{stage}.begun.json").unlink(missing_ok=True)
-        (self / "seconds" / f"{stage}.json").unlink(missing_ok=True)
-        shutil.rmtree(self.scratch(stage), ignore_errors=True)
-        for name in self.files(outputs):
-            (self.path / name).unlink()
+        with explained_disk_errors(self.path):
+            self.record_path(stage).unlink(missing_ok=True)
+            (self / "stages" / f"{stage}.begun.json").unlink(missing_ok=True)
+            (self / "seconds" / f"{stage}.json").unlink(missing_ok=True)
+            shutil.rmtree(self.scratch(stage), ignore_errors=True)
+            for name in self.files(outputs):
+                (self.path / name).unlink()
 
     def finish(self, stage: str, made_from: str, outputs: Iterable[str]) -> None:
         """After a stage: write its record, delete its scratch."""
@@ -310,7 +313,7 @@ class RunFolder:
             raise ArtifactError(f"{self.path} has no finished {stage} yet. Make it with: puzzle {command} {self.path}")
         for name, checksum in record["outputs"].items():
             path = self.path / name
-            if not path.exists() or file_checksum(path) != checksum:
+            if not path.is_file() or file_checksum(path) != checksum:
                 state = "corrupted" if path.exists() else "missing"
                 raise ArtifactError(f"{path} is {state}. Make it anew with: puzzle {command} {self.path} --again")
         self._sound.add(stage)

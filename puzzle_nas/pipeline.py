@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
@@ -15,7 +16,7 @@ from puzzle_nas import __version__
 from puzzle_nas.artifacts import RunFolder, fingerprint, write_bytes
 from puzzle_nas.data.task_items import half_of, read_task
 from puzzle_nas.engines import ENGINES
-from puzzle_nas.errors import ArtifactError, RecipeError
+from puzzle_nas.errors import ArtifactError, PuzzleError, RecipeError
 from puzzle_nas.progress import console
 from puzzle_nas.recipe import Recipe, parse_recipe
 from puzzle_nas.stages import (
@@ -160,8 +161,12 @@ def run_stage(stage: ModuleType, recipe: Recipe, run: RunFolder, again: bool = F
     begin = time.perf_counter()
     try:
         stage.run(recipe, run)
-    finally:
-        run.add_seconds(stage.NAME, time.perf_counter() - begin, _peak_memory_bytes())
+    except BaseException:
+        # On a full disk this fails as well, and what failed first is what to say.
+        with contextlib.suppress(PuzzleError):
+            run.add_seconds(stage.NAME, time.perf_counter() - begin, _peak_memory_bytes())
+        raise
+    run.add_seconds(stage.NAME, time.perf_counter() - begin, _peak_memory_bytes())
     run.finish(stage.NAME, source, stage.OUTPUTS)
     console.print(f"  {time.perf_counter() - begin:.0f} s")
 

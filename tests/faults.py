@@ -6,7 +6,6 @@ aimed at a stage: they strike after it has begun.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -24,8 +23,23 @@ from typing import Any
 from puzzle_nas.artifacts import RunFolder, file_checksum
 
 PRELOADED = ("puzzle_nas.pipeline", "puzzle_nas.report.page", "transformers.models.llama.modeling_llama")
-TIMES = ("seconds/", "measured.json", "summary.json", "report.html", "evaluate_child", "write_report", "recipe.yaml")
-"""Measured times live in these, dates of a run's versions in the last; they are no part of the claim."""
+TIMES = ("seconds/", "measured.json", "summary.json", "report.html", "evaluate_child", "write_report")
+"""Measured times live in these and are no part of the claim."""
+STAGES = (
+    *(
+        "prepare_parent",
+        "prepare_data",
+        "measure_costs",
+        "build_library",
+        "distill_blocks",
+        "score_blocks",
+        "couple_blocks",
+    ),
+    *("search_architecture", "assemble_child", "refit_child", "distill_child", "evaluate_child", "write_report"),
+)
+"""As `pipeline.STAGES`, without importing torch here."""
+COUPLED = {"tokens": 2048, "batch_tokens": 256, "checkpoint_every_steps": 4, "learning_rate": 1e-3}
+"""Settings of coupled BLD, long enough to be interrupted."""
 YEAR = 365 * 24 * 3600
 
 Fault = Callable[[str], None]
@@ -70,8 +84,19 @@ class Command:
 
     @property
     def pid(self) -> int:
+        """Its process."""
         assert self._process.pid is not None
         return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.is_alive()
+
+    def signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.running:
+            os.kill(self.pid, number)
 
     def wait_for(self, stage: str, timeout: float = 300) -> bool:
         """Until that stage begins; False where the command ends before."""
@@ -158,23 +183,20 @@ def _on_write(do: Callable[[], None]) -> None:
 
 @dataclass
 class CountWrites:
-    """How often the process changes the file system in each stage, written to a file as it goes."""
+    """How often the process changes the file system in each stage but the last, written to a file."""
 
     file: Path
     counts: dict[str, int] = field(default_factory=dict)
-    begun: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, stage: str) -> None:
         if not self.counts:
             _on_write(self._count)
-        self.begun[stage] = time.monotonic()
-        self.counts[stage] = 0
-        with open(self.file, "a") as file:
-            file.write(json.dumps([self.counts, self.begun]) + "\n")
+        self.file.write_text(json.dumps(self.counts))
         self.counts[stage] = 0
 
     def _count(self) -> None:
-        self.counts[list(self.counts)[-1]] += 1
+        if self.counts:
+            self.counts[list(self.counts)[-1]] += 1
 
 
 @dataclass
@@ -231,14 +253,18 @@ class Undisturbed:
     def make(cls, folder: Path, settings: dict[str, Any], cost_table: Path) -> Undisturbed:
         """Run it, in `folder`/whole."""
         recipe = folder / "pinned.yaml"
-        recipe.write_text(json.dumps({**settings, "costs": {"file": str(cost_table)}}))
-        counts = folder / "counts.jsonl"
+        everything = {**settings, "costs": {"file": str(cost_table)}, "coupled_bld": COUPLED}
+        recipe.write_text(json.dumps(everything))
+        counts = folder / "writes.json"
         puzzle("run", recipe, "--run-dir", folder / "whole", fault=CountWrites(counts), check=True)
-        # The last line lacks the last stage's own writes; its report is two of them.
-        lines = [json.loads(line) for line in counts.read_text().splitlines()]
-        writes = {stage: count for counted, _ in lines for stage, count in counted.items()}
-        seconds = RunFolder(folder / "whole").seconds()
-        return cls(recipe, final_bytes(folder / "whole"), seconds, {s: max(8, n) for s, n in writes.items()})
+        # The last stage writes two files, each opened and renamed, and its record.
+        writes = {**json.loads(counts.read_text()), "write_report": 6}
+        return cls(recipe, final_bytes(folder / "whole"), RunFolder(folder / "whole").seconds(), writes)
+
+    @property
+    def whole(self) -> Path:
+        """The undisturbed run's folder. It must not be changed."""
+        return self.recipe.parent / "whole"
 
     def draw(self, rng: random.Random, stage: str) -> Kill:
         """A random moment of a stage."""
@@ -246,17 +272,18 @@ class Undisturbed:
             return Kill(stage, "time", rng.uniform(0, self.seconds[stage]))
         return Kill(stage, "write", rng.randrange(self.writes[stage]))
 
-    def disturb(self, run: Path, kill: Kill) -> bool:
-        """Start or resume the run and kill it; False where it ended before that."""
+    def disturb(self, run: Path, kill: Kill) -> str | None:
+        """Start or resume the run and kill it: the stage that was cut short, or None where the run ended before."""
         fault = KillBeforeWrite(kill.aimed_at, int(kill.moment)) if kill.how == "write" else None
         command = Command("run", self.recipe, "--run-dir", run, fault=fault)
         if kill.how == "time" and command.wait_for(kill.aimed_at):
             time.sleep(kill.moment)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(command.pid, signal.SIGKILL)
+            command.signal(signal.SIGKILL)
         ended = command.end()
         assert ended.returncode in (0, -signal.SIGKILL), f"{kill}: {ended.stdout}\n{ended.stderr}"
-        return ended.returncode != 0
+        if ended.returncode == 0:
+            return None
+        return next(stage for stage in STAGES if RunFolder(run).record(stage) is None)
 
     def finish(self, run: Path) -> list[str]:
         """Resume the run to its end; the names of files that differ from the undisturbed run's."""

@@ -17,8 +17,7 @@ from puzzle_nas.families import load_parent
 from puzzle_nas.library import assemble, block_weights
 from puzzle_nas.pipeline import open_run
 from tests.conftest import puzzle
-
-COUPLED = {"tokens": 2048, "batch_tokens": 256, "checkpoint_every_steps": 4, "learning_rate": 1e-3}
+from tests.faults import COUPLED
 
 
 @pytest.fixture(scope="module")

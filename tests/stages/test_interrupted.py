@@ -1,20 +1,19 @@
-"""kill -9 in the middle of a stage, then the same command again: the same final bytes, cost table pinned."""
+"""kill -9 and Ctrl-C in the middle of a run, then the same command again: the same final bytes, cost table pinned."""
 
-import json
-import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import dataclass
 
 import pytest
 
-from puzzle_nas.artifacts import file_checksum
-from tests.conftest import puzzle
-from tests.stages.test_couple_blocks import COUPLED
-
-TIMES = ("seconds", "measured.json", "summary.json", "report.html", "evaluate_child", "write_report")
-"""Measured times live in these and are no part of the claim."""
+from puzzle_nas.artifacts import RunFolder
+from puzzle_nas.pipeline import STAGES as PIPELINE
+from tests import faults
+from tests.faults import STAGES, Command, JumpingClock, differences, final_bytes, jump_file_times
 
 MIDDLE = {
     "BLD": "library/main/layer_01/*.json",
@@ -25,44 +24,77 @@ MIDDLE = {
     "scoring": "scores/main/kl/layer_01.*.json",
     "GKD": "scratch/distill_child/state.safetensors",
 }
+STOPPED = "Stopped. What is done is kept; the same command goes on from here."
 
 
-def final_bytes(folder):
-    files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
-    return {name: file_checksum(p) for name, p in files.items() if not any(part in name for part in TIMES)}
+def killed_when(run, recipe, pattern, fault=None):
+    """Start a run and kill it as soon as a file that matches is there; returns one such file."""
+    command = Command("run", recipe, "--run-dir", run, fault=fault)
+    while not (found := sorted(run.glob(pattern))):
+        assert command.running, "the run ended before it could be killed"
+        time.sleep(0.0005)
+    command.signal(signal.SIGKILL)
+    assert command.end().returncode == -signal.SIGKILL
+    assert not (run / "evaluation.json").exists()
+    return found[0]
 
 
-@pytest.fixture(scope="module")
-def pinned(tiny_run, tiny_settings, tmp_path_factory):
-    """A recipe whose cost table is a file, and the bytes of a run of it that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("pinned")
-    settings = {**tiny_settings, "costs": {"file": str(tiny_run / "costs/torch.json")}, "coupled_bld": COUPLED}
-    recipe = folder / "pinned.yaml"
-    recipe.write_text(json.dumps(settings))
-    puzzle("run", recipe, "--run-dir", folder / "whole", "--to", "evaluate-child")
-    return recipe, final_bytes(folder / "whole")
+def test_the_stages_that_faults_know_are_the_pipelines():
+    assert tuple(stage.NAME for stage in PIPELINE) == STAGES
 
 
 @pytest.mark.parametrize("where", MIDDLE)
-def test_a_killed_run_ends_with_the_same_bytes(where, pinned, tmp_path):
-    recipe, expected = pinned
+def test_a_killed_run_ends_with_the_same_bytes(where, undisturbed, tmp_path):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "puzzle_nas.cli", "run", recipe, "--run-dir", run, "--to", "evaluate-child"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not any(run.glob(MIDDLE[where])):
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (run / "evaluation.json").exists()
-    out = puzzle("run", recipe, "--run-dir", run, "--to", "evaluate-child").stdout
+    killed_when(run, undisturbed.recipe, MIDDLE[where])
+    out = faults.puzzle("run", undisturbed.recipe, "--run-dir", run, check=True).stdout
     assert "already done" in out
-    assert final_bytes(run) == expected
+    assert differences(final_bytes(run), undisturbed.bytes) == []
 
 
-def test_control_c_says_how_to_go_on(pinned, tmp_path):
-    recipe, _ = pinned
-    command = [sys.executable, "-m", "puzzle_nas.cli", "run", recipe, "--run-dir", tmp_path / "run"]
+def test_five_kills_at_random_moments(undisturbed, tmp_path):
+    """Five of the kills that benchmarks/faults.py draws."""
+    rng = random.Random(0)
+    aimed_at = sorted(rng.sample(STAGES, 5), key=STAGES.index)
+    struck = [undisturbed.disturb(tmp_path / "run", undisturbed.draw(rng, stage)) for stage in aimed_at]
+    assert len([stage for stage in struck if stage]) == 5, struck
+    assert undisturbed.finish(tmp_path / "run") == []
+
+
+def test_a_kill_between_a_record_and_the_removal_of_scratch_repeats_nothing(undisturbed, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    killed_when(run.path, undisturbed.recipe, "stages/distill_child.json")
+    record = run.record_path("distill_child").stat()
+    run.scratch("distill_child").mkdir(parents=True, exist_ok=True)
+    (run.scratch("distill_child") / "state.safetensors").write_bytes(b"left behind")
+    assert undisturbed.finish(run.path) == []
+    assert run.record_path("distill_child").stat().st_mtime_ns == record.st_mtime_ns
+
+
+@pytest.mark.parametrize("where", ["BLD, within a layer", "GKD"])
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_a_damaged_training_checkpoint_is_noticed_and_done_without(where, how, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    checkpoint = killed_when(run, undisturbed.recipe, MIDDLE[where])
+    data = bytearray(checkpoint.read_bytes())
+    data[len(data) // 2] ^= 4
+    checkpoint.write_bytes(data[: len(data) // 2] if how == "truncated" else data)
+    out = faults.puzzle("run", undisturbed.recipe, "--run-dir", run, check=True).stdout
+    assert f"{checkpoint} is damaged" in " ".join(out.split())
+    assert differences(final_bytes(run), undisturbed.bytes) == []
+
+
+def test_nothing_depends_on_the_order_of_wall_clock_times(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    for seed, moment in enumerate((MIDDLE["BLD"], MIDDLE["GKD"])):
+        killed_when(run, undisturbed.recipe, moment, JumpingClock(seed))
+        jump_file_times(run, seed)
+    faults.puzzle("run", undisturbed.recipe, "--run-dir", run, fault=JumpingClock(2), check=True)
+    assert differences(final_bytes(run), undisturbed.bytes) == []
+
+
+def test_control_c_says_how_to_go_on(undisturbed, tmp_path):
+    command = [sys.executable, "-m", "puzzle_nas.cli", "run", undisturbed.recipe, "--run-dir", tmp_path / "run"]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -79,3 +111,29 @@ def test_control_c_says_how_to_go_on(pinned, tmp_path):
     assert process.returncode == 130
     assert "goes on from here" in errors and "Traceback" not in errors
     assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+@dataclass
+class NeverCleaningUp:
+    """What follows the first Ctrl-C in a stage never ends."""
+
+    stage: str
+
+    def __call__(self, stage):
+        if stage == self.stage:
+            RunFolder.add_seconds = lambda *_: threading.Event().wait()
+
+
+@pytest.mark.parametrize("stage", ["prepare_data", "distill_blocks", "assemble_child", "distill_child"])
+def test_control_c_twice_stops_at_once(stage, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    command = Command("run", undisturbed.recipe, "--run-dir", run, fault=NeverCleaningUp(stage))
+    assert command.wait_for(stage)
+    time.sleep(0.02)
+    command.signal(signal.SIGINT)
+    time.sleep(0.1)
+    assert command.running
+    command.signal(signal.SIGINT)
+    ended = command.end()
+    assert ended.returncode == 130 and ended.stderr.strip() == STOPPED
+    assert undisturbed.finish(run) == []
