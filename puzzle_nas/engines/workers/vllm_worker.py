@@ -145,7 +145,7 @@ class Vllm:
 
 def _peak_of(process):
     status = Path(f"/proc/{process.pid}/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+    return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
 
 
 # Further processes, where there are any, import this file too.
