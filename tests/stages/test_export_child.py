@@ -137,7 +137,6 @@ def test_bench_times_both_in_turns(exported, tmp_path):
     assert result["memory"]["child"]["kv_cache_bytes_per_token"] == 448
     assert result["memory"]["child"]["weight_bytes"] == (exported / "model.gguf").stat().st_size
 
-
     page = (tmp_path / "bench.html").read_text()
     assert "Parent and child in turns on llama.cpp" in page and "32/8" in page
 
