@@ -144,6 +144,7 @@ def draw(result: dict, picture: Path) -> None:
     axis.bar_label(bars, [f"{row['speedup']:.2f}x" for row in scenarios.values()])
     axis.set_xticks(range(len(scenarios)), list(scenarios))
     axis.set(xlabel="prompt/output tokens", ylabel="tokens per second", title=picture.stem.replace("-", " "))
+    axis.margins(y=0.15)
     axis.legend()
     plt.tight_layout()
     plt.savefig(picture, dpi=100)
