@@ -66,7 +66,7 @@ def test_one_run_or_an_unfinished_one_is_refused(two, tmp_path):
     older = read_json(two[1].summary)
     del older["engine"]
     write_json(two[1].summary, older)
-    with pytest.raises(ArtifactError, match="no engine: another version.* --again"):
+    with pytest.raises(ArtifactError, match=r"no engine: another version.* --again"):
         load_runs(two)
 
 
