@@ -17,7 +17,8 @@ from tests.report.test_page import drawn, make_run, own_part
 def finished(folder, validation="abc", **changes):
     """A run with its summary; `changes` are of the summary's top level."""
     _, run, summary = make_run(folder)
-    write_json(run.summary, summary | changes)
+    merged = {name: summary[name] | value if isinstance(value, dict) else value for name, value in changes.items()}
+    write_json(run.summary, summary | merged)
     run.write_record("prepare_data", "x", {"data/validation.safetensors": validation})
     return run
 
