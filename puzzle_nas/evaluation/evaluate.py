@@ -13,7 +13,7 @@ from puzzle_nas.artifacts import RunFolder, write_json
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.data.task_items import half_of, read_task
 from puzzle_nas.errors import RecipeError
-from puzzle_nas.evaluation.long_context import evaluate_lengths
+from puzzle_nas.evaluation.long_context import FIRST_LENGTH, evaluate_lengths
 from puzzle_nas.evaluation.models import Evaluated, Subject, comparable
 from puzzle_nas.evaluation.tasks import evaluate_tasks
 from puzzle_nas.evaluation.text import compare_texts, domain_tokens, named_files, num_batches
@@ -95,7 +95,8 @@ def _long_context(child: Evaluated, parent: Evaluated | None, subject: Subject, 
     if asked.data:
         files = [file for files in named_files(asked.data).values() for file in files]
         wanted = max(asked.tokens, LONG_SEQUENCES * longest)
-        text = domain_tokens(files, (parent or child).tokenizer, longest, wanted, subject.seed)
+        shortest = min(FIRST_LENGTH, longest)
+        text = domain_tokens(files, (parent or child).tokenizer, shortest, wanted, subject.seed, largest=longest)
     elif subject.run is not None:
         text = load_tokens(subject.run, VALIDATION)
     if parent is not None and text is not None:

@@ -109,9 +109,10 @@ def _scores(model: Evaluated, tasks: Mapping[str, Any], limit: int | None) -> di
 
     documents = {name: list(task.eval_docs)[:limit] for name, task in tasks.items()}
     total = sum(_num_requests(tasks[name], docs) for name, docs in documents.items())
+    harness: Any = HarnessModel
     with progress("tasks, requests", total) as ticker:
         found: Any = simple_evaluate(
-            HarnessModel(model, lambda rows: ticker.advance(min(rows, total - ticker.done))),
+            harness(model, lambda rows: ticker.advance(min(rows, total - ticker.done))),
             tasks=list(tasks.values()),
             limit=limit,
             bootstrap_iters=0,

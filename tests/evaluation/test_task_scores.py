@@ -27,7 +27,7 @@ def uneven(tmp_path_factory):
     """Items with two to four choices."""
     rows = []
     for place, row in enumerate(spelling_items()):
-        more = ["axle", "ogre"][: place % 3]
+        more = ["love", "good father"][: place % 3]
         rows.append({**row, "choices": [*row["choices"], *more]})
     return write_items(tmp_path_factory.mktemp("tasks") / "uneven.jsonl", rows)
 
