@@ -28,7 +28,7 @@ def uneven(tmp_path_factory):
     rows = []
     for place, row in enumerate(spelling_items()):
         more = ["love", "good father"][: place % 3]
-        rows.append({**row, "choices": [*row["choices"], *more]})
+        rows.append({**row, "question": f"Indeed, {row['question']}", "choices": [*row["choices"], *more]})
     return write_items(tmp_path_factory.mktemp("tasks") / "uneven.jsonl", rows)
 
 
