@@ -398,7 +398,8 @@ def evaluate_command(
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        console.print(show_evaluation(found), width=max(console.width, 110), crop=False, no_wrap=True)
+        console.width = max(console.width, 120)
+        console.print(show_evaluation(found))
 
 
 @app.command("judge")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from puzzle_nas.artifacts import RunFolder, write_json
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.data.task_items import half_of, read_task
 from puzzle_nas.errors import RecipeError
-from puzzle_nas.evaluation.long_context import evaluate_lengths
+from puzzle_nas.evaluation.long_context import FIRST_LENGTH, evaluate_lengths
 from puzzle_nas.evaluation.models import Evaluated, Subject, comparable
-from puzzle_nas.evaluation.tasks import evaluate_tasks
+from puzzle_nas.evaluation.tasks import LoadedTasks, evaluate_tasks
 from puzzle_nas.evaluation.text import compare_texts, domain_tokens, named_files, num_batches
 from puzzle_nas.families.loading import describe
 from puzzle_nas.progress import progress
@@ -61,24 +60,35 @@ def evaluate(model: Path, parent: Path | None, asked: Asked) -> dict[str, Any]:
     only_text = not asked.tasks and not asked.long_context
     if subject.run is None and not asked.data and only_text:
         raise RecipeError(f"{model} is no run folder; say what to evaluate it on: --data, --tasks or --long-context.")
-    child, above = subject.open()
-    names = {"model": str(subject.checkpoint), "parent": None if above is None else str(subject.parent)}
-    parts: dict[str, Any] = {}
-    if asked.data or only_text:
-        parts["text"] = _text(child, above, subject, asked)
     scored = None if subject.recipe is None else subject.recipe.scoring.task
-    tasks = asked.tasks
-    if scored is not None and only_text and not asked.data:
-        tasks = (str(scored),)
-    if tasks:
-        seen = [] if scored is None else half_of(read_task(scored), True, scored)
-        parts["tasks"] = evaluate_tasks(child, above, tasks, asked.limit, asked.held_out, {item.key for item in seen})
-    if asked.long_context:
-        parts["long_context"] = _long_context(child, above, subject, asked)
-    for name, part in parts.items():
-        part |= {**names, "machine": describe(subject.machine)}
+    names = asked.tasks or ((str(scored),) if scored is not None and only_text and not asked.data else ())
+    seen = {item.key for item in half_of(read_task(scored), True, scored)} if scored is not None and names else set()
+    # Whatever is missing comes out before anything is computed.
+    tasks = LoadedTasks.of(names, asked.limit, asked.held_out, seen) if names else None
+    child, above = subject.open()
+    domains = _domains(above or child, subject, asked) if asked.data or only_text else None
+    texts = domains is not None or asked.long_context
+    if above is not None and texts:
+        comparable(child, above)
+    parts: dict[str, Any] = {}
+
+    def keep(name: str, part: dict[str, Any]) -> None:
+        parts[name] = part | {
+            "model": str(subject.checkpoint),
+            "parent": None if above is None else str(subject.parent),
+            "machine": describe(subject.machine),
+        }
         if subject.run is not None:
-            write_json(evaluation_path(subject.run, name), part)
+            write_json(evaluation_path(subject.run, name), parts[name])
+
+    if domains is not None:
+        with progress("compare on text, batch", sum(map(num_batches, domains.values()))) as ticker:
+            found = compare_texts(child, above, domains, ticker.advance)
+        keep("text", {"sequence_length": next(iter(domains.values())).shape[1], **found})
+    if tasks is not None:
+        keep("tasks", evaluate_tasks(child, above, tasks))
+    if asked.long_context:
+        keep("long_context", _long_context(child, above, subject, asked))
     return parts
 
 
@@ -95,27 +105,20 @@ def _long_context(child: Evaluated, parent: Evaluated | None, subject: Subject, 
     if asked.data:
         files = [file for files in named_files(asked.data).values() for file in files]
         wanted = max(asked.tokens, LONG_SEQUENCES * longest)
-        text = domain_tokens(files, (parent or child).tokenizer, longest, wanted, subject.seed)
+        shortest = min(FIRST_LENGTH, longest)
+        text = domain_tokens(files, (parent or child).tokenizer, shortest, wanted, subject.seed, largest=longest)
     elif subject.run is not None:
         text = load_tokens(subject.run, VALIDATION)
-    if parent is not None and text is not None:
-        comparable(child, parent)
     return evaluate_lengths(child, parent, text, longest, asked.questions, subject.seed)
 
 
-def _text(child: Evaluated, parent: Evaluated | None, subject: Subject, asked: Asked) -> dict[str, Any]:
-    if parent is not None:
-        comparable(child, parent)
-    if asked.data:
-        length = min(asked.sequence_length, child.max_length or asked.sequence_length)
-        domains: Mapping[str, torch.Tensor] = {
-            domain: domain_tokens(files, (parent or child).tokenizer, length, asked.tokens, subject.seed)
-            for domain, files in named_files(asked.data).items()
-        }
-    else:
+def _domains(of: Evaluated, subject: Subject, asked: Asked) -> dict[str, torch.Tensor]:
+    """Tokens [S, T] by domain."""
+    if not asked.data:
         assert subject.run is not None
-        domains = {VALIDATION: load_tokens(subject.run, VALIDATION)}
-        length = domains[VALIDATION].shape[1]
-    with progress("compare on text, batch", sum(map(num_batches, domains.values()))) as ticker:
-        found = compare_texts(child, parent, domains, ticker.advance)
-    return {"sequence_length": length, **found}
+        return {VALIDATION: load_tokens(subject.run, VALIDATION)}
+    length = min(asked.sequence_length, of.max_length or asked.sequence_length)
+    return {
+        domain: domain_tokens(files, of.tokenizer, length, asked.tokens, subject.seed)
+        for domain, files in named_files(asked.data).items()
+    }

@@ -64,7 +64,7 @@ def _tasks(part: Mapping[str, Any]) -> list[RenderableType]:
     rows = []
     for name, found in part["tasks"].items():
         marked = "" if not against or found["counted"] else " *"
-        marked = (" (held-out half)" if found["held_out_half"] else "") + marked
+        marked = (" (other half)" if found["held_out_half"] else "") + marked
         row = [name + marked, found["metric"], str(found["items"]), f"{100 * found['chance']:.1f}"]
         row.append(with_error(found["score"], ".1f", 100))
         if against:

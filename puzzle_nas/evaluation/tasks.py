@@ -6,8 +6,9 @@ import importlib.util
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -21,69 +22,76 @@ PREFERRED_METRIC = "acc_norm"
 """What is usually quoted of tasks that have it."""
 
 
-def evaluate_tasks(
-    child: Evaluated,
-    parent: Evaluated | None,
-    names: Sequence[str],
-    limit: int | None = None,
-    held_out: bool = False,
-    seen: Collection[bytes] = (),
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class LoadedTasks:
+    """lm-eval's task objects."""
+
+    tasks: Mapping[str, Any]
+    halved: Collection[str]
+    """Names of those that are the half of a file by which children are never chosen."""
+    limit: int | None
+    """Items of each task; None means all."""
+
+    @classmethod
+    def of(
+        cls, names: Sequence[str], limit: int | None = None, held_out: bool = False, seen: Collection[bytes] = ()
+    ) -> Self:
+        """From files of items (see `data.task_items`), or names of lm-eval's own tasks.
+
+        Args:
+            held_out: of files, only the half that children are never chosen by.
+            seen: keys of items that this child was chosen by; a file that holds any is halved too.
+
+        Raises:
+            RecipeError: lm-eval is not installed.
+            DataError: a task cannot be loaded.
+        """
+        if importlib.util.find_spec("lm_eval") is None:
+            raise RecipeError("Tasks are run by lm-eval, which is not installed. Install it with: pip install lm-eval")
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        from puzzle_nas.evaluation.harness import choice_task
+
+        found: dict[str, Any] = {}
+        halved: set[str] = set()
+        for name in names:
+            loaded = None if is_task_file(name) else _of_harness(name)
+            if loaded is None:
+                items = read_task(Path(name))
+                label = Path(name).name.split(".")[0]
+                if held_out or any(item.key in seen for item in items):
+                    items = half_of(items, False, Path(name))
+                    halved.add(label)
+                # Items come in the order of their hashes, which says nothing about them.
+                rows = [{"question": i.question, "choices": list(i.choices), "answer": i.answer} for i in items[:limit]]
+                loaded = {label: choice_task(label, rows)}
+            if twice := loaded.keys() & found.keys():
+                raise DataError(
+                    f"Two tasks are called {', '.join(sorted(twice))}; rename a file, or name each task once."
+                )
+            found |= loaded
+        return cls(found, halved, limit)
+
+
+def evaluate_tasks(child: Evaluated, parent: Evaluated | None, loaded: LoadedTasks) -> dict[str, Any]:
     """Every task for both models, and the average of what is preserved, as JSON.
 
     Tasks on which the parent is not above chance (one-sided 95 %) say nothing about a child: `counted` is false, and
     the average leaves them out.
 
-    Args:
-        names: files of items (see `data.task_items`), or names of lm-eval's own tasks.
-        limit: items of each task; None means all.
-        held_out: of files, only the half that children are never chosen by.
-        seen: keys of items that this child was chosen by; they are left out.
-
     Raises:
-        RecipeError: lm-eval is not installed.
-        DataError: a task cannot be loaded, or has no score of single items.
+        DataError: a task has no score of single items.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise RecipeError("Tasks are run by lm-eval, which is not installed. Install it with: pip install 'lm-eval'")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    tasks, halved = _loaded(names, limit, held_out, seen)
-    by_model = [_scores(model, tasks, limit) for model in (child, parent) if model is not None]
+    by_model = [_scores(model, loaded) for model in (child, parent) if model is not None]
     rows = {name: _row(by_model[0][name], by_model[1][name] if parent else None) for name in by_model[0]}
     for name, row in rows.items():
-        row["held_out_half"] = name in halved
-    result: dict[str, Any] = {"limit": limit, "tasks": rows}
+        row["held_out_half"] = name in loaded.halved
+    result: dict[str, Any] = {"limit": loaded.limit, "tasks": rows}
     if parent is not None:
         counted = {name: row for name, row in rows.items() if row["counted"]}
         pairs = [(row["by_item"], row["parent_by_item"]) for row in counted.values()]
         result["average_preserved"] = preserved(pairs) if pairs else None
         result["left_out"] = [name for name in rows if name not in counted]
     return result
-
-
-def _loaded(
-    names: Sequence[str], limit: int | None, held_out: bool, seen: Collection[bytes]
-) -> tuple[dict[str, Any], set[str]]:
-    """lm-eval's task objects by name, and which of them are the half of a file that children are not chosen by."""
-    from puzzle_nas.evaluation.harness import choice_task
-
-    found: dict[str, Any] = {}
-    halved: set[str] = set()
-    for name in names:
-        loaded = None if is_task_file(name) else _of_harness(name)
-        if loaded is None:
-            items = read_task(Path(name))
-            label = Path(name).name.split(".")[0]
-            if held_out or any(item.key in seen for item in items):
-                items = half_of(items, False, Path(name))
-                halved.add(label)
-            # Items come in the order of their hashes, which says nothing about them.
-            rows = [{"question": i.question, "choices": list(i.choices), "answer": i.answer} for i in items[:limit]]
-            loaded = {label: choice_task(label, rows)}
-        if twice := loaded.keys() & found.keys():
-            raise DataError(f"Two tasks are called {', '.join(sorted(twice))}; rename a file, or name each task once.")
-        found |= loaded
-    return found, halved
 
 
 def _of_harness(name: str) -> dict[str, Any]:
@@ -100,18 +108,20 @@ def _of_harness(name: str) -> dict[str, Any]:
         ) from error
 
 
-def _scores(model: Evaluated, tasks: Mapping[str, Any], limit: int | None) -> dict[str, dict[str, Any]]:
+def _scores(model: Evaluated, loaded: LoadedTasks) -> dict[str, dict[str, Any]]:
     """By task: the metric, its value for every item, and what guessing would give there."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     from puzzle_nas.evaluation.harness import HarnessModel
 
+    tasks, limit = loaded.tasks, loaded.limit
     documents = {name: list(task.eval_docs)[:limit] for name, task in tasks.items()}
     total = sum(_num_requests(tasks[name], docs) for name, docs in documents.items())
+    harness: Any = HarnessModel
     with progress("tasks, requests", total) as ticker:
         found: Any = simple_evaluate(
-            HarnessModel(model, lambda rows: ticker.advance(min(rows, total - ticker.done))),  # pyright: ignore[reportAbstractUsage]
+            harness(model, lambda rows: ticker.advance(min(rows, total - ticker.done))),
             tasks=list(tasks.values()),
             limit=limit,
             bootstrap_iters=0,

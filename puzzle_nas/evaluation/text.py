@@ -37,8 +37,13 @@ def named_files(texts: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def domain_tokens(files: Iterable[str], tokenizer: Any, length: int, num_tokens: int, seed: int) -> torch.Tensor:
+def domain_tokens(
+    files: Iterable[str], tokenizer: Any, length: int, num_tokens: int, seed: int, largest: int | None = None
+) -> torch.Tensor:
     """Sequences [S, T] from the documents of some files, in an order that `seed` decides, separators between them.
+
+    Args:
+        largest: tokens that one document may give as long as there are others; None means an eighth of all.
 
     Raises:
         DataError: a file is missing or damaged, or all hold less than one sequence.
@@ -49,9 +54,9 @@ def domain_tokens(files: Iterable[str], tokenizer: Any, length: int, num_tokens:
     pieces: list[list[int]] = []
     rests: list[list[int]] = []
     missing = sequences * length
+    largest = largest or max(length, missing // LARGEST_PART)
     for text in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*streams))):
         ids = [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], separator]
-        largest = max(length, sequences * length // LARGEST_PART)
         pieces.append(ids[:largest])
         rests.append(ids[largest:])
         missing -= len(pieces[-1])

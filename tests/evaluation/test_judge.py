@@ -48,13 +48,13 @@ def test_ballots_are_blind_and_in_both_orders(tiny_run, tiny_parent, questions, 
     found = judge_child(*paths, questions, judge, 12, tmp_path / "judged.json")
     assert [pair["question"] for pair in found["pairs"]] == QUESTIONS
     for pair in found["pairs"]:
-        assert pair["answers"]["child"] and pair["answers"]["parent"]
+        assert pair["answers"].keys() == {"child", "parent"}
         shown = [(first, second) for question, first, second in judge.seen if question == pair["question"]]
         assert sorted(shown) == sorted([shown[0], shown[0][::-1]])
         assert set(shown[0]) == set(pair["answers"].values())
-    longer = [len(pair["answers"]["child"]) > len(pair["answers"]["parent"]) for pair in found["pairs"]]
-    different = [pair["answers"]["child"] != pair["answers"]["parent"] for pair in found["pairs"]]
-    assert found["wins"] == sum(longer) and found["wins"] + found["losses"] >= sum(different) - 1
+    lengths = [(len(pair["answers"]["child"]), len(pair["answers"]["parent"])) for pair in found["pairs"]]
+    assert found["wins"] == sum(child > parent for child, parent in lengths)
+    assert found["losses"] == sum(child < parent for child, parent in lengths)
     said = puzzle("generate", tiny_parent, QUESTIONS[0], "--max-new-tokens", 12).stdout
     assert said.strip() == found["pairs"][0]["answers"]["parent"]
 

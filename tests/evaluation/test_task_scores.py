@@ -11,7 +11,7 @@ from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.data.task_items import half_of, read_task
 from puzzle_nas.evaluation.models import Evaluated, open_model
 from puzzle_nas.evaluation.task_scores import TaskWalk, TokenisedTask, task_score
-from puzzle_nas.evaluation.tasks import evaluate_tasks
+from puzzle_nas.evaluation.tasks import LoadedTasks, evaluate_tasks
 from puzzle_nas.families import child_config, load_parent, load_tokenizer
 from puzzle_nas.families.loading import build
 from puzzle_nas.library import variant_layer, variant_weights
@@ -27,8 +27,8 @@ def uneven(tmp_path_factory):
     """Items with two to four choices."""
     rows = []
     for place, row in enumerate(spelling_items()):
-        more = ["axle", "ogre"][: place % 3]
-        rows.append({**row, "choices": [*row["choices"], *more]})
+        more = ["love", "good father"][: place % 3]
+        rows.append({**row, "question": f"Indeed, {row['question']}", "choices": [*row["choices"], *more]})
     return write_items(tmp_path_factory.mktemp("tasks") / "uneven.jsonl", rows)
 
 
@@ -38,7 +38,7 @@ def test_the_walk_answers_as_lm_eval_does(tiny_run, tiny_parent, uneven):
     items = read_task(uneven)
     walk = TaskWalk(parent, TokenisedTask.of(items, load_tokenizer(tiny_parent), 128), 256)
     itself = walk.model_itself()
-    row = evaluate_tasks(open_model(tiny_parent, FLOAT32), None, [str(uneven)])["tasks"]["uneven"]
+    row = evaluate_tasks(open_model(tiny_parent, FLOAT32), None, LoadedTasks.of([str(uneven)]))["tasks"]["uneven"]
     assert itself.accuracy.tolist() == row["by_item"] and 0 < itself.accuracy.mean() < 1
     assert (itself.margin[itself.accuracy == 1] > 0).all() and (itself.margin[itself.accuracy == 0] <= 0).all()
     assert task_score(itself, itself, "margin")["task_loss"]["mean"] == 0

@@ -17,7 +17,7 @@ from puzzle_nas.data.task_items import half_of, read_task
 from puzzle_nas.errors import DataError
 from puzzle_nas.evaluation.harness import HarnessModel, choice_task
 from puzzle_nas.evaluation.models import open_model
-from puzzle_nas.evaluation.tasks import chance, evaluate_tasks
+from puzzle_nas.evaluation.tasks import LoadedTasks, chance, evaluate_tasks
 from puzzle_nas.training.likelihood import encode_pair, log_likelihoods
 from tests.conftest import puzzle
 from tests.evaluation.test_text import FLOAT32
@@ -79,7 +79,7 @@ def test_a_pair_is_split_as_lm_eval_splits_it(tiny_parent):
 
 def test_a_local_task_scores_what_transformers_computes(tiny_parent, spelling):
     items = read_task(spelling)
-    found = evaluate_tasks(open_model(tiny_parent, FLOAT32), None, [str(spelling)], None, False)["tasks"]["spelling"]
+    found = evaluate_tasks(open_model(tiny_parent, FLOAT32), None, LoadedTasks.of([str(spelling)]))["tasks"]["spelling"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_parent), AutoTokenizer.from_pretrained(tiny_parent)
 
     def log_likelihood(question, choice):
@@ -133,8 +133,8 @@ def test_the_halves_are_apart_and_follow_from_the_content(spelling, tmp_path):
 
 def test_held_out_takes_the_other_half(tiny_parent, spelling):
     model = open_model(tiny_parent, FLOAT32)
-    row = evaluate_tasks(model, None, [str(spelling)], None, True)["tasks"]["spelling"]
-    whole = evaluate_tasks(model, None, [str(spelling)], None, False)["tasks"]["spelling"]
+    row = evaluate_tasks(model, None, LoadedTasks.of([str(spelling)], held_out=True))["tasks"]["spelling"]
+    whole = evaluate_tasks(model, None, LoadedTasks.of([str(spelling)]))["tasks"]["spelling"]
     kept = [value for item, value in zip(read_task(spelling), whole["by_item"], strict=True) if not item.for_scoring]
     assert row["by_item"] == kept
 
@@ -157,7 +157,9 @@ def test_a_generative_task_and_several_metrics(tiny_parent):
     }
     from lm_eval.api.task import ConfigurableTask
 
-    scores = tasks._scores(open_model(tiny_parent, FLOAT32), {"echo": ConfigurableTask(config=config)}, 2)["echo"]
+    scores = tasks._scores(
+        open_model(tiny_parent, FLOAT32), LoadedTasks({"echo": ConfigurableTask(config=config)}, (), 2)
+    )["echo"]
     assert scores["metric"] == "exact_match" and scores["values"] == [0.0, 0.0] and not scores["chance"].any()
 
 
@@ -168,7 +170,7 @@ def test_our_children_are_models_for_lm_eval_itself(tiny_run, spelling):
     lm = HFLM(pretrained=child, tokenizer=AutoTokenizer.from_pretrained(tiny_run / "child-gkd"), backend="causal")
     tasks = [choice_task("spelling", rows)]
     stock = simple_evaluate(lm, tasks=tasks, bootstrap_iters=0, task_manager=TaskManager(include_defaults=False))
-    ours = evaluate_tasks(open_model(tiny_run / "child-gkd", FLOAT32), None, [str(spelling)], None, False)
+    ours = evaluate_tasks(open_model(tiny_run / "child-gkd", FLOAT32), None, LoadedTasks.of([str(spelling)]))
     assert stock["results"]["spelling"]["acc,none"] == pytest.approx(ours["tasks"]["spelling"]["score"]["mean"])
 
 
@@ -198,7 +200,7 @@ def test_real_benchmarks(tiny_parent, pytestconfig):
         pytest.skip("the benchmark files are not on this machine")
     model = open_model(tiny_parent, FLOAT32)
     for path in sorted(folder.glob("*.jsonl.gz")):
-        row = evaluate_tasks(model, None, [str(path)], 4, False)["tasks"][path.name.split(".")[0]]
+        row = evaluate_tasks(model, None, LoadedTasks.of([str(path)], 4))["tasks"][path.name.split(".")[0]]
         assert row["items"] == 4 and 0 < row["chance"] <= 1 and math.isfinite(row["score"]["mean"])
 
 

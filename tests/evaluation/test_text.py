@@ -55,24 +55,29 @@ def test_a_runs_child_on_its_validation_split(tiny_run, tmp_path):
     assert "validation" in out and f"{figures['kl_nats']['mean']:.3f}" in out
 
 
-def test_domains_apart_and_together_paired(tiny_run, tiny_parent, texts):
+def test_domains_apart_and_together(tiny_run, tiny_parent, texts):
     arguments = ["--data", texts / "prose.jsonl", "--data", f"{texts / 'verse.jsonl'}=rhyme"]
     lengths = ["--sequence-length", 32, "--tokens", 256]
     out = puzzle("evaluate", tiny_run / "child-gkd", "--parent", tiny_parent, *arguments, *lengths, "--json").stdout
     text = json.loads(out)["text"]
     assert list(text["domains"]) == ["prose", "rhyme"]
     assert [d["sequences"] for d in text["domains"].values()] == [8, 8] and text["all"]["sequences"] == 16
-    models = [AutoModelForCausalLM.from_pretrained(p).eval() for p in (tiny_parent, tiny_run / "child-gkd")]
+    means = [d["kl_nats"]["mean"] for d in text["domains"].values()]
+    assert text["all"]["kl_nats"]["mean"] == pytest.approx(sum(means) / 2) and means[0] != means[1]
+
+
+def test_figures_are_transformers_own_and_differences_paired(tiny_run, tiny_parent, texts):
+    paths = (tiny_parent, tiny_run / "child-gkd")
     tokens = domain_tokens([str(texts / "verse.jsonl")], AutoTokenizer.from_pretrained(tiny_parent), 32, 256, seed=0)
-    rhyme = text["domains"]["rhyme"]
-    assert rhyme["kl_nats"]["mean"] == pytest.approx(independent_kl(*models, tokens), rel=1e-4)
+    parent, child = (open_model(path, FLOAT32) for path in paths)
+    found = compare_texts(child, parent, {"verse": tokens})["all"]
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in paths]
+    assert found["kl_nats"]["mean"] == pytest.approx(independent_kl(*models, tokens), rel=1e-4)
     with torch.no_grad():
         before, after = (torch.stack([m(t[None], labels=t[None]).loss for t in tokens]) for m in models)
     expected = estimate((after - before).double().numpy())
-    assert rhyme["lm_loss_increase_nats"]["mean"] == pytest.approx(expected["mean"], abs=1e-5)
-    assert rhyme["lm_loss_increase_nats"]["standard_error"] == pytest.approx(expected["standard_error"], abs=1e-5)
-    # Pairing matters: the difference is known better than either loss.
-    assert expected["standard_error"] < rhyme["lm_loss_nats"]["standard_error"]
+    assert found["lm_loss_increase_nats"]["mean"] == pytest.approx(expected["mean"], abs=1e-5)
+    assert found["lm_loss_increase_nats"]["standard_error"] == pytest.approx(expected["standard_error"], abs=1e-5)
 
 
 def test_a_model_of_another_family_and_one_that_bends_its_logits(tiny_parent, tmp_path):
@@ -167,7 +172,7 @@ def test_statistics():
 
 def test_mistakes(tiny_parent, tmp_path):
     check_refused("evaluate", tmp_path / "nothing", "--data", "x.txt", contains=["no checkpoint"])
-    check_refused("evaluate", tiny_parent, contains=["--data FILE"])
+    check_refused("evaluate", tiny_parent, contains=["no run folder", "--data"])
     check_refused("evaluate", tiny_parent, "--data", tmp_path / "no.txt", contains=["There is no file"])
 
 
