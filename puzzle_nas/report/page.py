@@ -106,7 +106,7 @@ def render_page(recipe: Recipe, run: RunFolder, summary: dict[str, Any]) -> str:
     sections = [
         ("The child, layer by layer", _child(run, summary)),
         ("Scores: what each variant costs in quality", _scores(recipe, run, summary, library)),
-        ("Library and blockwise distillation (BLD)", _distillation(recipe, library)),
+        ("Library and blockwise distillation (BLD)", _distillation(recipe, library) + _coupled(recipe, run, summary)),
         ("Refit and global distillation (GKD)", _global_distillation(recipe, run, summary)),
         ("Against the baselines", _baselines(summary)),
         ("Predicted and measured time", _times(recipe, run, summary, library)),
@@ -356,6 +356,22 @@ def _distillation(recipe: Recipe, library: Library) -> str:
         if trained[slot]
     )
     return f'{text}<div class="pair">{drawn}</div>{table}'
+
+
+def _coupled(recipe: Recipe, run: RunFolder, summary: Mapping[str, Any]) -> str:
+    """What coupled BLD did; nothing where the recipe leaves it out."""
+    if not recipe.coupled_bld.tokens or not run.coupled_pairs.exists():
+        return ""
+    pairs = [(layer, pair) for layer, ids in enumerate(read_json(run.coupled_pairs)["layers"]) for pair in ids]
+    facts = [read_json(run.variant(layer, pair, "coupled").with_suffix(".json")) for layer, pair in pairs]
+    before, after = (_median([f[f"held_out_loss_{end}"] for f in facts]) for end in ("start", "end"))
+    blocks = [f"{row['attention']}+{row['ffn']}" for row in summary["architecture"]]
+    return _paragraph(
+        f"Coupled BLD then trained {len(pairs)} pairs of attention and FFN, those that the first search used, on "
+        f"{recipe.coupled_bld.tokens:,} tokens each, from a median loss of {before} to {after}; "
+        f"{sum(f['fell_back'] for f in facts)} fell back to the decoupled variants. "
+        f"{sum(pair in pairs for pair in enumerate(blocks))} of the child's {len(blocks)} blocks are such pairs."
+    )
 
 
 def _median(values: Iterable[float | None]) -> str:
