@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from puzzle_nas.recipe import BLDSettings
 from puzzle_nas.subblocks import Weights, subblock_layer, weights_of_slot
 from puzzle_nas.training.activations import LayerActivations
 from puzzle_nas.training.checkpoints import read_checkpoint, write_checkpoint
-from puzzle_nas.training.losses import block_loss
+from puzzle_nas.training.losses import block_loss, error_weight
 from puzzle_nas.training.optimiser import Optimiser
 
 CURVE_POINTS = 40
@@ -53,8 +54,15 @@ class Job:
         return choice_id(self.specs)
 
 
+NORMS = {"attention": "input_layernorm", "ffn": "post_attention_layernorm"}
+
+
 class Trainee:
-    """One job in training: its sub-blocks in float32, by slot, their optimiser, the losses."""
+    """One job in training: its sub-blocks in float32, by slot, their optimiser, the losses.
+
+    Norms stay as they are: their weights only scale columns of the matrices behind them, which train. So everything
+    that reads the parent's norm shares one input, into which no gradient needs to flow.
+    """
 
     def __init__(
         self,
@@ -68,24 +76,52 @@ class Trainee:
         self.job = job
         self.start = start
         master = {n: w.to(device=parent.device, dtype=torch.float32, copy=True) for n, w in start.items()}
-        self.blocks = torch.nn.ModuleDict(
-            {
-                spec.slot: subblock_layer(parent.config, layer.layer_type, spec, weights_of_slot(master, spec.slot))
-                for spec in job.specs
-            }
-        )
-        self.optimiser = Optimiser(self.blocks.requires_grad_(True), settings, steps)
+        self.blocks = torch.nn.ModuleDict()
+        self.reads_parents_norm: dict[str, bool] = {}
+        for spec in job.specs:
+            own = weights_of_slot(master, spec.slot)
+            block = subblock_layer(parent.config, layer.layer_type, spec, own).requires_grad_(True)
+            self.blocks[spec.slot] = block
+            if (norm := getattr(block, NORMS[spec.slot])) is not None:
+                norm.requires_grad_(False)
+                parents = getattr(layer, NORMS[spec.slot]).weight
+                self.reads_parents_norm[spec.slot] = torch.equal(norm.weight, parents.float())
+        self.optimiser = Optimiser(self.blocks, settings, steps)
         self.losses: list[float] = []
 
     def weights(self, dtype: torch.dtype) -> Weights:
         """As trained, named as in the library."""
-        return {
-            name.split(".", 1)[1]: parameter.detach().to(dtype) for name, parameter in self.optimiser.parameters.items()
-        }
+        parameters = self.blocks.named_parameters()
+        return {name.split(".", 1)[1]: parameter.detach().to(dtype) for name, parameter in parameters}
 
 
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""x, attention and ffn of some sequences, each [B, T, D]; see `LayerActivations`."""
+@dataclass(frozen=True)
+class Batch:
+    """What all of a layer's jobs share in one step."""
+
+    layer: PuzzleDecoderLayer
+    """The parent's."""
+    x: torch.Tensor
+    attention: torch.Tensor
+    ffn: torch.Tensor
+    """See `LayerActivations`; each [B, T, D]."""
+    weight: torch.Tensor
+    """What a squared error counts in the loss, [B, T]."""
+
+    @cached_property
+    def middle(self) -> torch.Tensor:
+        """The residual stream after the parent's attention."""
+        return self.x + self.attention
+
+    @cached_property
+    def attention_in(self) -> torch.Tensor:
+        """What the parent's attention reads."""
+        return self.layer.input_layernorm(self.x)
+
+    @cached_property
+    def ffn_in(self) -> torch.Tensor:
+        """What the parent's FFN reads."""
+        return self.layer.post_attention_layernorm(self.middle)
 
 
 class BlockTask:
@@ -102,33 +138,35 @@ class BlockTask:
         """The activations of some sequences."""
         files = (self.activations.x, self.activations.attention, self.activations.ffn)
         x, attention, ffn = (file.tensor[sequences].to(self.device) for file in files)
-        return x, attention, ffn
+        output = x.to(torch.float32, copy=True).add_(attention).add_(ffn)
+        return Batch(self.parent_layer, x, attention, ffn, error_weight(output, self.normalise))
 
     def loss(self, trainee: Trainee, batch: Batch) -> torch.Tensor:
         """Normalised error of the whole block's output; a slot that is not trained is the parent's, frozen."""
-        x, attention, ffn = batch
-        blocks = trainee.blocks
         with self.autocast:
-            if "attention" in blocks:
-                child = self._attention(blocks["attention"], x)
-                error = child.float() - attention
-                other = blocks["ffn"] if "ffn" in blocks else self.parent_layer  # noqa: SIM401
-                error = error + (self._ffn(other, x + child).float() - ffn)
+            if "attention" in trainee.blocks:
+                attention = self._attention(trainee, batch)
+                children = {"attention": attention, "ffn": self._ffn(trainee, batch, batch.x + attention)}
             else:
-                error = self._ffn(blocks["ffn"], x + attention).float() - ffn
-        output = x.float() + attention + ffn
-        return block_loss(error.flatten(0, 1), output.flatten(0, 1), self.normalise)
+                children = {"ffn": self._ffn(trainee, batch, None)}
+        return block_loss(batch.weight, list(children.values()), [getattr(batch, slot) for slot in children])
 
-    def _attention(self, block: PuzzleDecoderLayer, x: torch.Tensor) -> torch.Tensor:
+    def _attention(self, trainee: Trainee, batch: Batch) -> torch.Tensor:
         """What attention adds to the residual stream."""
+        block = trainee.blocks["attention"]
         if block.self_attn is None:
-            return torch.zeros_like(x)
-        return block.self_attn(block.input_layernorm(x), **self.inputs)[0]
+            return torch.zeros_like(batch.x)
+        shared = trainee.reads_parents_norm["attention"]
+        return block.self_attn(batch.attention_in if shared else block.input_layernorm(batch.x), **self.inputs)[0]
 
-    @staticmethod
-    def _ffn(block: PuzzleDecoderLayer, middle: torch.Tensor) -> torch.Tensor:
-        """What the FFN adds to the residual stream."""
-        return torch.zeros_like(middle) if block.mlp is None else block.mlp(block.post_attention_layernorm(middle))
+    def _ffn(self, trainee: Trainee, batch: Batch, middle: torch.Tensor | None) -> torch.Tensor:
+        """What the FFN adds to the residual stream; `middle` is None where that is the parent's."""
+        block = trainee.blocks["ffn"] if "ffn" in trainee.blocks else self.parent_layer  # noqa: SIM401
+        if block.mlp is None:
+            return torch.zeros_like(batch.x)
+        if middle is None and trainee.reads_parents_norm["ffn"]:
+            return block.mlp(batch.ffn_in)
+        return block.mlp(block.post_attention_layernorm(batch.middle if middle is None else middle))
 
 
 def distill_blocks(
@@ -171,14 +209,15 @@ def distill_blocks(
                 batches = order(len(tokens) - held_out, wanted, seed + index).split(batch_sequences)
                 for group in _groups(pending[index]):
                     trainees = [Trainee(job, start, parent, layer, settings, len(batches)) for job, start in group]
-                    path = run.scratch(stage) / f"layer_{index:02d}.{fingerprint([t.job.id for t in trainees])}"
+                    what = fingerprint({t.job.id: list(t.optimiser.parameters) for t in trainees})
+                    path = run.scratch(stage) / f"layer_{index:02d}.{what}.safetensors"
                     starts = _evaluate(task, trainees, held)
-                    _train(task, trainees, batches, path.with_suffix(".safetensors"), settings.checkpoint_every_steps)
+                    _train(task, trainees, batches, path, settings.checkpoint_every_steps)
                     ends = _evaluate(task, trainees, held)
                     for trainee, start, end in zip(trainees, starts, ends, strict=True):
                         problem = _keep(settings, index, trainee, start, end, parent.dtype)
                         problems += [problem] if problem else []
-                    path.with_suffix(".safetensors").unlink(missing_ok=True)
+                    path.unlink(missing_ok=True)
             if index < working[-1]:
                 activations.advance()
             ticker.advance()

@@ -146,13 +146,46 @@ def cosine_loss(children_BTD: Sequence[torch.Tensor], parents_BTD: Sequence[torc
     return torch.stack(losses).mean()
 
 
-def block_loss(error_ND: torch.Tensor, parent_output_ND: torch.Tensor, normalise: str) -> torch.Tensor:
-    """Normalised error of a block's output (Puzzle, section 2): MSE(o_parent, o_child) / MSE(o_parent, 0).
+def error_weight(parent_output: torch.Tensor, normalise: str) -> torch.Tensor:
+    """What each token's squared error counts in `block_loss`, [...] for outputs [..., D], float32.
 
     `normalise="batch"` divides by the energy of the whole batch, as the paper does; `"token"` divides each token's
     error by its own energy, so that a few tokens of massive activations cannot own the loss.
     """
-    error, energy = error_ND.float().square().sum(-1), parent_output_ND.float().square().sum(-1)
+    energy = torch.linalg.vecdot(parent_output.float(), parent_output.float())
     if normalise == "batch":
-        return error.sum() / energy.sum()
-    return (error / energy.clamp_min(1e-12)).mean()
+        return torch.ones_like(energy) / energy.sum()
+    return 1 / (energy.numel() * energy.clamp_min(1e-12))
+
+
+class _WeightedError(torch.autograd.Function):
+    """Sum over tokens of weight * |sum of (child - parent)|^2, whose gradient is 2 * weight * error for every child."""
+
+    @staticmethod
+    def forward(ctx, weight, parents, *children):
+        error = None
+        for child, parent in zip(children, parents, strict=True):
+            # Differences are summed, not outputs, so that massive activations cost no precision.
+            difference = child.float() - parent
+            error = difference if error is None else error.add_(difference)
+        ctx.save_for_backward(weight, error)
+        ctx.dtypes = [child.dtype for child in children]
+        return torch.vdot(weight.flatten(), torch.linalg.vecdot(error, error).flatten())
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        (grad_output,) = grad_outputs
+        weight, error = ctx.saved_tensors
+        grad = error * (2 * grad_output * weight).unsqueeze(-1)
+        return None, None, *(grad.to(dtype) for dtype in ctx.dtypes)
+
+
+def block_loss(weight: torch.Tensor, children: Sequence[torch.Tensor], parents: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Normalised error of a block's output (Puzzle, section 2): MSE(o_parent, o_child) / MSE(o_parent, 0), scalar.
+
+    Args:
+        weight: `error_weight` of the parent's output, [...].
+        children, parents: what the block's parts add to the residual stream, in the child and in the parent, each
+            [..., D]. Gradients reach the children. To be called outside of autocast.
+    """
+    return _WeightedError.apply(weight, parents, *children)

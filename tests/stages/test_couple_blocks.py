@@ -70,7 +70,8 @@ def test_a_pair_starts_from_the_decoupled_variants_and_trains_the_parents_half_t
         after = block_weights(two_steps, parent, layer, pair, "coupled")
         assert before.keys() == after.keys()
         if not facts["fell_back"]:
-            assert not any(torch.equal(before[name], after[name]) for name in before)
+            # Norms only scale the columns of what reads them, and stay.
+            assert all(torch.equal(before[name], after[name]) == ("layernorm" in name) for name in before)
             moved += any(spec == shape.parent_spec(spec.slot) for spec in pair)
     assert moved
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from puzzle_nas.architecture import SLOTS
+from puzzle_nas.artifacts import read_json
 from puzzle_nas.report.facts import Facts
 from puzzle_nas.report.figures.common import SLOT_NAMES
 from puzzle_nas.report.figures.layers import Distillation, distillation_figure
@@ -16,7 +17,7 @@ from puzzle_nas.report.layout import figure, listed, pair, paragraph, table
 
 def training(facts: Facts) -> str:
     """What was trained, and what came of it."""
-    return _blocks(facts) + _child(facts)
+    return _blocks(facts) + _coupled(facts) + _child(facts)
 
 
 def _blocks(facts: Facts) -> str:
@@ -75,6 +76,23 @@ def _blocks(facts: Facts) -> str:
         if trained[slot]
     )
     return text + pair(drawn) + facts_of_variants
+
+
+def _coupled(facts: Facts) -> str:
+    """What coupled BLD did; nothing where the recipe leaves it out."""
+    recipe, run = facts.recipe, facts.run
+    if not recipe.coupled_bld.tokens or not run.coupled_pairs.exists():
+        return ""
+    pairs = [(layer, ids) for layer, here in enumerate(read_json(run.coupled_pairs)["layers"]) for ids in here]
+    trained = [read_json(run.variant(layer, ids, "coupled").with_suffix(".json")) for layer, ids in pairs]
+    before, after = (_median([f[f"held_out_loss_{end}"] for f in trained]) for end in ("start", "end"))
+    blocks = [f"{row['attention']}+{row['ffn']}" for row in facts.summary["architecture"]]
+    return paragraph(
+        f"Coupled BLD then trained {len(pairs)} pairs of attention and FFN, those that the first search used, on "
+        f"{recipe.coupled_bld.tokens:,} tokens each, from a median loss of {before} to {after}; "
+        f"{sum(f['fell_back'] for f in trained)} fell back to the decoupled variants. "
+        f"{sum(block in pairs for block in enumerate(blocks))} of the child's {len(blocks)} blocks are such pairs."
+    )
 
 
 def _median(values: Iterable[float | None]) -> str:
