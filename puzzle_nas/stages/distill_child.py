@@ -37,7 +37,7 @@ OUTPUTS = ("gkd.json", "child-gkd/*")
 
 
 MOST_SKIPPED = 3
-"""Steps without a finite gradient that are skipped between two checkpoints; one more is a setback."""
+"""Steps without a finite gradient that are skipped between two checkpoints; more, or all, are a setback."""
 MOST_SETBACKS = 3
 """Returns to the last good checkpoint, each with half the learning rate, before GKD stops."""
 
@@ -148,7 +148,6 @@ class Training:
     def load(self) -> int:
         """The step to continue with: the last checkpoint's, or the first."""
         if not self.state_path.exists():
-            self.begin()
             return 0
         with safetensors.safe_open(self.state_path, "pt") as file:
             facts = file.metadata()
@@ -180,6 +179,8 @@ class Training:
     def set_back(self, step: int, what: str) -> int:
         """Return to the last checkpoint with half the learning rate; the step to continue with."""
         self.setbacks += 1
+        if not self.state_path.exists():
+            self.begin()
         last = self.load()
         way_on = f"it goes on from step {last} with half the learning rate"
         if self.setbacks > MOST_SETBACKS:
@@ -201,7 +202,7 @@ class Training:
                 skipped += not self.step(step)
                 step += 1
                 ticker.advance(note=f"KL {self.curve[-1]['selection_kl_nats']:.4f}")
-                if skipped > MOST_SKIPPED:
+                if skipped > MOST_SKIPPED or skipped == every:
                     step, skipped = self.set_back(step, "the gradient is not finite"), 0
                 elif step % every == 0 or step == len(self.batches):
                     if skipped:

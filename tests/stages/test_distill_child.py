@@ -194,9 +194,9 @@ def test_weights_that_explode_are_taken_back(run, monkeypatch, capsys):
 
 
 def test_what_never_heals_stops_and_keeps_the_best(run, monkeypatch, capsys):
-    spoil(monkeypatch, lambda number: number >= 2)
-    job = training(run)
+    spoil(monkeypatch, lambda number: number >= 4)
+    job = training(run, learning_rate=3e-4)
     job.train()
-    assert job.best["step"] == 2 and job.setbacks == distill_child.MOST_SETBACKS + 1
+    assert 0 < job.best["step"] <= 4 and job.setbacks == distill_child.MOST_SETBACKS + 1
     assert "it stops here" in " ".join(capsys.readouterr().out.split())
     assert job.reference.compare(job.finish()).kl_nats == pytest.approx(job.best["selection_kl_nats"], rel=1e-5)
