@@ -21,6 +21,7 @@ from puzzle_nas.families import load_model, load_parent, machine_of
 from puzzle_nas.recipe import Recipe, parse_recipe
 from puzzle_nas.stages.distill_child import Training
 from puzzle_nas.training.comparison import ParentReference
+from puzzle_nas.training.parent_outputs import LiveParent
 
 BASE = RunFolder("runs/quickstart")
 FOLDER = Path("runs/benchmark-data-sources")
@@ -74,7 +75,7 @@ def main() -> None:
     for name, sources in SOURCES.items():
         recipe, run = prepared(name, sources, tokens)
         shutil.rmtree(run.scratch("distill_child"), ignore_errors=True)
-        training = Training(recipe, run, parent, start)
+        training = Training(recipe, run, LiveParent(parent), start)
         training.train()
         child = training.child.to(torch.bfloat16 if parent.dtype == torch.bfloat16 else torch.float32)
         figures[f"general_kl_nats.{name}"] = reference.compare(child).kl_nats

@@ -84,8 +84,10 @@ class LibrarySettings(Settings):
 
 
 class OptimiserSettings(Settings):
-    """AdamW with linear warm-up and cosine decay."""
+    """An optimiser with linear warm-up and cosine decay."""
 
+    optimiser: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon for the matrices inside blocks with AdamW for the rest."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate."""
     final_learning_rate_fraction: float = Field(0.1, ge=0, le=1)
@@ -206,8 +208,25 @@ class GKDSettings(OptimiserSettings):
     """Weight of the language-modelling loss."""
     train_embeddings: bool = False
     """Train embeddings and LM head too."""
+    lora_rank: int | None = Field(None, ge=1)
+    """Train low-rank adapters of this rank beside the linear layers, and nothing else; they are merged at the end."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Tokens that pass through the models at once; a step adds up the gradients. Null means the whole batch."""
+    gradient_checkpointing: bool = False
+    """Compute the activations inside blocks twice and keep none: slower, in less memory."""
+    parent_top_k: int | None = Field(None, ge=1)
+    """Write the parent's so many likeliest tokens at each position to disk once, and train without the parent in
+    memory. Needs `cosine_weight: 0`."""
     evaluate_every_steps: int = Field(25, ge=1)
     """Steps between measurements on the selection split, each also a checkpoint."""
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> GKDSettings:
+        if self.parent_top_k and self.cosine_weight:
+            raise ValueError("parent_top_k keeps no hidden states of the parent; set gkd.cosine_weight to 0")
+        if self.lora_rank and self.train_embeddings:
+            raise ValueError("with lora_rank only adapters train; set gkd.train_embeddings to false")
+        return self
 
 
 class EvaluationSettings(Settings):

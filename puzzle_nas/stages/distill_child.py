@@ -14,16 +14,18 @@ from puzzle_nas import __version__
 from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, complete_folder, read_json, write_json
 from puzzle_nas.data.batches import block_order, load_tokens
+from puzzle_nas.errors import ArtifactError
 from puzzle_nas.families import load_model, load_parent, load_tokenizer, machine_of, save_model
 from puzzle_nas.families.loading import parent_checkpoint
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import GKDSettings, Recipe
 from puzzle_nas.report.model_card import model_card
+from puzzle_nas.training.adapters import add_adapters, merged_weights
 from puzzle_nas.training.checkpoints import read_checkpoint, write_checkpoint
-from puzzle_nas.training.comparison import ParentReference
 from puzzle_nas.training.losses import cosine_loss, distillation_loss
 from puzzle_nas.training.optimiser import Optimiser
+from puzzle_nas.training.parent_outputs import LiveParent, ParentOutputs, StoredParent
 from puzzle_nas.training.replacement import next_tokens
 
 NAME = "distill_child"
@@ -33,26 +35,36 @@ SETTINGS = ("seed", "gkd")
 OUTPUTS = ("gkd.json", "child-gkd/*")
 
 
+MOST_SKIPPED = 3
+"""Steps without a finite gradient that are skipped between two checkpoints; more, or all, are a setback."""
+MOST_SETBACKS = 3
+"""Returns to the last good checkpoint, each with half the learning rate, before GKD stops."""
+
+
 def gkd_loss(
-    parent: PuzzleForCausalLM, child: PuzzleForCausalLM, tokens_BT: torch.Tensor, settings: GKDSettings
+    parent: ParentOutputs,
+    child: PuzzleForCausalLM,
+    tokens_BT: torch.Tensor,
+    blocks_B: torch.Tensor,
+    settings: GKDSettings,
 ) -> torch.Tensor:
-    """Weighted sum of cosine loss on hidden states, KL and LM loss on logits, scalar."""
-    with torch.no_grad():
-        theirs = parent.model(tokens_BT, use_cache=False, output_hidden_states=True)
+    """Weighted sum of cosine loss on hidden states, KL and LM loss on logits, scalar. `blocks_B` of the split."""
+    cosine = bool(settings.cosine_weight)
+    theirs, their_states = parent.outputs(tokens_BT, blocks_B, cosine)
     with torch.autocast(parent.device.type, dtype=torch.bfloat16, enabled=parent.dtype == torch.bfloat16):
-        mine = child.model(tokens_BT, use_cache=False, output_hidden_states=True)
+        mine = child.model(tokens_BT, use_cache=False, output_hidden_states=cosine)
     loss = torch.zeros((), device=parent.device)
-    if settings.cosine_weight:
-        loss = loss + settings.cosine_weight * cosine_loss(mine.hidden_states[1:], theirs.hidden_states[1:])
+    if cosine:
+        loss = loss + settings.cosine_weight * cosine_loss(mine.hidden_states[1:], their_states)
     if settings.kl_weight or settings.lm_weight:
         loss = loss + distillation_loss(
             mine.last_hidden_state.flatten(0, 1),
             child.lm_head,
-            theirs.last_hidden_state.flatten(0, 1),
-            parent.lm_head,
+            theirs,
             next_tokens(tokens_BT).flatten(),
             settings.kl_weight,
             settings.lm_weight,
+            parent.dtype,
         )
     return loss
 
@@ -60,46 +72,65 @@ def gkd_loss(
 class Training:
     """The child in training, with everything that a resumed run needs."""
 
-    def __init__(self, recipe: Recipe, run: RunFolder, parent: PuzzleForCausalLM, start: PuzzleForCausalLM):
-        self.recipe, self.run, self.parent = recipe, run, parent
+    def __init__(self, recipe: Recipe, run: RunFolder, parent: ParentOutputs, start: PuzzleForCausalLM):
+        self.recipe, self.run, self.parent, self.start = recipe, run, parent, start
         settings = recipe.gkd
         tokens = load_tokens(run, "train")
         batch_sequences = max(1, settings.batch_tokens // tokens.shape[1])
         wanted = math.ceil(settings.tokens / tokens.shape[1])
         self.tokens = tokens
         self.batches = block_order(len(tokens), wanted, recipe.seed).split(batch_sequences) if wanted else ()
-        self.child = copy.deepcopy(start).float()
-        self.child.requires_grad_(True)
-        self.child.train()
-        if not settings.train_embeddings:
-            self.child.model.embed_tokens.requires_grad_(False)
-            self.child.lm_head.requires_grad_(False)
-        self.optimiser = Optimiser(self.child, settings, len(self.batches))
-        self.reference = ParentReference(parent, load_tokens(run, "selection"))
+        self.micro_sequences = max(1, (settings.micro_batch_tokens or settings.batch_tokens) // tokens.shape[1])
+        self.reference = parent.reference(load_tokens(run, "selection"))
         self.curve: list[dict[str, float]] = []
-        self.losses: list[float] = []
+        self.setbacks = 0
         self.state_path = run.scratch(NAME) / "state.safetensors"
         self.best_path = run.scratch(NAME) / "best.safetensors"
+        self.begin()
+
+    def begin(self) -> None:
+        """Child and optimiser as they are before the first step."""
+        settings = self.recipe.gkd
+        self.child = copy.deepcopy(self.start)
+        if settings.lora_rank:
+            self.child.requires_grad_(False)
+            add_adapters(self.child.model, settings.lora_rank, self.recipe.seed)
+        else:
+            self.child.float().requires_grad_(True)
+            if not settings.train_embeddings:
+                self.child.model.embed_tokens.requires_grad_(False)
+                self.child.lm_head.requires_grad_(False)
+        if settings.gradient_checkpointing:
+            self.child.activation_checkpointing_enable()
+        self.child.train()
+        self.optimiser = Optimiser(self.child, settings, len(self.batches))
+        self.curve = self.curve[:1]
+        self.losses: list[float] = []
 
     @property
     def best(self) -> dict[str, float]:
         """The point of the curve with the lowest KL; ties go to the earlier."""
         return min(self.curve, key=lambda point: point["selection_kl_nats"])
 
-    def measure(self, step: int) -> None:
-        """Add a point to the curve; keep the weights if they are the best so far."""
-        candidate = copy.deepcopy(self.child).to(self.parent.dtype)
+    def measure(self, step: int) -> bool:
+        """Add a point to the curve; keep the weights if they are the best so far.
+
+        Returns:
+            False if KL has exploded: more than a nat above twice the start's, or not finite. Then nothing is kept.
+        """
+        candidate = copy.deepcopy(self.start)
+        weights = dict(candidate.named_parameters())
+        trained = merged_weights(self.child) if self.recipe.gkd.lora_rank else self.optimiser.parameters.items()
+        changed = [(name, weights[name].data.copy_(weight)) for name, weight in trained]
         kl = self.reference.compare(candidate).kl_nats
-        if not math.isfinite(kl):
-            return
+        if not math.isfinite(kl) or (self.curve and kl > 2 * self.curve[0]["selection_kl_nats"] + 1):
+            return False
         recent = self.losses[-self.recipe.gkd.evaluate_every_steps :]
         loss = sum(recent) / len(recent) if recent else None
         self.curve.append({"step": step, "selection_kl_nats": kl, **({} if loss is None else {"loss": loss})})
         if step and self.best["step"] == step:
-            write_checkpoint(self.best_path, self._trained(candidate), step)
-
-    def _trained(self, model: PuzzleForCausalLM) -> dict[str, torch.Tensor]:
-        return {name: p for name, p in model.named_parameters() if name in self.optimiser.parameters}
+            write_checkpoint(self.best_path, dict(changed), step)
+        return True
 
     def save(self, step: int) -> None:
         """Write a checkpoint."""
@@ -109,10 +140,11 @@ class Training:
             "curve": torch.tensor(history, dtype=torch.float64),
             "losses": torch.tensor(self.losses, dtype=torch.float64),
         }
+        tensors["setbacks"] = torch.tensor(self.setbacks)
         write_checkpoint(self.state_path, tensors, step)
 
     def load(self) -> int:
-        """The step to continue with."""
+        """The step to continue with: the last checkpoint's, or the first."""
         kept = read_checkpoint(self.state_path)
         if kept is None:
             return 0
@@ -126,61 +158,102 @@ class Training:
         if improved and read_checkpoint(self.best_path) is None:
             return 0
         self.losses, self.curve = losses, curve
+        self.setbacks = max(self.setbacks, int(tensors.pop("setbacks")))
         self.optimiser.load(tensors)
         return step
 
+    def step(self, step: int) -> bool:
+        """One update; False if its loss or gradient is not finite: then nothing changed."""
+        blocks = self.batches[step]
+        total = 0.0
+        for part in blocks.split(self.micro_sequences):
+            tokens = self.tokens[part].to(self.parent.device)
+            loss = gkd_loss(self.parent, self.child, tokens, part, self.recipe.gkd) * (len(part) / len(blocks))
+            loss.backward()
+            total += loss.item()
+        if not math.isfinite(total):
+            self.optimiser.clear()
+            return False
+        updated = self.optimiser.step(step, 0.5**self.setbacks)
+        if updated:
+            self.losses.append(total)
+        return updated
+
+    def set_back(self, step: int, what: str) -> int:
+        """Return to the last checkpoint with half the learning rate; the step to continue with."""
+        self.setbacks += 1
+        if not (last := self.load()):
+            self.begin()
+        way_on = f"it goes on from step {last} with half the learning rate"
+        if self.setbacks > MOST_SETBACKS:
+            last, way_on = len(self.batches), "it stops here, and the best checkpoint counts"
+        console.print(f"  GKD: {what} at step {step}; {way_on}. A lower gkd.learning_rate may help.")
+        return last
+
     def train(self) -> None:
         """All steps, from wherever the last run stopped."""
-        begin, every = self.load(), self.recipe.gkd.evaluate_every_steps
-        if not self.curve:
-            self.measure(0)
+        step, every = self.load(), self.recipe.gkd.evaluate_every_steps
+        if not self.curve and not self.measure(0):
+            raise ArtifactError(
+                f"The KL of the child is not a number before GKD. Make it anew: puzzle assemble {self.run} --again"
+            )
+        skipped = 0
         with progress("distil the child, step", len(self.batches)) as ticker:
-            ticker.skip(begin)
-            for step in range(begin, len(self.batches)):
-                tokens = self.tokens[self.batches[step]].to(self.parent.device)
-                loss = gkd_loss(self.parent, self.child, tokens, self.recipe.gkd)
-                if not math.isfinite(loss.item()):
-                    console.print(
-                        f"  The loss of GKD is {loss.item()} at step {step + 1}: it stops here and the best checkpoint "
-                        "so far counts. Try a lower gkd.learning_rate."
-                    )
-                    break
-                loss.backward()
-                self.optimiser.step(step)
-                self.losses.append(loss.item())
-                if (step + 1) % every == 0 or step + 1 == len(self.batches):
-                    self.measure(step + 1)
-                    self.save(step + 1)
+            ticker.skip(step)
+            while step < len(self.batches):
+                skipped += not self.step(step)
+                step += 1
                 ticker.advance(note=f"KL {self.curve[-1]['selection_kl_nats']:.4f}")
+                if skipped > MOST_SKIPPED or skipped == every:
+                    step, skipped = self.set_back(step, "the gradient is not finite"), 0
+                elif step % every == 0 or step == len(self.batches):
+                    if skipped:
+                        console.print(f"  GKD: {skipped} of the steps up to {step} had no finite gradient: skipped.")
+                    skipped = 0
+                    if self.measure(step):
+                        self.save(step)
+                    else:
+                        step = self.set_back(step, "KL has exploded")
 
-    def finish(self) -> None:
-        """Put the best weights into the child."""
+    def finish(self) -> PuzzleForCausalLM:
+        """The start with the best weights in it."""
         if self.best["step"]:
             kept = read_checkpoint(self.best_path)
             assert kept is not None
-            best, _ = kept
-            for name, parameter in self.optimiser.parameters.items():
-                parameter.data.copy_(best[name])
+            parameters = dict(self.start.named_parameters())
+            for name, weight in kept[0].items():
+                parameters[name].data.copy_(weight)
+        return self.start
+
+
+def parent_outputs(recipe: Recipe, run: RunFolder) -> ParentOutputs:
+    """From the parent, or, with `gkd.parent_top_k`, from files, written first where they are missing."""
+    if recipe.gkd.parent_top_k is None or not recipe.gkd.tokens:
+        return LiveParent(load_parent(run)[0])
+    return StoredParent(
+        run.scratch(NAME) / "parent",
+        lambda: load_parent(run)[0],
+        load_tokens(run, "train"),
+        load_tokens(run, "selection"),
+        recipe.gkd.parent_top_k,
+        machine_of(recipe).device,
+    )
 
 
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Distil; the best checkpoint on the selection split is the result."""
-    parent, _ = load_parent(run)
     refitted = read_json(run / "refit.json", "refit")["kept"]
+    parent = parent_outputs(recipe, run)
     start = load_model(run / ("child-refit" if refitted else "child"), machine_of(recipe))
     training = Training(recipe, run, parent, start)
     training.train()
     start_kl, best = training.curve[0]["selection_kl_nats"], training.best
-    if best["step"]:
-        training.finish()
-        result = training.child.to(parent.dtype)
-    else:
-        result = start
-        if recipe.gkd.tokens:
-            console.print(
-                f"  GKD lowered KL at no step (start {start_kl:.4f} nats on the selection split): "
-                "the child stays as it was."
-            )
+    if not best["step"] and recipe.gkd.tokens:
+        console.print(
+            f"  GKD lowered KL at no step (start {start_kl:.4f} nats on the selection split): "
+            "the child stays as it was."
+        )
+    result = training.finish()
     architecture = Architecture.from_list(read_json(run.architecture())["architecture"])
     with complete_folder(run / "child-gkd") as partial:
         save_model(result.eval(), load_tokenizer(parent_checkpoint(run)), partial)

@@ -6,10 +6,11 @@ Shapes: S sequences, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import nn
 
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.training.losses import Divergence, divergences
@@ -34,17 +35,29 @@ class Comparison:
 
 
 class ParentReference:
-    """The parent's final hidden states on fixed tokens, kept so that many children can be compared with them."""
+    """The parent's final hidden states on fixed tokens, kept so that many children can be compared with them.
 
-    def __init__(self, parent: PuzzleForCausalLM, tokens_ST: torch.Tensor):
-        self.head = parent.lm_head
+    Args:
+        parent: the parent, or only its LM head where `final` is given.
+        final: its final hidden states, from an earlier reference's `final`.
+    """
+
+    def __init__(
+        self,
+        parent: PuzzleForCausalLM | nn.Linear,
+        tokens_ST: torch.Tensor,
+        final: Sequence[torch.Tensor] | None = None,
+    ):
+        self.head = parent if isinstance(parent, nn.Linear) else parent.lm_head
         self.tokens_ST = tokens_ST
         self.labels_ST = next_tokens(tokens_ST)
         self.step = max(1, BATCH_TOKENS // tokens_ST.shape[1])
-        with torch.inference_mode():
-            self.final = [self._final(parent, batch) for batch in tokens_ST.split(self.step)]
-            for final in self.final:
-                require_finite(final)
+        if final is None:
+            with torch.inference_mode():
+                final = [self._final(parent, batch) for batch in tokens_ST.split(self.step)]
+            for states in final:
+                require_finite(states)
+        self.final = list(final)
 
     @staticmethod
     def _final(model: PuzzleForCausalLM, batch: torch.Tensor) -> torch.Tensor:

@@ -72,6 +72,54 @@ def divergences(
     return results
 
 
+@dataclass(frozen=True)
+class ParentLogits:
+    """The parent's final hidden states [N, D] and its head: logits are formed when needed, and not kept."""
+
+    hidden_ND: torch.Tensor
+    head: nn.Linear
+
+    def chunk(self, rows: slice) -> tuple[torch.Tensor, ...]:
+        """What `divergence` needs of R tokens, each tensor [R, ...]."""
+        return (self.hidden_ND[rows] @ self.head.weight.T,)
+
+    @staticmethod
+    def divergence(chunk: tuple[torch.Tensor, ...], child_log_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """KL(parent || child) summed over R tokens, and its gradient in the child's logits [R, V]."""
+        parent_log = F.log_softmax(chunk[0].float(), dim=-1)
+        parent_p = parent_log.exp()
+        return torch.linalg.vecdot(parent_p, parent_log - child_log_RV).sum(), child_log_RV.exp() - parent_p
+
+
+@dataclass(frozen=True)
+class ParentTopK:
+    """The parent's K likeliest tokens at each position, ids and log-probabilities [N, K], and log of what is left [N].
+
+    All other tokens count as one. This KL is a lower bound of the full one.
+    """
+
+    ids_NK: torch.Tensor
+    log_p_NK: torch.Tensor
+    log_rest_N: torch.Tensor
+
+    def chunk(self, rows: slice) -> tuple[torch.Tensor, ...]:
+        """What `divergence` needs of R tokens, each tensor [R, ...]. Stored numbers are rounded: normalised anew."""
+        logs = torch.cat([self.log_p_NK[rows].float(), self.log_rest_N[rows].float().unsqueeze(1)], dim=1)
+        return self.ids_NK[rows].long(), F.log_softmax(logs, dim=-1)
+
+    @staticmethod
+    def divergence(chunk: tuple[torch.Tensor, ...], child_log_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """KL(parent || child) summed over R tokens, and its gradient in the child's logits [R, V]."""
+        ids, parent_log = chunk
+        parent_p, child_p = parent_log.exp(), child_log_RV.exp()
+        # Summed, not subtracted from 1: differences of numbers close to 1 lose their digits.
+        child_rest = child_p.scatter(1, ids, 0.0).sum(-1, keepdim=True).clamp_min(1e-12)
+        child_log = torch.cat([child_log_RV.gather(1, ids), child_rest.log()], dim=1)
+        grad = child_p * (1 - parent_p[:, -1:] / child_rest)
+        grad.scatter_(1, ids, child_p.gather(1, ids) - parent_p[:, :-1])
+        return torch.linalg.vecdot(parent_p, parent_log - child_log).sum(), grad
+
+
 class _ChunkedDistillation(torch.autograd.Function):
     """Mean over tokens of kl_weight * KL(parent || child) + lm_weight * cross-entropy.
 
@@ -80,11 +128,10 @@ class _ChunkedDistillation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, child_ND, child_weight, parent_ND, parent_weight, labels_N, kl_weight, lm_weight):
+    def forward(ctx, child_ND, child_weight, parent, labels_N, kl_weight, lm_weight, precision):
         tokens = child_ND.shape[0]
         known = (labels_N >= 0).sum().clamp_min(1)
-        low = parent_ND.dtype
-        hidden, weight = child_ND.to(low), child_weight.to(low)
+        hidden, weight = child_ND.to(precision), child_weight.to(precision)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(child_weight, dtype=torch.float32) if child_weight.requires_grad else None
         total = torch.zeros((), device=child_ND.device)
@@ -92,14 +139,13 @@ class _ChunkedDistillation(torch.autograd.Function):
         for start in range(0, tokens, MATMUL_ROWS):
             rows = slice(start, start + MATMUL_ROWS)
             child_logits = hidden[rows] @ weight.T
-            parent_logits = parent_ND[rows] @ parent_weight.T
+            chunk = parent.chunk(rows)
             for offset in range(0, child_logits.shape[0], softmax_rows):
                 part = slice(offset, offset + softmax_rows)
-                parent_log = F.log_softmax(parent_logits[part].float(), dim=-1)
                 child_log = F.log_softmax(child_logits[part].float(), dim=-1)
-                parent_p = parent_log.exp()
-                total += kl_weight / tokens * torch.linalg.vecdot(parent_p, parent_log - child_log).sum()
-                grad = (kl_weight / tokens) * (child_log.exp() - parent_p)
+                kl, grad = parent.divergence(tuple(tensor[part] for tensor in chunk), child_log)
+                total += kl_weight / tokens * kl
+                grad *= kl_weight / tokens
                 if lm_weight:
                     labels = labels_N[rows][part]
                     is_known = (labels >= 0).float().unsqueeze(1)
@@ -125,16 +171,17 @@ class _ChunkedDistillation(torch.autograd.Function):
 def distillation_loss(
     child_ND: torch.Tensor,
     child_head: nn.Linear,
-    parent_ND: torch.Tensor,
-    parent_head: nn.Linear,
+    parent: ParentLogits | ParentTopK,
     labels_N: torch.Tensor,
     kl_weight: float,
     lm_weight: float,
+    precision: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """KL and LM loss of Puzzle's section 4, differentiable in the child's hidden states and head, scalar, nats."""
-    return _ChunkedDistillation.apply(
-        child_ND, child_head.weight, parent_ND, parent_head.weight, labels_N, kl_weight, lm_weight
-    )
+    """KL and LM loss of Puzzle's section 4, differentiable in the child's hidden states and head, scalar, nats.
+
+    `precision` is that of the product with the child's head.
+    """
+    return _ChunkedDistillation.apply(child_ND, child_head.weight, parent, labels_N, kl_weight, lm_weight, precision)
 
 
 def cosine_loss(children_BTD: Sequence[torch.Tensor], parents_BTD: Sequence[torch.Tensor]) -> torch.Tensor:

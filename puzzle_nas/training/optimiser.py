@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine, and its state as plain tensors."""
+"""AdamW, or Muon with AdamW for what Muon cannot take; the schedule; their state as plain tensors."""
 
 from __future__ import annotations
 
@@ -22,44 +22,74 @@ def learning_rate_at(step: int, total_steps: int, settings: OptimiserSettings) -
 
 
 class Optimiser:
-    """AdamW over the trainable parameters of a module; weight decay on matrices only."""
+    """Updates the trainable parameters of a module; weight decay on matrices only.
+
+    Muon (Jordan 2024, as torch.optim has it) takes the matrices inside blocks, AdamW embeddings, LM head, norms and
+    biases. Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both.
+    """
 
     def __init__(self, module: nn.Module, settings: OptimiserSettings, total_steps: int):
         self.settings, self.total_steps = settings, total_steps
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        groups = [
-            {
-                "params": [p for p in self.parameters.values() if p.ndim > 1],
-                "weight_decay": settings.weight_decay,
-            },
-            {"params": [p for p in self.parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=settings.betas, fused=True)
+        orthogonal, matrices, vectors = [], [], []
+        for name, p in self.parameters.items():
+            is_vocabulary = "embed_tokens" in name or "lm_head" in name
+            if p.ndim == 2 and settings.optimiser == "muon" and not is_vocabulary:
+                orthogonal.append(p)
+            else:
+                (matrices if p.ndim > 1 else vectors).append(p)
+        decay = settings.weight_decay
+        groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        self.inner: list[torch.optim.Optimizer] = []
+        if groups:
+            self.inner.append(torch.optim.AdamW(groups, betas=settings.betas, fused=True))
+        if orthogonal:
+            self.inner.append(torch.optim.Muon(orthogonal, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
 
-    def step(self, step: int) -> None:
-        """Clip, update, and clear the gradients."""
-        for group in self.adam.param_groups:
-            group["lr"] = learning_rate_at(step, self.total_steps, self.settings)
-        if self.settings.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.gradient_clip)
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
+    def step(self, step: int, scale: float = 1.0) -> bool:
+        """Clip, update with `scale` times the scheduled learning rate, and clear the gradients.
+
+        Returns:
+            False if a gradient was not finite: then nothing was updated.
+        """
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        finite = bool(norm.isfinite())
+        if finite:
+            if self.settings.gradient_clip is not None:
+                nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.gradient_clip, norm)
+            for optimiser in self.inner:
+                for group in optimiser.param_groups:
+                    group["lr"] = scale * learning_rate_at(step, self.total_steps, self.settings)
+                optimiser.step()
+        self.clear()
+        return finite
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def state(self) -> dict[str, torch.Tensor]:
         """Weights and moments by name; `load` takes them back."""
         tensors = {}
         for name, parameter in self.parameters.items():
             tensors[f"weight/{name}"] = parameter.detach()
-            for key, value in self.adam.state[parameter].items():
-                tensors[f"{key}/{name}"] = value
+            for optimiser in self.inner:
+                # `get`: asking a defaultdict would make an entry.
+                for key, value in optimiser.state.get(parameter, {}).items():
+                    tensors[f"{key}/{name}"] = value
         return tensors
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Continue from `state()`."""
+        owner = {id(p): o for o in self.inner for group in o.param_groups for p in group["params"]}
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"weight/{name}"])
-            state = self.adam.state[parameter]
-            for key in ("step", "exp_avg", "exp_avg_sq"):
+            state = owner[id(parameter)].state[parameter]
+            state.clear()
+            for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
                 if f"{key}/{name}" in tensors:
-                    value = tensors[f"{key}/{name}"]
-                    state[key] = value.clone() if key == "step" else value.clone().to(parameter.device)
+                    value = tensors[f"{key}/{name}"].clone()
+                    state[key] = value if key == "step" else value.to(parameter.device)

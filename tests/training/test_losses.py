@@ -5,7 +5,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from puzzle_nas.training.losses import block_loss, cosine_loss, distillation_loss, divergences, error_weight
+from puzzle_nas.training.losses import (
+    ParentLogits,
+    ParentTopK,
+    block_loss,
+    cosine_loss,
+    distillation_loss,
+    divergences,
+    error_weight,
+)
 
 
 @pytest.fixture
@@ -40,7 +48,7 @@ def test_distillation_loss_and_both_gradients(models, kl_weight, lm_weight):
         states = hidden[1].clone().requires_grad_(True)
         heads[1].zero_grad()
         if ours:
-            loss = distillation_loss(states, heads[1], hidden[0], heads[0], labels, kl_weight, lm_weight)
+            loss = distillation_loss(states, heads[1], ParentLogits(hidden[0], heads[0]), labels, kl_weight, lm_weight)
         else:
             logits, parent = heads[1](states), heads[0](hidden[0]).log_softmax(-1).detach()
             loss = kl_weight * F.kl_div(logits.log_softmax(-1), parent, log_target=True, reduction="batchmean")
@@ -49,6 +57,27 @@ def test_distillation_loss_and_both_gradients(models, kl_weight, lm_weight):
         values.append((loss.detach(), states.grad, heads[1].weight.grad.clone()))
     for mine, theirs in zip(*values, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 20, 499])
+def test_kl_to_the_likeliest_tokens_with_the_rest_as_one(models, k):
+    hidden, heads, labels = models
+    parent = heads[0](hidden[0]).log_softmax(-1).detach()
+    log_p, ids = parent.topk(k)
+    states, same = (hidden[1].clone().requires_grad_(True) for _ in range(2))
+    kept = torch.zeros(300, 500, dtype=torch.bool).scatter_(1, ids, True)
+    target = ParentTopK(ids.int(), log_p, parent.masked_fill(kept, -torch.inf).logsumexp(-1))
+    ours = distillation_loss(states, heads[1], target, labels, 1.0, 0.0)
+    ours.backward()
+    child = heads[1](same).log_softmax(-1)
+    rest = [torch.logsumexp(logs.masked_fill(kept, -torch.inf), -1, keepdim=True) for logs in (parent, child)]
+    merged = [torch.cat([logs.gather(1, ids), last], 1) for logs, last in zip((parent, child), rest, strict=True)]
+    theirs = F.kl_div(merged[1], merged[0], log_target=True, reduction="batchmean")
+    theirs.backward()
+    torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(states.grad, same.grad, rtol=1e-3, atol=1e-6)
+    full = distillation_loss(hidden[1], heads[1], ParentLogits(hidden[0], heads[0]), labels, 1.0, 0.0)
+    assert ours < full if k < 499 else ours.item() == pytest.approx(full.item(), rel=1e-4)
 
 
 def test_cosine_loss_is_zero_for_the_same_and_two_for_the_opposite():

@@ -1,0 +1,135 @@
+"""What lowers KL fastest for the same tokens of GKD, one thing changed at a time; and what less memory costs.
+
+From the quickstart's refitted child, with its text; needs a finished runs/quickstart. KL on the selection split, as a
+choice is made there. What is finished lies in runs/benchmark-gkd/ and is not run again; an interrupted run goes on.
+python benchmarks/gkd.py [NAME...]: those only, for pieces of a few minutes; without names everything.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from results import save
+
+from puzzle_nas import pipeline
+from puzzle_nas.artifacts import RunFolder, read_json, write_json
+from puzzle_nas.families import load_model, machine_of
+from puzzle_nas.recipe import parse_recipe
+from puzzle_nas.stages.distill_child import Training, parent_outputs
+
+BASE = RunFolder("runs/quickstart")
+FOLDER = Path("runs/benchmark-gkd")
+SHORT, LONG = 16_384, 49_152
+PLAIN = {"optimiser": "adamw", "learning_rate": 1e-4, "batch_tokens": 512, "cosine_weight": 0.0, "tokens": SHORT}
+MUON = {"optimiser": "muon", "learning_rate": 3e-4}
+ONE_BATCH = {"tokens": 4096, "batch_tokens": 4096}
+VARIANTS = {
+    "adamw_1e-4": {},
+    "adamw_3e-4": {"learning_rate": 3e-4},
+    "adamw_5e-5": {"learning_rate": 5e-5},
+    "muon_3e-4": MUON,
+    "cosine_weight_1": {"cosine_weight": 1.0},
+    "batch_256": {"batch_tokens": 256},
+    "batch_1024": {"batch_tokens": 1024},
+    "lora_16_1e-3": {"lora_rank": 16, "learning_rate": 1e-3},
+    "top_64": {"parent_top_k": 64},
+    "long_adamw_1e-4": {"tokens": LONG},
+    "long_muon_3e-4": {"tokens": LONG, **MUON},
+    "memory": ONE_BATCH,
+    "memory_micro_batch": {**ONE_BATCH, "micro_batch_tokens": 256},
+    "memory_checkpointing": {**ONE_BATCH, "gradient_checkpointing": True},
+    "memory_lora_16": {**ONE_BATCH, "lora_rank": 16},
+    "memory_all_and_top_64": {
+        **ONE_BATCH,
+        "micro_batch_tokens": 256,
+        "gradient_checkpointing": True,
+        "lora_rank": 16,
+        "parent_top_k": 64,
+    },
+}
+
+
+def measured(name: str) -> dict:
+    """The curve of one variant."""
+    run, settings = RunFolder(FOLDER / name), {**PLAIN, **VARIANTS[name]}
+    result = run / "result.json"
+    if not result.exists():
+        recipe = pipeline.open_run(BASE).model_dump(mode="json")
+        steps = settings["tokens"] // settings["batch_tokens"]
+        recipe["gkd"] |= settings | {"evaluate_every_steps": max(1, steps // 4)}
+        for part in ("parent", "parent.json", "data"):
+            (run / part).parent.mkdir(parents=True, exist_ok=True)
+            if not (run / part).exists():
+                os.symlink((BASE / part).resolve(), run / part)
+        recipe = parse_recipe(json.dumps(recipe))
+        pipeline.claim_run(recipe, run)
+        start = load_model(BASE / "child-refit", machine_of(recipe))
+        training = Training(recipe, run, parent_outputs(recipe, run), start)
+        begin = time.process_time()
+        training.train()
+        seconds = time.process_time() - begin
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        facts = {"settings": settings, "curve": training.curve}
+        write_json(result, {**facts, "processor_seconds": seconds, "peak_memory_bytes": peak})
+        shutil.rmtree(run.scratch("distill_child"))
+    return read_json(result)
+
+
+def tokens_until(curve: list[dict], kl: float, batch_tokens: int) -> float | None:
+    """Where a curve first falls to `kl`, between its points in a straight line."""
+    for before, after in itertools.pairwise(curve):
+        high, low = before["selection_kl_nats"], after["selection_kl_nats"]
+        if low <= kl <= high:
+            return batch_tokens * (before["step"] + (after["step"] - before["step"]) * (high - kl) / (high - low))
+    return None
+
+
+def main() -> None:
+    """Measure, print the table of all that is measured so far, and keep its figures."""
+    names = sys.argv[1:] or list(VARIANTS)
+    if len(names) == 1:
+        measured(names[0])
+    else:
+        for name in names:
+            # A process of its own each: peak memory is counted by process.
+            subprocess.run([sys.executable, __file__, name], check=True, stdout=subprocess.DEVNULL)
+    figures: dict[str, float] = {"tokens": SHORT, "long_tokens": LONG}
+    print(f"{'':22s}{'KL, nats':>10s}{'processor, s':>14s}{'peak, GB':>10s}")
+    for name in VARIANTS:
+        if not (FOLDER / name / "result.json").exists():
+            continue
+        result = measured(name)
+        kl, seconds = _kl(result["curve"]), result["processor_seconds"]
+        figures["selection_kl_nats.before"] = result["curve"][0]["selection_kl_nats"]
+        figures |= {f"selection_kl_nats.{name}": kl, f"processor_seconds.{name}": seconds}
+        print(f"{name:22s}{kl:10.4f}{seconds:14.0f}", end="")
+        if name.startswith("memory"):
+            figures[f"peak_memory_bytes.{name}"] = peak = result["peak_memory_bytes"]
+            print(f"{peak / 1e9:10.2f}", end="")
+        print(flush=True)
+    for length, tokens in (("", SHORT), ("long_", LONG)):
+        adamw, muon = f"selection_kl_nats.{length}adamw_1e-4", f"{length}muon_3e-4"
+        if adamw in figures and f"selection_kl_nats.{muon}" in figures:
+            reached = tokens_until(measured(muon)["curve"], figures[adamw], 512)
+            if reached is not None:
+                figures[f"{length}gkd_tokens_to_same_kl_over_adamw"] = share = reached / tokens
+                print(
+                    f"Muon falls to the {figures[adamw]:.4f} of AdamW at 1e-4 on {share:.2f} of its {tokens:,} tokens"
+                )
+    print("Written to", save("gkd", figures))
+
+
+def _kl(curve: list[dict]) -> float:
+    return min(point["selection_kl_nats"] for point in curve)
+
+
+if __name__ == "__main__":
+    main()

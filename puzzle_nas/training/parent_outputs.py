@@ -1,0 +1,136 @@
+"""What global distillation asks of the parent: from the parent itself, or from files that it left.
+
+Shapes: S sequences in the split, B of them in a batch, T tokens, N = B * T, D hidden, K kept tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from puzzle_nas.artifacts import write_bytes
+from puzzle_nas.modeling import PuzzleForCausalLM
+from puzzle_nas.progress import progress
+from puzzle_nas.training.comparison import ParentReference
+from puzzle_nas.training.losses import MATMUL_ROWS, ParentLogits, ParentTopK
+
+FILE_SEQUENCES = 64
+"""Sequences in one file: what an interrupted pass loses at most."""
+STORED = ("ids", "log_p", "log_rest")
+"""Tensors in a file: the fields of `ParentTopK`, in order."""
+
+
+class ParentOutputs(Protocol):
+    """Where outputs come from."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def outputs(
+        self, tokens_BT: torch.Tensor, blocks_B: torch.Tensor, hidden: bool
+    ) -> tuple[ParentLogits | ParentTopK, Sequence[torch.Tensor]]:
+        """The parent's token distributions, and, if `hidden`, its residual stream after each block, [B, T, D]."""
+        ...
+
+    def reference(self, selection_ST: torch.Tensor) -> ParentReference:
+        """To measure children by."""
+        ...
+
+
+class LiveParent:
+    """The parent itself, run on every batch."""
+
+    def __init__(self, parent: PuzzleForCausalLM):
+        self.parent, self.dtype, self.device = parent, parent.dtype, parent.device
+
+    @torch.no_grad()
+    def outputs(
+        self, tokens_BT: torch.Tensor, blocks_B: torch.Tensor, hidden: bool
+    ) -> tuple[ParentLogits, Sequence[torch.Tensor]]:
+        """See `ParentOutputs`."""
+        result = self.parent.model(tokens_BT, use_cache=False, output_hidden_states=hidden)
+        states = result.hidden_states[1:] if hidden else ()
+        return ParentLogits(result.last_hidden_state.flatten(0, 1), self.parent.lm_head), states
+
+    def reference(self, selection_ST: torch.Tensor) -> ParentReference:
+        """See `ParentOutputs`."""
+        return ParentReference(self.parent, selection_ST)
+
+
+class StoredParent:
+    """The parent's K likeliest tokens at each position, from files; the parent is loaded only to write them.
+
+    A position takes 6 K + 4 bytes: ids as int32, log-probabilities as float16, what is left as float32.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        load: Callable[[], PuzzleForCausalLM],
+        train_ST: torch.Tensor,
+        selection_ST: torch.Tensor,
+        top_k: int,
+        device: torch.device,
+    ):
+        self.device = device
+        self.paths = [folder / f"{start:08d}.safetensors" for start in range(0, len(train_ST), FILE_SEQUENCES)]
+        measured = folder / "selection.safetensors"
+        if not all(path.exists() for path in [*self.paths, measured]):
+            self._write(load(), train_ST, selection_ST, top_k, measured)
+        tensors = safetensors.torch.load_file(measured)
+        self.dtype = tensors["head"].dtype
+        self._final = [tensors[f"final/{i}"].to(device) for i in range(len(tensors) - 1)]
+        self._head = nn.Linear(*reversed(tensors["head"].shape), bias=False, device="meta")
+        self._head.weight = nn.Parameter(tensors["head"].to(device), requires_grad=False)
+
+    def _write(self, parent: PuzzleForCausalLM, train_ST, selection_ST, top_k: int, measured: Path) -> None:
+        reference = ParentReference(parent, selection_ST)
+        finals = {f"final/{i}": final.cpu().contiguous() for i, final in enumerate(reference.final)}
+        head = parent.lm_head.weight.detach().cpu().contiguous()
+        with progress("the parent's likeliest tokens, part", len(self.paths)) as ticker:
+            for path, tokens in zip(self.paths, train_ST.split(FILE_SEQUENCES), strict=True):
+                if not path.exists():
+                    rows = [likeliest(parent, row.unsqueeze(0).to(parent.device), top_k) for row in tokens]
+                    tensors = {name: torch.stack([row[name] for row in rows]) for name in STORED}
+                    write_bytes(path, safetensors.torch.save(tensors))
+                ticker.advance()
+        write_bytes(measured, safetensors.torch.save({"head": head, **finals}))
+
+    def outputs(
+        self, tokens_BT: torch.Tensor, blocks_B: torch.Tensor, hidden: bool
+    ) -> tuple[ParentTopK, Sequence[torch.Tensor]]:
+        """See `ParentOutputs`; hidden states are not stored."""
+        if hidden:
+            raise ValueError("hidden states are not stored")
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in STORED}
+        for block in blocks_B.tolist():
+            with safetensors.safe_open(self.paths[block // FILE_SEQUENCES], "pt") as file:
+                for name, found in parts.items():
+                    found.append(file.get_slice(name)[block % FILE_SEQUENCES])
+        return ParentTopK(*(torch.cat(found).to(self.device) for found in parts.values())), ()
+
+    def reference(self, selection_ST: torch.Tensor) -> ParentReference:
+        """See `ParentOutputs`."""
+        return ParentReference(self._head, selection_ST, self._final)
+
+
+@torch.no_grad()
+def likeliest(parent: PuzzleForCausalLM, tokens_BT: torch.Tensor, k: int) -> dict[str, torch.Tensor]:
+    """The k likeliest next tokens: ids (int32) and log_p (float16), [N, K], and log_rest (float32), [N], on the CPU."""
+    final_ND = parent.model(tokens_BT, use_cache=False).last_hidden_state.flatten(0, 1)
+    k = min(k, parent.lm_head.out_features - 1)
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in STORED}
+    for rows in final_ND.split(MATMUL_ROWS):
+        logs = F.log_softmax(parent.lm_head(rows).float(), dim=-1)
+        best = logs.topk(k, dim=-1)
+        parts["ids"].append(best.indices.int().cpu())
+        parts["log_p"].append(best.values.half().cpu())
+        parts["log_rest"].append(logs.scatter_(1, best.indices, -torch.inf).logsumexp(-1).cpu())
+    return {name: torch.cat(found) for name, found in parts.items()}
