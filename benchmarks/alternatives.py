@@ -14,11 +14,13 @@ the fewest whole layers that leave a quarter of the width go as well, by block i
 
 Text: `puzzle`, `greedy` and `random` get OWN_TOKENS of GKD beside the library's calibration and BLD text; the others,
 which need no library, get all three together as GKD. Chosen on selection, reported on validation. `depth_pruned` and
-`width_pruned` are the better of their two ways on selection; both are trained at the first speed-up only.
+`width_pruned` are the better of their two ways on selection before GKD; with --both, each is distilled and the better
+one afterwards counts.
 Reads runs/quickstart; children are kept in runs/benchmark-alternatives, so a second call goes on where one stopped.
 
-python benchmarks/alternatives.py [SPEEDUP ...]     make and evaluate children
-python benchmarks/alternatives.py --measure         time them beside the parent: wants a quiet machine
+python benchmarks/alternatives.py [--both] [SPEEDUP ...]   make and evaluate children
+python benchmarks/alternatives.py --tasks   multiple-choice accuracy of the children, where the files are
+python benchmarks/alternatives.py --measure   time them beside the parent: wants a quiet machine
 """
 
 from __future__ import annotations
@@ -355,7 +357,6 @@ class Benchmark:
                 "selection_kl_nats": training.best["selection_kl_nats"],
                 "curve": training.curve,
                 "after_gkd": self.validation.compare(child).to_dict(),
-                "tasks": accuracies(child, self.tokenizer),
             }
             write_json(run / "result.json", after)
             shutil.rmtree(run / "scratch")
@@ -367,7 +368,7 @@ def better(facts: dict[str, dict], ways: tuple[str, str], field: str) -> str:
     return min((way for way in ways if way in facts), key=lambda way: facts[way][field])
 
 
-def make(speedup_list: tuple[float, ...]) -> None:
+def make(speedup_list: tuple[float, ...], both: bool) -> None:
     """Make, distil and evaluate; print a line for each child."""
     bench = Benchmark()
     for speedup in speedup_list:
@@ -391,15 +392,12 @@ def make(speedup_list: tuple[float, ...]) -> None:
         chosen = [m for m in FROM_LIBRARY if m in started]
         for ways in PAIRS.values():
             first = better(started, ways, "selection_kl_nats_before_gkd")
-            chosen.append(first)
-            if speedup == SPEEDUPS[0]:
-                chosen += [way for way in ways if way != first]
+            chosen += ways if both else (first,)
         for method in chosen:
             facts = bench.distilled(method, speedup)
             print(
                 f"{speedup}x {method:16s} KL {facts['before_gkd']['kl_nats']:.4f} -> "
-                f"{facts['after_gkd']['kl_nats']:.4f}  perplexity {facts['after_gkd']['perplexity']:.2f}  "
-                f"tasks {facts['tasks']}",
+                f"{facts['after_gkd']['kl_nats']:.4f}  perplexity {facts['after_gkd']['perplexity']:.2f}",
                 flush=True,
             )
 
@@ -410,7 +408,7 @@ def gathered() -> dict[float, dict[str, dict]]:
     for speedup in sorted(SPEEDUPS):
         for path in sorted((FOLDER / f"{speedup}x").glob("*/start.json")):
             facts = read_json(path)
-            for name in ("result.json", "measured.json"):
+            for name in ("result.json", "measured.json", "tasks.json"):
                 if (path.parent / name).exists():
                     facts |= read_json(path.parent / name)
             result.setdefault(speedup, {})[path.parent.name] = facts
@@ -433,6 +431,22 @@ def measure() -> None:
                 ratios = speedups(engine, loaded, scenarios, TIMING_REPEATS, recipe.costs.decode_steps_measured)
             write_json(path, {"speedup_measured": statistics.median(ratios), "speedup_by_repeat": sorted(ratios)})
             print(f"{speedup}x {method:16s} measured {statistics.median(ratios):.3f}x", flush=True)
+
+
+def answer_tasks() -> None:
+    """Task accuracy of every distilled child and of the parent."""
+    parent, _ = load_parent(BASE)
+    torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+    tokenizer = load_tokenizer(parent_checkpoint(BASE))
+    done = [p.parent for s in SPEEDUPS for p in sorted((FOLDER / f"{s}x").glob("*/result.json"))]
+    for folder in (FOLDER, *done):
+        if not (folder / "tasks.json").exists():
+            model = (
+                parent if folder == FOLDER else PuzzleForCausalLM.from_pretrained(folder / "child", dtype=parent.dtype)
+            )
+            found = accuracies(model.eval(), tokenizer)
+            write_json(folder / "tasks.json", {"accuracy": found})
+            print(folder, found, flush=True)
 
 
 def report() -> None:
@@ -464,7 +478,7 @@ def report() -> None:
                 figures[f"core_seconds_{name}"] = round(seconds, 1)
             if "speedup_measured" in facts:
                 figures[f"speedup_measured_{name}"] = facts["speedup_measured"]
-            tasks = {task: value for task, value in facts["tasks"].items()}
+            tasks = facts.get("accuracy", {})
             figures |= {f"accuracy_{task}_{name}": value for task, value in tasks.items()}
             if label in PAIRS or method in FROM_LIBRARY:
                 shown = label if label == method else f"{label} ({method})"
@@ -477,6 +491,8 @@ def report() -> None:
                 )
         for method, facts in children.items():
             figures.setdefault(f"kl_{method}_before_gkd_{speedup}x", facts["before_gkd"]["kl_nats"])
+    if (FOLDER / "tasks.json").exists():
+        figures |= {f"accuracy_{t}_parent": v for t, v in read_json(FOLDER / "tasks.json")["accuracy"].items()}
     library = BASE.seconds()
     figures["wall_seconds_of_library"] = round(
         sum(library[stage] for stage in ("build_library", "distill_blocks", "score_blocks")), 1
@@ -489,8 +505,10 @@ def main() -> None:
     arguments = sys.argv[1:]
     if "--measure" in arguments:
         measure()
+    elif "--tasks" in arguments:
+        answer_tasks()
     else:
-        make(tuple(map(float, arguments)) or SPEEDUPS)
+        make(tuple(float(a) for a in arguments if a != "--both") or SPEEDUPS, "--both" in arguments)
     report()
 
 
