@@ -31,6 +31,7 @@ import statistics
 import sys
 import time
 
+import safetensors
 import torch
 from alternative_starts import BASE, FOLDER, SPEEDUPS, Starts, linked
 from results import save
@@ -89,9 +90,13 @@ def distilled(starts: Starts, method: str, speedup: float) -> dict:
         start = PuzzleForCausalLM.from_pretrained(run / "start", dtype=starts.parent.dtype).eval()
         begin = time.process_time()
         training = Training(starts.recipe.model_copy(update={"gkd": gkd}), run, starts.parent, start)
-        resumed = training.state_path.exists()
+        resumed_at = 0
+        if training.state_path.exists():
+            with safetensors.safe_open(training.state_path, "pt") as file:
+                resumed_at = int(file.metadata()["step"])
         training.train()
-        seconds = None if resumed else time.process_time() - begin
+        # A resumed distillation counts as if all its steps had taken what the last ones took.
+        seconds = (time.process_time() - begin) * len(training.batches) / max(1, len(training.batches) - resumed_at)
         if training.best["step"]:
             training.finish()
         child = (training.child if training.best["step"] else start).to(starts.parent.dtype).eval()
@@ -214,9 +219,8 @@ def report() -> None:
             figures[f"speedup_predicted_{name}"] = facts["speedup_predicted"]
             figures[f"gkd_tokens_{name}"] = facts["gkd_tokens"]
             figures[f"parameters_{name}"] = facts["parameters"]
-            seconds = facts["core_seconds_to_start"] + (facts["core_seconds_of_gkd"] or 0.0)
-            if facts["core_seconds_of_gkd"]:
-                figures[f"core_seconds_{name}"] = round(seconds, 1)
+            seconds = facts["core_seconds_to_start"] + facts["core_seconds_of_gkd"]
+            figures[f"core_seconds_{name}"] = round(seconds, 1)
             if "speedup_measured" in facts:
                 figures[f"speedup_measured_{name}"] = facts["speedup_measured"]
             tasks = facts.get("accuracy", {})
