@@ -13,7 +13,7 @@ are costed on straight lines between those of the cost table and a timed width o
 the fewest whole layers that leave a quarter of the width go as well, by block influence.
 
 Text: `puzzle`, `greedy` and `random` get OWN_TOKENS of GKD beside the library's calibration and BLD text; the others,
-which need no library, get all three together as GKD. Chosen on selection, reported on validation. `depth_pruned` and
+which need no library, get all three together as GKD. `puzzle_same_gkd` gets as much GKD as they do. Chosen on selection, reported on validation. `depth_pruned` and
 `width_pruned` are the better of their two ways on selection before GKD; with --both, each is distilled and the better
 one afterwards counts.
 Reads runs/quickstart; children are kept in runs/benchmark-alternatives, so a second call goes on where one stopped.
@@ -53,6 +53,8 @@ OWN_TOKENS = 16_384
 EVALUATE_EVERY_STEPS = 16
 """Between points of GKD's curve, the best of which counts."""
 FROM_LIBRARY = ("puzzle", "greedy", "random")
+LONGER = "puzzle_same_gkd"
+"""`puzzle` with as much GKD as the methods without a library get."""
 PAIRS = {"depth_pruned": ("block_influence", "contiguous"), "width_pruned": ("width_refitted", "width")}
 TIMING_REPEATS = 15
 
@@ -60,6 +62,10 @@ TIMING_REPEATS = 15
 def started(starts: Starts, method: str, speedup: float) -> dict:
     """Make a child and evaluate it before GKD; the facts."""
     run = linked(FOLDER / f"{speedup}x" / method)
+    if method == LONGER and not (run / "start.json").exists():
+        facts = started(starts, "puzzle", speedup)
+        (run / "start").symlink_to("../puzzle/start")
+        write_json(run / "start.json", facts)
     if not (run / "start.json").exists():
         begin = time.process_time()
         start = getattr(starts, method)(speedup)
@@ -139,6 +145,7 @@ def make(speedup_list: tuple[float, ...], both: bool) -> None:
         for ways in PAIRS.values():
             first = better(found, ways, "selection_kl_nats_before_gkd")
             chosen += ways if both else (first,)
+        chosen.append(LONGER)
         for method in chosen:
             facts = distilled(starts, method, speedup)
             print(
@@ -205,7 +212,7 @@ def report() -> None:
     )
     for speedup, children in rows.items():
         done = {m: f for m, f in children.items() if "after_gkd" in f}
-        labels = {m: m for m in FROM_LIBRARY if m in done}
+        labels = {m: m for m in (*FROM_LIBRARY, LONGER) if m in done}
         for label, ways in PAIRS.items():
             if any(way in done for way in ways):
                 labels[label] = better(done, ways, "selection_kl_nats")
@@ -225,7 +232,7 @@ def report() -> None:
                 figures[f"speedup_measured_{name}"] = facts["speedup_measured"]
             tasks = facts.get("accuracy", {})
             figures |= {f"accuracy_{task}_{name}": value for task, value in tasks.items()}
-            if label in PAIRS or method in FROM_LIBRARY:
+            if label not in (way for ways in PAIRS.values() for way in ways):
                 shown = label if label == method else f"{label} ({method})"
                 print(
                     f"{speedup:.2f}x {shown:34s}{facts['speedup_predicted']:7.3f}"
