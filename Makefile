@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # On a machine without an NVIDIA GPU, torch's CPU build (a tenth of the size) comes from torch's own index.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "--extra-index-url https://download.pytorch.org/whl/cpu")
 
-.PHONY: quickstart quickstart-smoke export-smoke test check install install-use engines browser clean
+.PHONY: quickstart quickstart-smoke export-smoke test check paper install install-use engines browser clean
 
 quickstart: install-use
 	@if [ -f runs/quickstart/stages/write_report.json ]; then echo "runs/quickstart is there; checking that it is complete."; fi
@@ -41,6 +41,13 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+# The paper's tables beside ours: docs/paper.md. Goes on where it stopped. BUDGET=gpu spends more.
+BUDGET ?= cpu
+TABLES := $(basename $(notdir $(wildcard benchmarks/paper/table_*.py benchmarks/paper/figure_*.py)))
+paper: install
+	@for table in $(TABLES); do $(BIN)/python -m benchmarks.paper.$$table --budget $(BUDGET) || exit; done
+	@$(BIN)/python -m benchmarks.paper.summary
 
 # For use and development.
 install: $(VENV)/.installed-dev

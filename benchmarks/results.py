@@ -14,13 +14,13 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 
 
-def save(name: str, figures: dict[str, float], machine: dict | None = None) -> Path:
+def save(name: str, figures: dict[str, float], machine: dict | None = None, command: str | None = None) -> Path:
     """Keep flat figures with units in their names."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command or shlex.join(["python", *sys.argv]),
         "machine": machine or {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "load_average_1_min": os.getloadavg()[0],
         "date": datetime.date.today().isoformat(),

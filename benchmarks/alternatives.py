@@ -1,0 +1,269 @@
+"""Puzzle against what people would do instead, on the same parent at the same predicted speed, with the same text.
+
+    puzzle          our search (measured candidates, one round of refinement), refit, GKD
+    greedy          the library's variants, chosen layer by layer (Puzzle, table 11)
+    random          the library's variants, drawn at random: the median of five draws
+    block_influence whole layers removed, those that turn their input least first (ShortGPT)
+    contiguous      whole layers removed, the run of them that harms KL least (Minitron, depth)
+    width           every FFN as narrow as the next, by Channel Contribution (Minitron, width)
+    width_refitted  the same with our choice of channels and least squares
+
+Whole layers reach only some speeds; the one nearest to 1.25x, 1.5x and 2x is the limit of every method. FFN widths
+are costed on straight lines between those of the cost table and a timed width of 32. Where no FFN width is fast enough,
+the fewest whole layers that leave a quarter of the width go as well, by block influence.
+
+Text: `puzzle`, `greedy` and `random` get OWN_TOKENS of GKD beside the library's calibration and BLD text; the others,
+which need no library, get all three together as GKD, as does `puzzle_same_gkd`. Chosen on selection, reported on
+validation. `depth_pruned` and `width_pruned` are the better of their two ways on selection before GKD; with --both,
+each is distilled and the better one afterwards counts.
+
+Reads runs/quickstart; children are kept in runs/benchmark-alternatives, so a second call goes on where one stopped.
+
+python benchmarks/alternatives.py [--both] [SPEEDUP ...]   make and evaluate children
+python benchmarks/alternatives.py --tasks   multiple-choice accuracy of the children, where the files are
+python benchmarks/alternatives.py --measure   time them beside the parent: wants a quiet machine
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import sys
+import time
+
+import safetensors
+import torch
+from alternative_starts import BASE, FOLDER, SPEEDUPS, Starts, linked
+from results import save
+from task_accuracy import accuracies
+
+from puzzle_nas.architecture import Architecture
+from puzzle_nas.architecture_search import ArchitectureSearch
+from puzzle_nas.artifacts import RunFolder, complete_folder, read_json, write_json
+from puzzle_nas.engines import ENGINES, speedups
+from puzzle_nas.errors import InfeasibleError
+from puzzle_nas.families import load_parent, load_tokenizer, save_model
+from puzzle_nas.families.loading import parent_checkpoint, probe_model
+from puzzle_nas.modeling import PuzzleForCausalLM
+from puzzle_nas.pipeline import open_run
+from puzzle_nas.stages.distill_child import Training
+
+OWN_TOKENS = 16_384
+"""GKD of the methods that use the library."""
+EVALUATE_EVERY_STEPS = 16
+"""Between points of GKD's curve, the best of which counts."""
+FROM_LIBRARY = ("puzzle", "greedy", "random")
+LONGER = "puzzle_same_gkd"
+"""`puzzle` with as much GKD as the methods without a library get."""
+PAIRS = {"depth_pruned": ("block_influence", "contiguous"), "width_pruned": ("width_refitted", "width")}
+TIMING_REPEATS = 15
+
+
+def started(starts: Starts, method: str, speedup: float) -> dict:
+    """Make a child and evaluate it before GKD; the facts."""
+    run = linked(FOLDER / f"{speedup}x" / method)
+    if method == LONGER and not (run / "start.json").exists():
+        facts = started(starts, "puzzle", speedup)
+        (run / "start").symlink_to("../puzzle/start")
+        write_json(run / "start.json", facts)
+    if not (run / "start.json").exists():
+        begin = time.process_time()
+        start = getattr(starts, method)(speedup)
+        seconds = time.process_time() - begin
+        with complete_folder(run / "start") as partial:
+            save_model(start.model, None, partial)
+        facts = {
+            "architecture": start.architecture.to_list(),
+            "speedup_predicted": starts.speedup(start.architecture),
+            "parameters": sum(p.numel() for p in start.model.parameters()),
+            "core_seconds_to_start": seconds,
+            "selection_kl_nats_before_gkd": starts.selection.compare(start.model).kl_nats,
+            "before_gkd": starts.validation.compare(start.model).to_dict(),
+            **start.facts,
+        }
+        write_json(run / "start.json", facts)
+    return read_json(run / "start.json")
+
+
+def distilled(starts: Starts, method: str, speedup: float) -> dict:
+    """Distil a child that has been started; all its facts."""
+    facts, run = started(starts, method, speedup), RunFolder(FOLDER / f"{speedup}x" / method)
+    if not (run / "result.json").exists():
+        tokens = (
+            OWN_TOKENS if method in FROM_LIBRARY else OWN_TOKENS + starts.recipe.bld.tokens + starts.calibration.numel()
+        )
+        gkd = starts.recipe.gkd.model_copy(update={"tokens": tokens, "evaluate_every_steps": EVALUATE_EVERY_STEPS})
+        start = PuzzleForCausalLM.from_pretrained(run / "start", dtype=starts.parent.dtype).eval()
+        begin = time.process_time()
+        training = Training(starts.recipe.model_copy(update={"gkd": gkd}), run, starts.parent, start)
+        resumed_at = 0
+        if training.state_path.exists():
+            with safetensors.safe_open(training.state_path, "pt") as file:
+                resumed_at = int(file.metadata()["step"])
+        training.train()
+        # A resumed distillation counts as if all its steps had taken what the last ones took.
+        seconds = (time.process_time() - begin) * len(training.batches) / max(1, len(training.batches) - resumed_at)
+        if training.best["step"]:
+            training.finish()
+        child = (training.child if training.best["step"] else start).to(starts.parent.dtype).eval()
+        with complete_folder(run / "child") as partial:
+            save_model(child, load_tokenizer(parent_checkpoint(BASE)), partial)
+        after = {
+            "gkd_tokens": tokens,
+            "core_seconds_of_gkd": seconds,
+            "selection_kl_nats": training.best["selection_kl_nats"],
+            "curve": training.curve,
+            "after_gkd": starts.validation.compare(child).to_dict(),
+        }
+        write_json(run / "result.json", after)
+        shutil.rmtree(run / "scratch")
+    return facts | read_json(run / "result.json")
+
+
+def better(facts: dict[str, dict], ways: tuple[str, str], field: str) -> str:
+    """The way with the lower KL on selection."""
+    return min((way for way in ways if way in facts), key=lambda way: facts[way][field])
+
+
+def make(speedup_list: tuple[float, ...], both: bool) -> None:
+    """Make, distil and evaluate; print a line for each child."""
+    starts = Starts()
+    for speedup in speedup_list:
+        found: dict[str, dict] = {}
+        for method in (*FROM_LIBRARY, *PAIRS["depth_pruned"], *PAIRS["width_pruned"]):
+            try:
+                found[method] = started(starts, method, speedup)
+            except InfeasibleError as error:
+                print(f"{speedup}x {method}: {error}", flush=True)
+                continue
+            print(
+                f"{speedup}x {method:16s} predicted {found[method]['speedup_predicted']:.3f}x  "
+                f"KL before GKD {found[method]['before_gkd']['kl_nats']:.4f}",
+                flush=True,
+            )
+        chosen = [m for m in FROM_LIBRARY if m in found]
+        for ways in PAIRS.values():
+            first = better(found, ways, "selection_kl_nats_before_gkd")
+            chosen += ways if both else (first,)
+        chosen.append(LONGER)
+        for method in chosen:
+            facts = distilled(starts, method, speedup)
+            print(
+                f"{speedup}x {method:16s} KL {facts['before_gkd']['kl_nats']:.4f} -> "
+                f"{facts['after_gkd']['kl_nats']:.4f}  perplexity {facts['after_gkd']['perplexity']:.2f}",
+                flush=True,
+            )
+
+
+def gathered() -> dict[float, dict[str, dict]]:
+    """All facts so far, by speed-up and method."""
+    result: dict[float, dict[str, dict]] = {}
+    for speedup in sorted(SPEEDUPS):
+        for path in sorted((FOLDER / f"{speedup}x").glob("*/start.json")):
+            facts = read_json(path)
+            for name in ("result.json", "measured.json", "tasks.json"):
+                if (path.parent / name).exists():
+                    facts |= read_json(path.parent / name)
+            result.setdefault(speedup, {})[path.parent.name] = facts
+    return result
+
+
+def measure() -> None:
+    """Time every distilled child beside the parent, on the run's engine."""
+    recipe = open_run(BASE)
+    parent, _ = load_parent(BASE)
+    engine = ENGINES[recipe.engine]
+    scenarios = ArchitectureSearch.load(recipe, BASE).costs.scenarios
+    for speedup, children in gathered().items():
+        for method, facts in children.items():
+            path = FOLDER / f"{speedup}x" / method / "measured.json"
+            if "after_gkd" not in facts or path.exists():
+                continue
+            probe = probe_model(parent, Architecture.from_list(facts["architecture"]))
+            with engine.loaded({"parent": parent, "child": probe}, FOLDER / "scratch") as loaded:
+                ratios = speedups(engine, loaded, scenarios, TIMING_REPEATS, recipe.costs.decode_steps_measured)
+            write_json(path, {"speedup_measured": statistics.median(ratios), "speedup_by_repeat": sorted(ratios)})
+            print(f"{speedup}x {method:16s} measured {statistics.median(ratios):.3f}x", flush=True)
+
+
+def answer_tasks() -> None:
+    """Task accuracy of every distilled child and of the parent."""
+    parent, _ = load_parent(BASE)
+    torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+    tokenizer = load_tokenizer(parent_checkpoint(BASE))
+    done = [p.parent for s in SPEEDUPS for p in sorted((FOLDER / f"{s}x").glob("*/result.json"))]
+    for folder in (FOLDER, *done):
+        if not (folder / "tasks.json").exists():
+            model = (
+                parent if folder == FOLDER else PuzzleForCausalLM.from_pretrained(folder / "child", dtype=parent.dtype)
+            )
+            found = accuracies(model.eval(), tokenizer)
+            write_json(folder / "tasks.json", {"accuracy": found})
+            print(folder, found, flush=True)
+
+
+def report() -> None:
+    """Print the table of what is there, and keep it."""
+    figures: dict[str, float] = {"gkd_tokens_of_library_methods": OWN_TOKENS}
+    rows = gathered()
+    print(
+        f"\n{'':6s}{'method':34s}{'pred.':>7s}{'meas.':>7s}{'KL before':>11s}{'KL':>8s}{'+-':>7s}{'ppl':>8s}"
+        f"{'tokens':>8s}{'core s':>8s}  tasks"
+    )
+    for speedup, children in rows.items():
+        done = {m: f for m, f in children.items() if "after_gkd" in f}
+        labels = {m: m for m in (*FROM_LIBRARY, LONGER) if m in done}
+        for label, ways in PAIRS.items():
+            if any(way in done for way in ways):
+                labels[label] = better(done, ways, "selection_kl_nats")
+        labels |= {way: way for ways in PAIRS.values() for way in ways if way in done}
+        for label, method in labels.items():
+            facts, name = done[method], f"{label}_{speedup}x"
+            figures[f"kl_{name}"] = facts["after_gkd"]["kl_nats"]
+            figures[f"kl_standard_error_{name}"] = facts["after_gkd"]["kl_nats_standard_error"]
+            figures[f"kl_{label}_before_gkd_{speedup}x"] = facts["before_gkd"]["kl_nats"]
+            figures[f"perplexity_{name}"] = facts["after_gkd"]["perplexity"]
+            figures[f"speedup_predicted_{name}"] = facts["speedup_predicted"]
+            figures[f"gkd_tokens_{name}"] = facts["gkd_tokens"]
+            figures[f"parameters_{name}"] = facts["parameters"]
+            seconds = facts["core_seconds_to_start"] + facts["core_seconds_of_gkd"]
+            figures[f"core_seconds_{name}"] = round(seconds, 1)
+            if "speedup_measured" in facts:
+                figures[f"speedup_measured_{name}"] = facts["speedup_measured"]
+            tasks = facts.get("accuracy", {})
+            figures |= {f"accuracy_{task}_{name}": value for task, value in tasks.items()}
+            if label not in (way for ways in PAIRS.values() for way in ways):
+                shown = label if label == method else f"{label} ({method})"
+                print(
+                    f"{speedup:.2f}x {shown:34s}{facts['speedup_predicted']:7.3f}"
+                    f"{facts.get('speedup_measured', float('nan')):7.3f}{facts['before_gkd']['kl_nats']:11.4f}"
+                    f"{facts['after_gkd']['kl_nats']:8.4f}{facts['after_gkd']['kl_nats_standard_error']:7.4f}"
+                    f"{facts['after_gkd']['perplexity']:8.2f}{facts['gkd_tokens']:8d}{seconds:8.0f}  "
+                    + " ".join(f"{task} {value:.3f}" for task, value in tasks.items())
+                )
+        for method, facts in children.items():
+            figures.setdefault(f"kl_{method}_before_gkd_{speedup}x", facts["before_gkd"]["kl_nats"])
+    if (FOLDER / "tasks.json").exists():
+        figures |= {f"accuracy_{t}_parent": v for t, v in read_json(FOLDER / "tasks.json")["accuracy"].items()}
+    library = BASE.seconds()
+    figures["wall_seconds_of_library"] = round(
+        sum(library[stage] for stage in ("build_library", "distill_blocks", "score_blocks")), 1
+    )
+    print("Written to", save("alternatives", figures))
+
+
+def main() -> None:
+    """See above."""
+    arguments = sys.argv[1:]
+    if "--measure" in arguments:
+        measure()
+    elif "--tasks" in arguments:
+        answer_tasks()
+    else:
+        make(tuple(float(a) for a in arguments if a != "--both") or SPEEDUPS, "--both" in arguments)
+    report()
+
+
+if __name__ == "__main__":
+    main()

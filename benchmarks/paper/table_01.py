@@ -1,0 +1,59 @@
+"""Puzzle, table 1: the losses of GKD, all combinations, from one child at 1.5x. Lower KL is better in both columns."""
+
+import copy
+from pathlib import Path
+
+from benchmarks.paper.common import Budget, Children, Measured, Table, ordering
+from puzzle_nas.artifacts import RunFolder, read_json, write_json
+from puzzle_nas.library import assemble
+from puzzle_nas.stages.distill_child import Training
+
+PAPER = {
+    "none": 0.19,
+    "LM": 0.31,
+    "LM + cosine": 0.30,
+    "LM + KLD": 0.14,
+    "LM + cosine + KLD": 0.14,
+    "cosine": 0.16,
+    "KLD": 0.10,
+    "cosine + KLD": 0.11,
+}
+SPEEDUP = 1.5
+
+
+def distilled_kl(children: Children, row: str) -> float:
+    """KL on validation after the last step with these losses; kept."""
+    run = RunFolder(Path(f"runs/benchmark-paper/{children.budget.name}-losses/{row.replace(' ', '')}"))
+    if (run / "kl.json").exists():
+        return read_json(run / "kl.json")["kl_nats"]
+    run.path.mkdir(parents=True, exist_ok=True)
+    if not (run / "data").exists():
+        (run / "data").symlink_to((children.run / "data").resolve())
+    losses = row.split(" + ")
+    weights = {
+        f"{key}_weight": float(name in losses) for key, name in (("lm", "LM"), ("cosine", "cosine"), ("kl", "KLD"))
+    }
+    tokens = children.budget.gkd_tokens
+    gkd = children.recipe.gkd.model_copy(update={"tokens": tokens, "evaluate_every_steps": 10**9, **weights})
+    start = assemble(children.run, children.parent, children.chosen(SPEEDUP))
+    training = Training(children.recipe.model_copy(update={"gkd": gkd}), run, children.parent, start)
+    training.train()
+    kl = children.validation.compare(copy.deepcopy(training.child).to(children.parent.dtype)).kl_nats
+    write_json(run / "kl.json", {"kl_nats": kl, "tokens": tokens})
+    return kl
+
+
+def measure(budget: Budget) -> Measured:
+    """One short distillation for each row."""
+    children, rows = Children(budget), {}
+    for row in PAPER:
+        rows[row] = children.kl_nats(children.chosen(SPEEDUP)) if row == "none" else distilled_kl(children, row)
+        print(f"{row:20s} {rows[row]:.4f}", flush=True)
+    columns = {f"{budget.gkd_tokens} tokens": rows}
+    return Measured(columns, ordering(PAPER, columns, paper_lower_is_better=True))
+
+
+TABLE = Table("table_01", "Table 1: losses of GKD", "validation KLD", PAPER, "KL, nats", measure)
+
+if __name__ == "__main__":
+    TABLE.main()
