@@ -73,9 +73,10 @@ def measured(name: str) -> dict:
         pipeline.claim_run(recipe, run)
         start = load_model(BASE / "child-refit", machine_of(recipe))
         training = Training(recipe, run, parent_outputs(recipe, run), start)
-        begin = time.process_time()
+        begin = None if training.state_path.exists() else time.process_time()
         training.train()
-        seconds = time.process_time() - begin
+        # Unknown where an earlier process did a part.
+        seconds = None if begin is None else time.process_time() - begin
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         facts = {"settings": settings, "curve": training.curve}
         write_json(result, {**facts, "processor_seconds": seconds, "peak_memory_bytes": peak})
@@ -109,8 +110,11 @@ def main() -> None:
         result = measured(name)
         kl, seconds = _kl(result["curve"]), result["processor_seconds"]
         figures["selection_kl_nats.before"] = result["curve"][0]["selection_kl_nats"]
-        figures |= {f"selection_kl_nats.{name}": kl, f"processor_seconds.{name}": seconds}
-        print(f"{name:22s}{kl:10.4f}{seconds:14.0f}", end="")
+        figures[f"selection_kl_nats.{name}"] = kl
+        print(f"{name:22s}{kl:10.4f}", end="")
+        if seconds is not None:
+            figures[f"processor_seconds.{name}"] = seconds
+        print(f"{'-' if seconds is None else round(seconds):>14}", end="")
         if name.startswith("memory"):
             figures[f"peak_memory_bytes.{name}"] = peak = result["peak_memory_bytes"]
             print(f"{peak / 1e9:10.2f}", end="")

@@ -77,9 +77,9 @@ class Training:
         settings = recipe.gkd
         tokens = load_tokens(run, "train")
         batch_sequences = max(1, settings.batch_tokens // tokens.shape[1])
-        wanted = math.ceil(settings.tokens / tokens.shape[1])
+        order = _order(recipe, tokens)
         self.tokens = tokens
-        self.batches = block_order(len(tokens), wanted, recipe.seed).split(batch_sequences) if wanted else ()
+        self.batches = order.split(batch_sequences) if len(order) else ()
         self.micro_sequences = max(1, (settings.micro_batch_tokens or settings.batch_tokens) // tokens.shape[1])
         self.reference = parent.reference(load_tokens(run, "selection"))
         self.curve: list[dict[str, float]] = []
@@ -230,14 +230,21 @@ def parent_outputs(recipe: Recipe, run: RunFolder) -> ParentOutputs:
     """From the parent, or, with `gkd.parent_top_k`, from files, written first where they are missing."""
     if recipe.gkd.parent_top_k is None or not recipe.gkd.tokens:
         return LiveParent(load_parent(run)[0])
+    tokens = load_tokens(run, "train")
     return StoredParent(
         run.scratch(NAME) / "parent",
         lambda: load_parent(run)[0],
-        load_tokens(run, "train"),
+        tokens,
+        _order(recipe, tokens),
         load_tokens(run, "selection"),
         recipe.gkd.parent_top_k,
         machine_of(recipe).device,
     )
+
+
+def _order(recipe: Recipe, tokens_ST: torch.Tensor) -> torch.Tensor:
+    """The blocks that GKD trains on, in order."""
+    return block_order(len(tokens_ST), math.ceil(recipe.gkd.tokens / tokens_ST.shape[1]), recipe.seed)
 
 
 def run(recipe: Recipe, run: RunFolder) -> None:

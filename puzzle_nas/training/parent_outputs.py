@@ -65,7 +65,7 @@ class LiveParent:
 
 
 class StoredParent:
-    """The parent's K likeliest tokens at each position, from files; the parent is loaded only to write them.
+    """The parent's K likeliest tokens in the blocks that training uses; the parent is loaded only to write them.
 
     A position takes 6 K + 4 bytes: ids as int32, log-probabilities as float16, what is left as float32.
     """
@@ -75,11 +75,15 @@ class StoredParent:
         folder: Path,
         load: Callable[[], PuzzleForCausalLM],
         train_ST: torch.Tensor,
+        blocks: torch.Tensor,
         selection_ST: torch.Tensor,
         top_k: int,
         device: torch.device,
     ):
         self.device = device
+        used = blocks.unique()
+        train_ST = train_ST[used]
+        self._place = {block: place for place, block in enumerate(used.tolist())}
         self.paths = [folder / f"{start:08d}.safetensors" for start in range(0, len(train_ST), FILE_SEQUENCES)]
         measured = folder / "selection.safetensors"
         if not all(path.exists() for path in [*self.paths, measured]):
@@ -111,9 +115,10 @@ class StoredParent:
             raise ValueError("hidden states are not stored")
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in STORED}
         for block in blocks_B.tolist():
-            with safetensors.safe_open(self.paths[block // FILE_SEQUENCES], "pt") as file:
+            number, row = divmod(self._place[block], FILE_SEQUENCES)
+            with safetensors.safe_open(self.paths[number], "pt") as file:
                 for name, found in parts.items():
-                    found.append(file.get_slice(name)[block % FILE_SEQUENCES])
+                    found.append(file.get_slice(name)[row])
         return ParentTopK(*(torch.cat(found).to(self.device) for found in parts.values())), ()
 
     def reference(self, selection_ST: torch.Tensor) -> ParentReference:

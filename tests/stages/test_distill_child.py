@@ -80,7 +80,9 @@ def test_gradient_checkpointing_runs_blocks_twice(run):
 def stored(run, k, load=None):
     train, selection = load_tokens(run, "train"), load_tokens(run, "selection")
     folder = run.scratch("distill_child") / "parent"
-    return StoredParent(folder, load or (lambda: load_parent(run)[0]), train, selection, k, torch.device("cpu"))
+    blocks = torch.arange(3, len(train))
+    load = load or (lambda: load_parent(run)[0])
+    return StoredParent(folder, load, train, blocks, selection, k, torch.device("cpu"))
 
 
 def test_the_stored_parent_stands_for_the_parent_and_is_written_once(run):
