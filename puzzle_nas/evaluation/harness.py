@@ -17,6 +17,10 @@ class HarnessModel(HFLM):
         super().__init__(pretrained=model.whole, tokenizer=model.tokenizer, backend="causal", batch_size=8)
         self.evaluated, self.on_requests = model, on_requests
 
+    def loglikelihood(self, requests, disable_tqdm=True):
+        # Without lm-eval's own bars: ours is shown.
+        return super().loglikelihood(requests, disable_tqdm=True)
+
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         pairs = [(context, continuation) for _, context, continuation in requests]
         return log_likelihoods(self.evaluated, pairs, self.max_length, self.on_requests)
