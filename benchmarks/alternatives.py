@@ -48,6 +48,7 @@ from puzzle_nas.families.loading import parent_checkpoint, probe_model
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.stages.distill_child import Training
+from puzzle_nas.training.parent_outputs import LiveParent
 
 OWN_TOKENS = 16_384
 """GKD of the methods that use the library."""
@@ -96,7 +97,7 @@ def distilled(starts: Starts, method: str, speedup: float) -> dict:
         gkd = starts.recipe.gkd.model_copy(update={"tokens": tokens, "evaluate_every_steps": EVALUATE_EVERY_STEPS})
         start = PuzzleForCausalLM.from_pretrained(run / "start", dtype=starts.parent.dtype).eval()
         begin = time.process_time()
-        training = Training(starts.recipe.model_copy(update={"gkd": gkd}), run, starts.parent, start)
+        training = Training(starts.recipe.model_copy(update={"gkd": gkd}), run, LiveParent(starts.parent), start)
         resumed_at = 0
         if training.state_path.exists():
             with safetensors.safe_open(training.state_path, "pt") as file:
@@ -104,9 +105,7 @@ def distilled(starts: Starts, method: str, speedup: float) -> dict:
         training.train()
         # A resumed distillation counts as if all its steps had taken what the last ones took.
         seconds = (time.process_time() - begin) * len(training.batches) / max(1, len(training.batches) - resumed_at)
-        if training.best["step"]:
-            training.finish()
-        child = (training.child if training.best["step"] else start).to(starts.parent.dtype).eval()
+        child = training.finish().eval()
         with complete_folder(run / "child") as partial:
             save_model(child, load_tokenizer(parent_checkpoint(BASE)), partial)
         after = {

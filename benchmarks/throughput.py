@@ -22,12 +22,13 @@ from puzzle_nas.families import load_model, load_parent, machine_of
 from puzzle_nas.library import block_layers, read_variant
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.progress import progress
-from puzzle_nas.recipe import GKDSettings, search_space_of
+from puzzle_nas.recipe import search_space_of
 from puzzle_nas.stages.distill_child import gkd_loss
 from puzzle_nas.subblocks import subblock_layer
 from puzzle_nas.training.activations import LayerActivations
 from puzzle_nas.training.block_distillation import BlockTask, Job, Trainee
 from puzzle_nas.training.optimiser import Optimiser
+from puzzle_nas.training.parent_outputs import LiveParent
 from puzzle_nas.training.replacement import ReplacementWalk
 
 LAYER = 14
@@ -164,10 +165,10 @@ def gkd(run: RunFolder, parent: nn.Module, recipe) -> Achieved:
     child.train()
     optimiser = Optimiser(child.model.layers, recipe.gkd, STEPS)
     tokens = load_tokens(run, "train")[: recipe.gkd.batch_tokens // 256]
-    settings: GKDSettings = recipe.gkd
+    outputs, blocks = LiveParent(parent), torch.arange(len(tokens))
 
     def step() -> None:
-        gkd_loss(parent, child, tokens, settings).backward()
+        gkd_loss(outputs, child, tokens, blocks, recipe.gkd).backward()
         optimiser.step(0)
 
     return achieved(step, 5)

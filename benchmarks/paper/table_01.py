@@ -7,6 +7,7 @@ from benchmarks.paper.common import Budget, Children, Measured, Table, ordering
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.library import assemble
 from puzzle_nas.stages.distill_child import Training
+from puzzle_nas.training.parent_outputs import LiveParent
 
 PAPER = {
     "none": 0.19,
@@ -36,7 +37,7 @@ def distilled_kl(children: Children, row: str) -> float:
     tokens = children.budget.gkd_tokens
     gkd = children.recipe.gkd.model_copy(update={"tokens": tokens, "evaluate_every_steps": 10**9, **weights})
     start = assemble(children.run, children.parent, children.chosen(SPEEDUP))
-    training = Training(children.recipe.model_copy(update={"gkd": gkd}), run, children.parent, start)
+    training = Training(children.recipe.model_copy(update={"gkd": gkd}), run, LiveParent(children.parent), start)
     training.train()
     kl = children.validation.compare(copy.deepcopy(training.child).to(children.parent.dtype)).kl_nats
     write_json(run / "kl.json", {"kl_nats": kl, "tokens": tokens})
