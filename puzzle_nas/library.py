@@ -13,7 +13,7 @@ from puzzle_nas.architecture import SLOTS, Architecture, Spec, choice_id
 from puzzle_nas.artifacts import RunFolder, file_checksum, read_json, write_bytes, write_json
 from puzzle_nas.errors import ArtifactError
 from puzzle_nas.families import child_config
-from puzzle_nas.families.loading import build, shape_of
+from puzzle_nas.families.loading import aligned, build, shape_of
 from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer, PuzzleForCausalLM
 from puzzle_nas.subblocks import Weights, subblock_layer, subblock_weights, weights_of_slot
 
@@ -49,7 +49,7 @@ def read_variant(path: Path, made_by: str) -> Weights:
     if not path.exists() or file_checksum(path) != facts["checksum"]:
         raise ArtifactError(f"{path} is missing or corrupted. Make it anew with: puzzle {made_by} RUN --again")
     try:
-        return safetensors.torch.load(path.read_bytes())
+        return {name: aligned(w) for name, w in safetensors.torch.load(path.read_bytes()).items()}
     except SafetensorError as error:
         raise ArtifactError(f"{path} is corrupted ({error}).") from None
 
