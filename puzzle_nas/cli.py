@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, by convention; typer returns it instead of raising."""
+"""Exit code after Ctrl-C, by convention; typer returns exit codes instead of raising."""
 
 STOPPED = "\nStopped. What is done is kept; the same command goes on from here."
 
@@ -548,8 +548,11 @@ def main() -> None:
     try:
         _set_environment()
         _catch_interrupts()
-        if app(standalone_mode=False) == INTERRUPTED:
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:
             raise KeyboardInterrupt
+        if isinstance(code, int):
+            sys.exit(code)
     except PuzzleError as error:
         print(f"puzzle: {error}", file=sys.stderr)
         sys.exit(2)

@@ -147,15 +147,15 @@ def run_stage(stage: ModuleType, recipe: Recipe, run: RunFolder, again: bool = F
     if why := why_left_out(stage, recipe):
         raise RecipeError(why)
     source = made_from(stage, recipe, run)
-    record = run.record(stage.NAME)
-    if again:
-        run.discard(stage.NAME, stage.OUTPUTS)
-    elif record is not None and record["made_from"] == source:
+    record = None if again else run.record(stage.NAME)
+    if record is not None and record["made_from"] == source:
         run.verify_outputs(stage.NAME, stage.COMMAND)
         run.clear_scratch(stage.NAME)
         console.print(f"{label}{stage.COMMAND}: already done")
         return
     verify_inputs(stage, recipe, run)
+    if again:
+        run.discard(stage.NAME, stage.OUTPUTS)
     console.print(f"{label}{stage.COMMAND}")
     run.begin(stage.NAME, source, stage.OUTPUTS)
     begin = time.perf_counter()

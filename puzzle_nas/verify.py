@@ -75,12 +75,12 @@ class RunCheck:
             if check.stale:
                 yield "  stale: made from another recipe, other settings or other inputs than are there now"
         yield from (f"unrecorded: {name}" for name in self.unrecorded)
-        damaged = [check.command for check in self.stages.values() if check.state == "damaged"]
+        damaged = [check.command for check in self.stages.values() if check.missing or check.changed]
         if damaged:
             yield f"Make anew what is damaged with: puzzle {damaged[0]} {self.run} --again"
-        elif not self.sound:
+        elif any(check.stale for check in self.stages.values()):
             yield "The next puzzle run with this folder makes anew what is stale."
-        else:
+        elif self.sound:
             yield "Everything that is recorded is there and unchanged."
 
 
