@@ -20,6 +20,7 @@ each is distilled and the better one afterwards counts.
 Reads runs/quickstart; children are kept in runs/benchmark-alternatives, so a second call goes on where one stopped.
 
 python benchmarks/alternatives.py [--both] [SPEEDUP ...]   make and evaluate children
+python benchmarks/alternatives.py --report   print what is there
 python benchmarks/alternatives.py --tasks   multiple-choice accuracy of the children, where the files are
 python benchmarks/alternatives.py --measure   time them beside the parent: wants a quiet machine
 """
@@ -226,8 +227,9 @@ def report() -> None:
             figures[f"speedup_predicted_{name}"] = facts["speedup_predicted"]
             figures[f"gkd_tokens_{name}"] = facts["gkd_tokens"]
             figures[f"parameters_{name}"] = facts["parameters"]
-            seconds = facts["core_seconds_to_start"] + facts["core_seconds_of_gkd"]
-            figures[f"core_seconds_{name}"] = round(seconds, 1)
+            seconds = facts["core_seconds_to_start"] + (facts["core_seconds_of_gkd"] or float("nan"))
+            if facts["core_seconds_of_gkd"]:
+                figures[f"core_seconds_{name}"] = round(seconds, 1)
             if "speedup_measured" in facts:
                 figures[f"speedup_measured_{name}"] = facts["speedup_measured"]
             tasks = facts.get("accuracy", {})
@@ -259,7 +261,7 @@ def main() -> None:
         measure()
     elif "--tasks" in arguments:
         answer_tasks()
-    else:
+    elif "--report" not in arguments:
         make(tuple(float(a) for a in arguments if a != "--both") or SPEEDUPS, "--both" in arguments)
     report()
 

@@ -1,8 +1,8 @@
 """Multiple-choice accuracy on the task files in ../shared/data/benchmarks (`question`, `choices`, `answer`).
 
 The choice counts as given whose tokens the model finds likeliest per character after the question.
-Nothing is measured where the files are not there. python benchmarks/task_accuracy.py shows the parent's
-accuracy beside chance.
+Nothing is measured where the files are not there. python benchmarks/task_accuracy.py [ITEMS] shows the
+parent's accuracy beside chance.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ def main() -> None:
     tokenizer = load_tokenizer(parent_checkpoint(run))
     for path in sorted(TASKS.glob("*.jsonl.gz")):
         task = path.name.removesuffix(".jsonl.gz")
-        items = items_of(task)
+        items = items_of(task, int(sys.argv[1]) if len(sys.argv) > 1 else ITEMS)
         chance = sum(1 / len(item["choices"]) for item in items) / len(items)
         error = math.sqrt(chance * (1 - chance) / len(items))
         print(f"{task:16s} {accuracy(parent, tokenizer, items):.3f}  chance {chance:.3f} +- {error:.3f}", flush=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -98,9 +98,10 @@ class Children:
 
     @cached_property
     def parent(self) -> PuzzleForCausalLM:
-        """The run's parent, on as many threads as there are cores to use."""
+        """The run's parent, on no more threads than there are cores to use."""
         assert self.recipe
         parent, _ = load_parent(self.run)
+        torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
         return parent
 
     @cached_property
@@ -192,7 +193,6 @@ class Table:
         parser = argparse.ArgumentParser(description=f"{self.title} ({self.name})")
         parser.add_argument("--budget", choices=BUDGETS, default="cpu")
         budget = BUDGETS[parser.parse_args().budget]
-        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
         measured = self.measure(budget)
         figures: dict = {
             f"{row}@{column}": value for column, rows in measured.columns.items() for row, value in rows.items()
@@ -230,10 +230,3 @@ class Table:
         if failed:
             lines[-1] += " Otherwise here: " + "; ".join(failed) + "."
         return "\n".join([*lines, *([figures["remark"]] if figures["remark"] else [])]) + "\n"
-
-
-def usable_cores() -> int:
-    """Those that this process may use."""
-    import os
-
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
