@@ -155,7 +155,8 @@ def main() -> None:
     run, engine, precision = RunFolder(sys.argv[1]), serving_engine(sys.argv[2]), sys.argv[3]
     scenarios = sys.argv[4] if len(sys.argv) > 4 else None
     server = EXPORTERS[engine.formats[0]].server
-    label, work = f"{engine.name.replace('.', '_').replace('-', '_')}_{precision}", Path("runs/benchmark-engines")
+    label, work = engine.name.replace(".", "_").replace("-", "_"), Path("runs/benchmark-engines")
+    label += "" if precision == "bfloat16" else f"_{precision}"
     parent = parent_checkpoint(run)
     checkpoints = {"parent": parent, "child": run / "child-gkd"}
     checkpoints["every_kind"] = every_kind(parent, work / "every-kind", server)
