@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from puzzle_nas.architecture import choice_id
 from puzzle_nas.artifacts import RunFolder, fingerprint, read_json, write_json
 from puzzle_nas.pipeline import stage_named
 from tests.faults import STAGES, Command, FullDisk, differences, final_bytes, puzzle
@@ -208,17 +209,17 @@ class SpoiledVariants:
     values: dict
 
     def __call__(self, stage):
-        from puzzle_nas.stages import distill_blocks
+        from puzzle_nas.training import block_distillation
 
-        write = distill_blocks.write_variant
+        write = block_distillation.write_variant
 
-        def spoil(path, spec, weights, facts):
-            value = self.values.get((int(path.parent.name.removeprefix("layer_")), spec.id))
+        def spoil(path, specs, weights, facts):
+            value = self.values.get((int(path.parent.name.removeprefix("layer_")), choice_id(specs)))
             if value is not None:
                 weights = {name: torch.full_like(w, value) for name, w in weights.items()}
-            write(path, spec, weights, facts)
+            write(path, specs, weights, facts)
 
-        distill_blocks.write_variant = spoil
+        block_distillation.write_variant = spoil
 
 
 def chosen(run):

@@ -14,9 +14,14 @@ from puzzle_nas.report.layout import figure, folded, pair, paragraph, table
 UNITS = {
     "kl": ("kl_nats", "KL, nats"),
     "lm_loss": ("lm_loss_increase_nats", "LM loss increase, nats"),
-    "task": ("task_loss", "loss on the task"),
+    "task": ("task_loss", "loss of {measure} on the task"),
 }
 """By metric: the field of a score's file, and what an axis says."""
+
+
+def _unit(facts: Facts) -> str:
+    scoring = facts.recipe.scoring
+    return UNITS[scoring.metric][1].format(measure=scoring.task_measure)
 
 
 def losses(facts: Facts) -> str:
@@ -59,7 +64,7 @@ def _by_layer(facts: Facts) -> str:
             part = specs[0].slot if len(specs) == 1 else "block"
             by_part.setdefault(part, {})[layer] = score
             worst.append((score, f"{choice_id(specs)} in layer {layer} ({score:.3g})"))
-    unit = UNITS[facts.recipe.scoring.metric][1]
+    unit = _unit(facts)
     total, worst = sum(score for score, _ in worst), sorted(worst, reverse=True)[:3]
     child = facts.summary["child"]
     kl = child["validation_kl_nats_assembled"]
@@ -75,7 +80,7 @@ def _by_layer(facts: Facts) -> str:
 
 def _of_each_variant(facts: Facts) -> str:
     run, library, metric = facts.run, facts.library, facts.recipe.scoring.metric
-    field, unit = UNITS[metric]
+    field, unit = UNITS[metric][0], _unit(facts)
     curves: dict[str, list[Curve]] = {slot: [] for slot in SLOTS}
     for slot in SLOTS:
         for spec in library.specs[slot]:
