@@ -130,7 +130,7 @@ def test_damaged_records_are_noticed(stage, copy, undisturbed):
 
 def test_a_stage_that_is_run_alone_checks_what_it_reads(copy):
     damage(copy / "child/model.safetensors", "flipped", random.Random(0))
-    line = refused(puzzle("evaluate", copy, "--again"), "child/model.safetensors is corrupted", "puzzle assemble")
+    line = refused(puzzle("evaluate-child", copy, "--again"), "child/model.safetensors is corrupted", "puzzle assemble")
     assert "--again" in line
     assert (copy / "evaluation.json").exists(), "nothing may be discarded for a command that is refused"
 
@@ -179,7 +179,7 @@ def test_verify_says_what_is_fine_missing_changed_stale_and_unrecorded(copy, und
     )
     assert re.search(r"^prepare-data +damaged .*\n  changed: data/train.safetensors$", ended.stdout, re.M)
     assert [line.split()[0] for line in ended.stdout.splitlines() if " stale " in f"{line} "[:27]] == [
-        *("refit", "distill-child", "evaluate", "report")
+        *("refit", "distill-child", "evaluate-child", "report")
     ]
     assert "unrecorded: notes.txt" in ended.stdout and f"puzzle prepare-data {copy} --again" in ended.stdout
     found = json.loads(puzzle("verify", copy, "--json").stdout)
