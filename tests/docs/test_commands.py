@@ -91,9 +91,9 @@ def test_yaml_is_part_of_a_recipe_and_python_is_python(page):
 
 
 def is_cheap(words: list[str]) -> bool:
-    """Whether it runs on the tiny model, on any machine and without an engine."""
+    """Whether it runs on the tiny model, on any machine, without an engine and without files that only a user has."""
     on_this_machine = not any(word.startswith(("engine=", "costs.file=")) for word in words)
-    return words[0] not in ON_AN_ENGINE and on_this_machine
+    return words[0] not in ON_AN_ENGINE and on_this_machine and not {"--data", "--questions"} & set(words)
 
 
 RUN = {
