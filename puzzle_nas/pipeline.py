@@ -28,6 +28,7 @@ from puzzle_nas.stages import (
     search_architecture,
     write_report,
 )
+from puzzle_nas.training import parallel
 
 STAGES: tuple[ModuleType, ...] = (
     prepare_parent,
@@ -44,6 +45,9 @@ STAGES: tuple[ModuleType, ...] = (
     write_report,
 )
 """Each has NAME, COMMAND, NEEDS (stages whose outputs it reads), SETTINGS (recipe fields), OUTPUTS (globs), run."""
+
+SHARED = (distill_blocks, score_blocks, distill_child)
+"""Where there are several processes, each does its share of these; the first runs the others alone."""
 
 
 def stage_named(command: str) -> ModuleType:
@@ -76,6 +80,8 @@ def claim_run(recipe: Recipe, run: RunFolder) -> None:
     Raises:
         ArtifactError: it belongs to a recipe with another parent or other data.
     """
+    if not parallel.is_first():
+        return
     if run.recipe.is_file():
         before = open_run(run)
         for part in ("parent", "data"):
@@ -109,6 +115,24 @@ def made_from(stage: ModuleType, recipe: Recipe, run: RunFolder) -> str:
 
 def run_stage(stage: ModuleType, recipe: Recipe, run: RunFolder, again: bool = False, label: str = "") -> None:
     """Run one stage, unless it is done. An interrupted stage goes on where it stopped."""
+    source = parallel.from_first(lambda: _begin(stage, recipe, run, again, label))
+    if source is None:
+        return
+    begin = time.perf_counter()
+    try:
+        if stage in SHARED or parallel.is_first():
+            stage.run(recipe, run)
+        parallel.gathered(())
+    finally:
+        if parallel.is_first():
+            run.add_seconds(stage.NAME, time.perf_counter() - begin)
+    if parallel.is_first():
+        run.finish(stage.NAME, source, stage.OUTPUTS)
+        console.print(f"  {time.perf_counter() - begin:.0f} s")
+
+
+def _begin(stage: ModuleType, recipe: Recipe, run: RunFolder, again: bool, label: str) -> str | None:
+    """The fingerprint of what the stage will be made from; None when it is done."""
     source = made_from(stage, recipe, run)
     record = run.record(stage.NAME)
     if again:
@@ -116,16 +140,10 @@ def run_stage(stage: ModuleType, recipe: Recipe, run: RunFolder, again: bool = F
     elif record is not None and record["made_from"] == source:
         run.verify_outputs(stage.NAME, stage.COMMAND)
         console.print(f"{label}{stage.COMMAND}: already done")
-        return
+        return None
     console.print(f"{label}{stage.COMMAND}")
     run.begin(stage.NAME, source, stage.OUTPUTS)
-    begin = time.perf_counter()
-    try:
-        stage.run(recipe, run)
-    finally:
-        run.add_seconds(stage.NAME, time.perf_counter() - begin)
-    run.finish(stage.NAME, source, stage.OUTPUTS)
-    console.print(f"  {time.perf_counter() - begin:.0f} s")
+    return source
 
 
 def run_stages(recipe: Recipe, run: RunFolder, first: str | None = None, last: str | None = None) -> None:

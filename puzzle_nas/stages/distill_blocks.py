@@ -29,6 +29,7 @@ from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.subblocks import subblock_layer
+from puzzle_nas.training import parallel
 from puzzle_nas.training.activations import LayerActivations
 from puzzle_nas.training.losses import block_loss
 from puzzle_nas.training.optimiser import Optimiser
@@ -87,6 +88,7 @@ class BlockTask:
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Train every variant that has weights; copy those that have none."""
     parent, shape = load_parent(run)
+    parallel.divide_threads()
     space = search_space_of(recipe, shape)
     all_tokens = load_tokens(run, "train")
     length = all_tokens.shape[1]
@@ -100,19 +102,17 @@ def run(recipe: Recipe, run: RunFolder) -> None:
         [spec for slot, options in slots.items() for spec in options if spec != shape.parent_spec(slot)]
         for slots in space.options
     ]
-    first = next(
-        (i for i, specs in enumerate(specs_of) if not all(_is_done(run, i, spec) for spec in specs)),
-        len(specs_of),
+    layers = parallel.share(
+        [i for i, specs in enumerate(specs_of) if not all(_is_done(run, i, spec) for spec in specs)]
     )
     if recipe.bld.tokens == 0:
-        _copy_initial(run, specs_of)
+        _copy_initial(run, specs_of, layers)
         return
     problems: list[str] = []
-    with progress("distil blocks, layer", shape.num_hidden_layers) as ticker:
-        activations = LayerActivations(parent, tokens, run.scratch(NAME))
-        activations.skip_to(first, ticker)
-        for index in range(first, shape.num_hidden_layers):
-            activations.compute(index)
+    with progress("distil blocks, layer", len(layers)) as ticker:
+        activations = LayerActivations(parent, tokens, run.scratch(NAME) / f"rank_{parallel.rank()}")
+        for index in layers:
+            activations.climb_to(index)
             layer = parent.model.layers[index]
             task = BlockTask(activations, layer, recipe.bld.normalise, parent.dtype == torch.bfloat16)
             pending = []
@@ -143,10 +143,9 @@ def run(recipe: Recipe, run: RunFolder) -> None:
                     problem = _keep(run, recipe, index, trainee, start, end, parent.dtype)
                     problems += [problem] if problem else []
                 _checkpoint_path(run, index, group).unlink(missing_ok=True)
-            activations.advance()
             ticker.advance()
         activations.delete()
-    for problem in problems:
+    for problem in parallel.gathered(problems):
         console.print(f"  {problem}")
 
 
@@ -154,9 +153,9 @@ def _is_done(run: RunFolder, layer: int, spec: Spec) -> bool:
     return variant_is_stored(run.variant(layer, spec.id))
 
 
-def _copy_initial(run: RunFolder, specs_of: Sequence[Sequence[Spec]]) -> None:
-    for index, specs in enumerate(specs_of):
-        for spec in specs:
+def _copy_initial(run: RunFolder, specs_of: Sequence[Sequence[Spec]], layers: Sequence[int]) -> None:
+    for index in layers:
+        for spec in specs_of[index]:
             initial = run.initial_variant(index, spec.id)
             write_variant(run.variant(index, spec.id), spec, read_variant(initial, "build-library"), {"tokens": 0})
 
@@ -167,8 +166,9 @@ def _initial_float32(run: RunFolder, layer: int, spec: Spec, parent) -> dict[str
 
 
 def _groups(run: RunFolder, layer: int, specs: Sequence[Spec]) -> list[list[Spec]]:
-    """Variants that train together: as many as fit in half of the free memory."""
+    """Variants that train together: as many as fit in half of this rank's part of the free memory."""
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    free /= parallel.ranks_here()
     groups: list[list[Spec]] = []
     room = 0.0
     for spec in specs:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -22,6 +21,7 @@ from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import GKDSettings, Recipe
 from puzzle_nas.report.model_card import model_card
+from puzzle_nas.training import parallel
 from puzzle_nas.training.comparison import ParentReference
 from puzzle_nas.training.losses import cosine_loss, distillation_loss
 from puzzle_nas.training.optimiser import Optimiser
@@ -75,11 +75,12 @@ class Training:
         if not settings.train_embeddings:
             self.child.model.embed_tokens.requires_grad_(False)
             self.child.lm_head.requires_grad_(False)
-        self.optimiser = Optimiser(self.child, settings, len(self.batches))
         self.reference = ParentReference(parent, load_tokens(run, "selection"))
+        self.loss = parallel.ShardedLoss(parent, self.child, lambda *models_tokens: gkd_loss(*models_tokens, settings))
+        self.optimiser = Optimiser(self.child, settings, len(self.batches))
         self.curve: list[dict[str, float]] = []
         self.losses: list[float] = []
-        self.state_path = run.scratch(NAME) / "state.safetensors"
+        self.state_folder = run.scratch(NAME) / "state"
         self.best_path = run.scratch(NAME) / "best.safetensors"
 
     @property
@@ -89,37 +90,34 @@ class Training:
 
     def measure(self, step: int) -> None:
         """Add a point to the curve; keep the weights if they are the best so far."""
-        candidate = copy.deepcopy(self.child).to(self.parent.dtype)
-        kl = self.reference.compare(candidate).kl_nats
+        candidate = parallel.whole(self.child, self.parent.dtype)
+        kl = parallel.from_first(lambda: self.reference.compare(candidate).kl_nats)
         if not math.isfinite(kl):
             return
         recent = self.losses[-self.recipe.gkd.evaluate_every_steps :]
         loss = sum(recent) / len(recent) if recent else None
         self.curve.append({"step": step, "selection_kl_nats": kl, **({} if loss is None else {"loss": loss})})
-        if step and self.best["step"] == step:
-            tensors = {n: w.contiguous() for n, w in self._trained(candidate).items()}
+        if step and self.best["step"] == step and candidate is not None:
+            trained = {n: p.detach().cpu().contiguous() for n, p in candidate.named_parameters()}
+            tensors = {n: p for n, p in trained.items() if n in self.optimiser.parameters}
             write_bytes(self.best_path, safetensors.torch.save(tensors, {"step": str(step)}))
-
-    def _trained(self, model: PuzzleForCausalLM) -> dict[str, torch.Tensor]:
-        return {name: p.detach().cpu() for name, p in model.named_parameters() if name in self.optimiser.parameters}
 
     def save(self, step: int) -> None:
         """Write a checkpoint."""
-        tensors = {name: w.detach().cpu().contiguous() for name, w in self.optimiser.state().items()}
+        tensors = self.optimiser.state()
         history = [[p["step"], p["selection_kl_nats"], p.get("loss", -1.0)] for p in self.curve]
         tensors |= {
             "curve": torch.tensor(history, dtype=torch.float64),
             "losses": torch.tensor(self.losses, dtype=torch.float64),
         }
-        write_bytes(self.state_path, safetensors.torch.save(tensors, {"step": str(step)}))
+        parallel.save_checkpoint(self.state_folder, step, tensors)
 
     def load(self) -> int:
         """The step to continue with."""
-        if not self.state_path.exists():
+        saved = parallel.load_checkpoint(self.state_folder, self.optimiser.parameters)
+        if saved is None:
             return 0
-        with safetensors.safe_open(self.state_path, "pt") as file:
-            step = int(file.metadata()["step"])
-            tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        step, tensors = saved
         self.losses = tensors.pop("losses").tolist()
         for at, kl, loss in tensors.pop("curve").tolist():
             self.curve.append({"step": int(at), "selection_kl_nats": kl, **({} if loss < 0 else {"loss": loss})})
@@ -135,27 +133,24 @@ class Training:
             ticker.skip(begin)
             for step in range(begin, len(self.batches)):
                 tokens = self.tokens[self.batches[step]].to(self.parent.device)
-                loss = gkd_loss(self.parent, self.child, tokens, self.recipe.gkd)
-                if not math.isfinite(loss.item()):
+                loss = self.loss.backward(tokens)
+                if not math.isfinite(loss):
                     console.print(
-                        f"  The loss of GKD is {loss.item()} at step {step + 1}: it stops here and the best checkpoint "
+                        f"  The loss of GKD is {loss} at step {step + 1}: it stops here and the best checkpoint "
                         "so far counts. Try a lower gkd.learning_rate."
                     )
                     break
-                loss.backward()
                 self.optimiser.step(step)
-                self.losses.append(loss.item())
+                self.losses.append(loss)
                 if (step + 1) % every == 0 or step + 1 == len(self.batches):
                     self.measure(step + 1)
                     self.save(step + 1)
                 ticker.advance(note=f"KL {self.curve[-1]['selection_kl_nats']:.4f}")
 
-    def finish(self) -> None:
-        """Put the best weights into the child."""
+    def finish(self, start: PuzzleForCausalLM) -> None:
+        """Put the best weights into the child from which training started."""
         if self.best["step"]:
-            best = safetensors.torch.load_file(self.best_path)
-            for name, parameter in self.optimiser.parameters.items():
-                parameter.data.copy_(best[name])
+            start.load_state_dict(safetensors.torch.load_file(self.best_path), strict=False)
 
 
 def run(recipe: Recipe, run: RunFolder) -> None:
@@ -163,22 +158,21 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     parent, _ = load_parent(run)
     refitted = read_json(run / "refit.json", "refit")["kept"]
     start = load_model(run / ("child-refit" if refitted else "child"), machine_of(recipe))
+    parallel.divide_threads()
     training = Training(recipe, run, parent, start)
     training.train()
+    if not parallel.is_first():
+        return
     start_kl, best = training.curve[0]["selection_kl_nats"], training.best
-    if best["step"]:
-        training.finish()
-        result = training.child.to(parent.dtype)
-    else:
-        result = start
-        if recipe.gkd.tokens:
-            console.print(
-                f"  GKD lowered KL at no step (start {start_kl:.4f} nats on the selection split): "
-                "the child stays as it was."
-            )
+    training.finish(start)
+    if not best["step"] and recipe.gkd.tokens:
+        console.print(
+            f"  GKD lowered KL at no step (start {start_kl:.4f} nats on the selection split): "
+            "the child stays as it was."
+        )
     architecture = Architecture.from_list(read_json(run.architecture())["architecture"])
     with complete_folder(run / "child-gkd") as partial:
-        save_model(result.eval(), load_tokenizer(parent_checkpoint(run)), partial)
+        save_model(start, load_tokenizer(parent_checkpoint(run)), partial)
         refit = "refit, " if refitted else ""
         how = f"block library, search, {refit}then {recipe.gkd.tokens} tokens of global distillation"
         (partial / "README.md").write_text(model_card(recipe.parent, architecture, __version__, how))

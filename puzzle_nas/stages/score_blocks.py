@@ -13,6 +13,7 @@ from puzzle_nas.families import load_parent
 from puzzle_nas.library import variant_layer
 from puzzle_nas.progress import progress
 from puzzle_nas.recipe import Recipe, search_space_of
+from puzzle_nas.training import parallel
 from puzzle_nas.training.losses import Divergence
 from puzzle_nas.training.replacement import ReplacementWalk
 
@@ -48,6 +49,7 @@ def score_of(divergence: Divergence, parent: Divergence) -> dict:
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Score every variant of every layer in the parent."""
     parent, shape = load_parent(run)
+    parallel.divide_threads()
     space = search_space_of(recipe, shape)
     tokens = load_tokens(run, "scoring")
     metric = recipe.scoring.metric
@@ -55,14 +57,14 @@ def run(recipe: Recipe, run: RunFolder) -> None:
         walk = ReplacementWalk(parent, tokens, recipe.scoring.batch_tokens)
         parent_scores: Divergence | None = None
         own = {shape.parent_spec(slot) for slot in SLOTS}
-        choices = list(space.choices(by_block=recipe.scoring.unit == "block"))
+        paths = {
+            (layer, specs): run.score(layer, choice_id(specs), metric=metric)
+            for layer, specs in space.choices(by_block=recipe.scoring.unit == "block")
+            if not own.issuperset(specs)
+        }
+        mine = parallel.share([choice for choice, path in paths.items() if not path.exists()])
         for index in range(shape.num_hidden_layers):
-            paths = {
-                specs: run.score(index, choice_id(specs), metric=metric)
-                for layer, specs in choices
-                if layer == index and not own.issuperset(specs)
-            }
-            missing = [specs for specs, path in paths.items() if not path.exists()]
+            missing = [specs for layer, specs in mine if layer == index]
             if missing:
                 if parent_scores is None:
                     parent_scores = walk.model_itself()
@@ -72,7 +74,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
                 }
                 replacements = [{spec.slot: blocks[spec] for spec in specs} for specs in missing]
                 for specs, divergence in zip(missing, walk.try_variants(replacements), strict=True):
-                    write_json(paths[specs], score_of(divergence, parent_scores))
+                    write_json(paths[index, specs], score_of(divergence, parent_scores))
                 ticker.advance()
             else:
                 ticker.skip(1)

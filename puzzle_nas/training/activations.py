@@ -12,7 +12,6 @@ import torch
 
 from puzzle_nas.artifacts import explained_disk_errors
 from puzzle_nas.modeling import PuzzleForCausalLM
-from puzzle_nas.progress import Ticker
 
 BATCH_TOKENS = 4096
 
@@ -35,7 +34,7 @@ class ActivationFile:
 
 
 class LayerActivations:
-    """Walks the parent upwards over fixed tokens and keeps what the present layer receives and adds.
+    """Walks the parent upwards over fixed tokens and keeps what the present layer (-1: none yet) receives and adds.
 
     `x` is the block's input, `attention` and `ffn` what its sub-blocks add to the residual stream: the block's
     output is x + attention + ffn. Differences are kept, not sums, so that massive activations cost no precision.
@@ -43,6 +42,7 @@ class LayerActivations:
 
     def __init__(self, parent: PuzzleForCausalLM, tokens_ST: torch.Tensor, folder: Path):
         self.parent, self.folder = parent, folder
+        self.layer = -1
         shape = (*tokens_ST.shape, parent.config.hidden_size)
         self.x, self.attention, self.ffn = (
             ActivationFile(folder / f"{name}.bin", shape, parent.dtype) for name in ("x", "attention", "ffn")
@@ -55,8 +55,16 @@ class LayerActivations:
             example = self.x.tensor[:1].to(parent.device)
         self.inputs = parent.model.layer_inputs(example)
 
+    def climb_to(self, layer: int) -> None:
+        """Go up to a layer, computing those on the way, and fill `attention` and `ffn` there."""
+        while self.layer < layer:
+            if self.layer >= 0:
+                self._advance()
+            self.layer += 1
+            self._compute(self.layer)
+
     @torch.inference_mode()
-    def compute(self, layer: int) -> None:
+    def _compute(self, layer: int) -> None:
         """Fill `attention` and `ffn` of a layer, whose input `x` already is."""
         block = self.parent.model.layers[layer]
         masks = {**self.inputs, "attention_mask": self.inputs["attention_mask"].get(block.layer_type)}
@@ -68,19 +76,12 @@ class LayerActivations:
             self.ffn.tensor[batch] = block.mlp(block.post_attention_layernorm(x + attention)).cpu()
 
     @torch.inference_mode()
-    def advance(self) -> None:
+    def _advance(self) -> None:
         """Turn the layer's output into the next one's input."""
         for start in range(0, self.x.shape[0], self.step):
             batch = slice(start, start + self.step)
             x = self.x.tensor[batch]
             self.x.tensor[batch] = (x + self.attention.tensor[batch]) + self.ffn.tensor[batch]
-
-    def skip_to(self, layer: int, ticker: Ticker) -> None:
-        """Walk past layers that are done."""
-        for below in range(layer):
-            self.compute(below)
-            self.advance()
-            ticker.skip(1)
 
     def delete(self) -> None:
         """Free the disk."""
