@@ -23,7 +23,7 @@ OUTPUTS = ("child/*", "baselines/*/*")
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Assemble the child and the baselines."""
     result = read_json(run.architecture(), "search")
-    parent, _ = load_parent(run)
+    parent, _ = load_parent(run, by_layer=True)
     tokenizer = load_tokenizer(parent_checkpoint(run))
     targets: dict[Path, list] = {run / "child": result["architecture"]}
     for name, baseline in result["baselines"].items():

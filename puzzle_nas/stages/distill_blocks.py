@@ -1,7 +1,8 @@
 """Blockwise local distillation, decoupled (Puzzle, section 2).
 
 Layer by layer: the parent's activations of layer i lie in memory-mapped files, all variants of layer i train on
-them, then layer i + 1. Each parent layer sees each token once; a layer that is done is done for good.
+them, then layer i + 1. Each parent layer sees each token once; a layer that is done is done for good. Where the disk
+does not hold the activations of all tokens, they come in shards, and every variant waits on disk for its next one.
 
 Shapes: S sequences, T tokens, D hidden.
 """
@@ -9,14 +10,16 @@ Shapes: S sequences, T tokens, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import safetensors.torch
 import torch
 
 from puzzle_nas.architecture import Spec
-from puzzle_nas.artifacts import RunFolder, fingerprint, read_json, write_bytes
+from puzzle_nas.artifacts import RunFolder, read_json, write_bytes
 from puzzle_nas.data.batches import block_order, load_tokens
 from puzzle_nas.families import load_parent
 from puzzle_nas.library import (
@@ -54,6 +57,38 @@ class Trainee:
         self.losses: list[float] = []
 
 
+@dataclass(frozen=True)
+class Shard:
+    """Training sequences whose activations are on disk at once, and the steps taken on them."""
+
+    begin: int
+    end: int
+    wanted: int
+    """Sequences trained on; more than there are means that they are gone through again."""
+    batch_sequences: int
+    first_step: int
+
+    @property
+    def end_step(self) -> int:
+        """The step after the last one."""
+        return self.first_step + math.ceil(self.wanted / self.batch_sequences)
+
+    def batches(self, seed: int) -> tuple[torch.Tensor, ...]:
+        """Which sequences of the shard come in which step."""
+        return block_order(self.end - self.begin, self.wanted, seed).split(self.batch_sequences)
+
+
+def shards_of(trained: int, wanted: int, batch_sequences: int, most: int | None) -> list[Shard]:
+    """`trained` sequences in shards of at most `most` (None: one shard); `wanted` are divided among them alike."""
+    shards: list[Shard] = []
+    count = math.ceil(trained / (most or trained))
+    for number in range(count):
+        begin, end = trained * number // count, trained * (number + 1) // count
+        share = wanted * (number + 1) // count - wanted * number // count
+        shards.append(Shard(begin, end, share, batch_sequences, shards[-1].end_step if shards else 0))
+    return shards
+
+
 class BlockTask:
     """One layer's training data and loss."""
 
@@ -87,7 +122,7 @@ class BlockTask:
 
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Train every variant that has weights; copy those that have none."""
-    parent, shape = load_parent(run)
+    parent, shape = load_parent(run, by_layer=True)
     parallel.divide_threads()
     space = search_space_of(recipe, shape)
     all_tokens = load_tokens(run, "train")
@@ -97,7 +132,6 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     wanted = math.ceil(recipe.bld.tokens / length)
     tokens = all_tokens[: min(len(all_tokens), wanted + held_out)]
     trained_sequences = len(tokens) - held_out
-    total_steps = math.ceil(wanted / batch_sequences)
     specs_of = [
         [spec for slot, options in slots.items() for spec in options if spec != shape.parent_spec(slot)]
         for slots in space.options
@@ -108,21 +142,25 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     if recipe.bld.tokens == 0:
         _copy_initial(run, specs_of, layers)
         return
+    most = recipe.bld.shard_tokens and max(batch_sequences, recipe.bld.shard_tokens // length)
+    shards = shards_of(trained_sequences, wanted, batch_sequences, most)
+    total_steps = shards[-1].end_step
+    waiting = [(i, spec) for i in layers for spec in specs_of[i] if _in_training(run, i, spec)]
+    reached = min((_saved_step(_checkpoint_path(run, i, spec)) for i, spec in waiting), default=0)
+    shards = [shard for shard in shards if shard.end_step > reached]
+    held = torch.arange(trained_sequences, len(tokens))
     problems: list[str] = []
-    with progress("distil blocks, layer", len(layers)) as ticker:
-        activations = LayerActivations(parent, tokens, run.scratch(NAME) / f"rank_{parallel.rank()}")
-        for index in layers:
-            activations.climb_to(index)
+    with progress("distil blocks, layer", len(layers) * len(shards)) as ticker:
+        for shard, index, activations in _activations(run, parent, tokens, held, shards, layers):
             layer = parent.model.layers[index]
             task = BlockTask(activations, layer, recipe.bld.normalise, parent.dtype == torch.bfloat16)
             pending = []
             for spec in specs_of[index]:
-                initial = run.initial_variant(index, spec.id)
-                if not _is_done(run, index, spec) and read_json(facts_path(initial))["parameters"]:
+                if _in_training(run, index, spec):
                     pending.append(spec)
                 elif not _is_done(run, index, spec):
                     write_variant(run.variant(index, spec.id), spec, {}, {"tokens": 0})
-            for group in _groups(run, index, pending):
+            for group in _groups(run, index, pending, recipe.memory == "stream"):
                 trainees = [
                     Trainee(
                         spec,
@@ -134,23 +172,43 @@ def run(recipe: Recipe, run: RunFolder) -> None:
                     )
                     for spec in group
                 ]
-                held = torch.arange(trained_sequences, len(tokens))
-                starts = _evaluate(task, trainees, held)
-                order = block_order(trained_sequences, wanted, recipe.seed + index)
-                _train(run, recipe, task, trainees, order, batch_sequences, index)
-                ends = _evaluate(task, trainees, held)
+                held_here = held - trained_sequences + (shard.end - shard.begin)
+                starts = _evaluate(task, trainees, held_here)
+                _train(run, recipe, task, trainees, shard, total_steps, index)
+                if shard.end_step < total_steps:
+                    continue
+                ends = _evaluate(task, trainees, held_here)
                 for trainee, start, end in zip(trainees, starts, ends, strict=True):
                     problem = _keep(run, recipe, index, trainee, start, end, parent.dtype)
                     problems += [problem] if problem else []
-                _checkpoint_path(run, index, group).unlink(missing_ok=True)
+                    _checkpoint_path(run, index, trainee.spec).unlink(missing_ok=True)
             ticker.advance()
-        activations.delete()
     for problem in parallel.gathered(problems):
         console.print(f"  {problem}")
 
 
+def _activations(
+    run: RunFolder, parent, tokens: torch.Tensor, held: torch.Tensor, shards: Sequence[Shard], layers: Sequence[int]
+) -> Iterator[tuple[Shard, int, LayerActivations]]:
+    """Each shard at each layer; held-out sequences follow the shard's own."""
+    for shard in shards:
+        sequences = torch.cat([torch.arange(shard.begin, shard.end), held])
+        activations = LayerActivations(parent, tokens[sequences], run.scratch(NAME) / f"rank_{parallel.rank()}")
+        for index in layers:
+            activations.climb_to(index)
+            yield shard, index, activations
+        activations.delete()
+
+
 def _is_done(run: RunFolder, layer: int, spec: Spec) -> bool:
     return variant_is_stored(run.variant(layer, spec.id))
+
+
+def _in_training(run: RunFolder, layer: int, spec: Spec) -> bool:
+    """Whether a variant has weights, and training still before it."""
+    return (
+        not _is_done(run, layer, spec) and read_json(facts_path(run.initial_variant(layer, spec.id)))["parameters"] > 0
+    )
 
 
 def _copy_initial(run: RunFolder, specs_of: Sequence[Sequence[Spec]], layers: Sequence[int]) -> None:
@@ -165,8 +223,10 @@ def _initial_float32(run: RunFolder, layer: int, spec: Spec, parent) -> dict[str
     return {name: w.to(device=parent.device, dtype=torch.float32, copy=True) for name, w in weights.items()}
 
 
-def _groups(run: RunFolder, layer: int, specs: Sequence[Spec]) -> list[list[Spec]]:
+def _groups(run: RunFolder, layer: int, specs: Sequence[Spec], one_by_one: bool) -> list[list[Spec]]:
     """Variants that train together: as many as fit in half of this rank's part of the free memory."""
+    if one_by_one:
+        return [[spec] for spec in specs]
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     free /= parallel.ranks_here()
     groups: list[list[Spec]] = []
@@ -182,44 +242,51 @@ def _groups(run: RunFolder, layer: int, specs: Sequence[Spec]) -> list[list[Spec
     return groups
 
 
-def _checkpoint_path(run: RunFolder, layer: int, group: Sequence[Spec]):
-    return run.scratch(NAME) / f"layer_{layer:02d}.{fingerprint([spec.id for spec in group])}.safetensors"
+def _checkpoint_path(run: RunFolder, layer: int, spec: Spec) -> Path:
+    return run.scratch(NAME) / f"layer_{layer:02d}.{spec.id}.safetensors"
 
 
-def _train(run, recipe, task: BlockTask, trainees, order, batch_sequences: int, layer: int) -> None:
-    path = _checkpoint_path(run, layer, [t.spec for t in trainees])
-    batches = order.split(batch_sequences)
-    begin = _load_checkpoint(path, trainees)
-    for step in range(begin, len(batches)):
-        batch = task.fetch(batches[step])
-        for trainee in trainees:
+def _train(
+    run: RunFolder, recipe: Recipe, task: BlockTask, trainees: Sequence[Trainee], shard: Shard, total: int, layer: int
+) -> None:
+    """All steps of a shard, from wherever the last run stopped."""
+    batches = shard.batches(recipe.seed + layer + 1000 * shard.begin)
+    begins = [_load_checkpoint(_checkpoint_path(run, layer, trainee.spec), trainee) for trainee in trainees]
+    for step in range(max(shard.first_step, min(begins)), shard.end_step):
+        batch = task.fetch(batches[step - shard.first_step])
+        # One that was written just before a kill is ahead of the others.
+        for trainee in [t for t, begin in zip(trainees, begins, strict=True) if begin <= step]:
             loss = task.loss(trainee, batch)
             loss.backward()
             trainee.optimiser.step(step)
             trainee.losses.append(loss.item())
-        if (step + 1) % recipe.bld.checkpoint_every_steps == 0 and step + 1 < len(batches):
-            _save_checkpoint(path, trainees, step + 1)
+            is_due = (step + 1) % recipe.bld.checkpoint_every_steps == 0 or step + 1 == shard.end_step
+            if is_due and step + 1 < total:
+                _save_checkpoint(_checkpoint_path(run, layer, trainee.spec), trainee, step + 1)
 
 
-def _save_checkpoint(path, trainees: Sequence[Trainee], step: int) -> None:
-    tensors = {f"{t.spec.id}/{name}": w.cpu() for t in trainees for name, w in t.optimiser.state().items()}
-    tensors |= {f"{t.spec.id}/losses": torch.tensor(t.losses, dtype=torch.float64) for t in trainees}
-    tensors = {name: w.contiguous().clone() for name, w in tensors.items()}
+def _save_checkpoint(path: Path, trainee: Trainee, step: int) -> None:
+    tensors = trainee.optimiser.state() | {"losses": torch.tensor(trainee.losses, dtype=torch.float64)}
+    tensors = {name: w.cpu().contiguous().clone() for name, w in tensors.items()}
     write_bytes(path, safetensors.torch.save(tensors, {"step": str(step)}))
 
 
-def _load_checkpoint(path, trainees: Sequence[Trainee]) -> int:
+def _saved_step(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with safetensors.safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])
+
+
+def _load_checkpoint(path: Path, trainee: Trainee) -> int:
     """The step to continue with."""
     if not path.exists():
         return 0
     with safetensors.safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         step = int(file.metadata()["step"])
-    for trainee in trainees:
-        prefix = f"{trainee.spec.id}/"
-        own = {name.removeprefix(prefix): w for name, w in tensors.items() if name.startswith(prefix)}
-        trainee.losses = own.pop("losses").tolist()
-        trainee.optimiser.load(own)
+    trainee.losses = tensors.pop("losses").tolist()
+    trainee.optimiser.load(tensors)
     return step
 
 

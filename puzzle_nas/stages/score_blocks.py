@@ -48,13 +48,14 @@ def score_of(divergence: Divergence, parent: Divergence) -> dict:
 
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Score every variant of every layer in the parent."""
-    parent, shape = load_parent(run)
+    parent, shape = load_parent(run, by_layer=True)
     parallel.divide_threads()
     space = search_space_of(recipe, shape)
     tokens = load_tokens(run, "scoring")
     metric = recipe.scoring.metric
     with progress("score blocks, layer", shape.num_hidden_layers) as ticker:
-        walk = ReplacementWalk(parent, tokens, recipe.scoring.batch_tokens)
+        scratch = run.scratch(NAME) / f"rank_{parallel.rank()}" if recipe.memory == "stream" else None
+        walk = ReplacementWalk(parent, tokens, recipe.scoring.batch_tokens, scratch=scratch)
         parent_scores: Divergence | None = None
         own = {shape.parent_spec(slot) for slot in SLOTS}
         paths = {

@@ -13,7 +13,7 @@ import torch
 
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.training.losses import Divergence, divergences
-from puzzle_nas.training.replacement import joined, next_tokens
+from puzzle_nas.training.replacement import final_states, joined, next_tokens
 
 BATCH_TOKENS = 2048
 
@@ -41,8 +41,7 @@ class ParentReference:
         self.tokens_ST = tokens_ST
         self.labels_ST = next_tokens(tokens_ST)
         self.step = max(1, BATCH_TOKENS // tokens_ST.shape[1])
-        with torch.inference_mode():
-            self.final = [self._final(parent, batch) for batch in tokens_ST.split(self.step)]
+        self.final = final_states(parent, tokens_ST, self.step)
 
     @staticmethod
     def _final(model: PuzzleForCausalLM, batch: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ MIDDLE = {
     "BLD": "library/main/layer_01/*.json",
     "BLD, within a layer": "scratch/distill_blocks/layer_*.safetensors",
     "scoring": "scores/main/kl/layer_01.*.json",
-    "GKD": "scratch/distill_child/state.safetensors",
+    "GKD": "scratch/distill_child/state/step_????????",
 }
 
 
