@@ -103,7 +103,7 @@ def streamed(config: PuzzleConfig, files: WeightFiles) -> PuzzleForCausalLM:
     with torch.device("meta"):
         model = PuzzleForCausalLM(config)
     rotary = type(model.model.rotary_emb)
-    model.model.rotary_emb = rotary(config=config, device=files.device)
+    model.model.rotary_emb = rotary(config=config).to(files.device)
     model.model.layers = StreamedLayers(config, files)
     files.fill(model.model.embed_tokens, "model.embed_tokens.")
     files.fill(model.model.norm, "model.norm.")
