@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from puzzle_nas.artifacts import complete_folder
 from puzzle_nas.errors import RankError, RecipeError
@@ -77,6 +78,10 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
         # The first to stop; those that stopped because of it are no cause.
         causes = {rank: f for rank, f in error.failures.items() if f.exitcode not in (PEER_LOST, -signal.SIGTERM)}
         rank, failure = min((causes or error.failures).items(), key=lambda item: item[1].timestamp)
+        if failure.exitcode == PEER_LOST:
+            raise RankError(
+                "The processes lost touch with each other. What is done is kept; the same command goes on from here."
+            ) from None
         if failure.exitcode > 0:
             return failure.exitcode
         raise RankError(
@@ -189,7 +194,7 @@ def whole(model: PuzzleForCausalLM, dtype: torch.dtype) -> PuzzleForCausalLM | N
     """A model in one piece, for measuring, on the first rank; None on the others. What needs no copy is shared."""
     weights = {}
     for name, weight in model.state_dict().items():
-        full = weight.full_tensor() if isinstance(weight, dist.tensor.DTensor) else weight
+        full = weight.full_tensor() if isinstance(weight, DTensor) else weight
         if is_first():
             weights[name] = full.to(dtype)
     return build(model.config, weights) if is_first() else None
