@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from puzzle_nas.errors import PuzzleError, RankError, RecipeError
 from puzzle_nas.modeling import PuzzleForCausalLM
@@ -76,6 +77,10 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
         # The first to stop; those that stopped because of it are no cause.
         causes = {rank: f for rank, f in error.failures.items() if f.exitcode not in (PEER_LOST, -signal.SIGTERM)}
         rank, failure = min((causes or error.failures).items(), key=lambda item: item[1].timestamp)
+        if failure.exitcode == PEER_LOST:
+            raise RankError(
+                "The processes lost touch with each other. What is done is kept; the same command goes on from here."
+            ) from None
         if failure.exitcode > 0:
             return failure.exitcode
         raise RankError(
@@ -171,7 +176,7 @@ def shard_layers(model: PuzzleForCausalLM) -> None:
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that may lie in shards, in one piece on every rank."""
-    return tensor.full_tensor() if world_size() > 1 and isinstance(tensor, dist.tensor.DTensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class ShardedLoss(nn.Module):
