@@ -569,8 +569,10 @@ def main() -> None:
 
             parallel.join()
         _catch_interrupts()
-        if app(standalone_mode=False) == INTERRUPTED:
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:
             raise KeyboardInterrupt
+        sys.exit(code or 0)
     except PuzzleError as error:
         print(f"puzzle: {error}", file=sys.stderr)
         sys.exit(2)

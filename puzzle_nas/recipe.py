@@ -214,7 +214,8 @@ class GKDSettings(OptimiserSettings):
     lora_rank: int | None = Field(None, ge=1)
     """Train low-rank adapters of this rank beside the linear layers, and nothing else; they are merged at the end."""
     micro_batch_tokens: int | None = Field(None, ge=1)
-    """Tokens that pass through the models at once; a step adds up the gradients. Null means the whole batch."""
+    """Tokens that pass through the models of one process at once; a step adds up the gradients. Null means the whole
+    batch."""
     gradient_checkpointing: bool = False
     """Compute the activations inside blocks twice and keep none: slower, in less memory."""
     parent_top_k: int | None = Field(None, ge=1)

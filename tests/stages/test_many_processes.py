@@ -133,7 +133,7 @@ def test_gkd_in_shards_learns_what_one_process_learns(settings, pinned, tmp_path
     for count in (1, 2):
         run = tmp_path / f"run{count}"
         shutil.copytree(one, run)
-        command = ["distill-child", run, *SETTINGS[settings], "gkd.tokens=2048"]
+        command = ["distill-child", run, *SETTINGS[settings], "gkd.tokens=2048", "gkd.learning_rate=1e-4"]
         ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "puzzle_nas"]
         subprocess.run([sys.executable, *ranks, *map(str, command)], check=True, timeout=120, capture_output=True)
         curves.append(json.loads((run / "gkd.json").read_text())["curve"])

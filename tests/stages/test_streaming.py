@@ -30,7 +30,12 @@ MADE = ("parent.json", "library/*/*/*", "scores/main/*/*", "child/*", "baselines
 
 
 def checksums(folder, patterns=MADE):
-    return {str(p.relative_to(folder)): file_checksum(p) for pattern in patterns for p in folder.glob(pattern)}
+    return {
+        str(p.relative_to(folder)): file_checksum(p)
+        for pattern in patterns
+        for p in folder.glob(pattern)
+        if p.is_file()
+    }
 
 
 def again(tiny_run, folder, stages, *overrides):
