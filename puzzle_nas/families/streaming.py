@@ -81,6 +81,7 @@ class StreamedLayers(nn.Module):
     def __getitem__(self, index: int) -> PuzzleDecoderLayer:
         if self._present is None or self._present[0] != index:
             self._present = None
+            assert self.config.layer_types is not None
             layer_config, layer_type = self.config.per_layer_config[index], self.config.layer_types[index]
             # Whoever asks may be in inference mode, and somebody else train through the layer afterwards.
             with torch.inference_mode(False):
