@@ -138,7 +138,7 @@ def test_shards_go_on_where_they_stopped_whichever_the_memory(tiny_run, tmp_path
     def stopping(path, trainee, step):
         save(path, trainee, step)
         saves.append(step)
-        if len(saves) == 70:
+        if len(saves) == 45:
             raise Stop
 
     monkeypatch.setattr(block_distillation, "_save_checkpoint", stopping)
