@@ -33,7 +33,6 @@ import statistics
 import sys
 import time
 
-import safetensors
 import torch
 from alternative_starts import BASE, FOLDER, SPEEDUPS, Starts, linked
 from results import save
@@ -99,10 +98,7 @@ def distilled(starts: Starts, method: str, speedup: float) -> dict:
         start = PuzzleForCausalLM.from_pretrained(run / "start", dtype=starts.parent.dtype).eval()
         begin = time.process_time()
         training = Training(starts.recipe.model_copy(update={"gkd": gkd}), run, LiveParent(starts.parent), start)
-        resumed_at = 0
-        if training.state_path.exists():
-            with safetensors.safe_open(training.state_path, "pt") as file:
-                resumed_at = int(file.metadata()["step"])
+        resumed_at = max((int(path.name[-8:]) for path in training.state_folder.glob("step_*")), default=0)
         training.train()
         # A resumed distillation counts as if all its steps had taken what the last ones took.
         seconds = (time.process_time() - begin) * len(training.batches) / max(1, len(training.batches) - resumed_at)

@@ -73,7 +73,7 @@ def measured(name: str) -> dict:
         pipeline.claim_run(recipe, run)
         start = load_model(BASE / "child-refit", machine_of(recipe))
         training = Training(recipe, run, parent_outputs(recipe, run), start)
-        begin = None if training.state_path.exists() else time.process_time()
+        begin = None if training.state_folder.exists() else time.process_time()
         training.train()
         # Unknown where an earlier process did a part.
         seconds = None if begin is None else time.process_time() - begin

@@ -21,7 +21,6 @@ from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import load_model, load_parent, machine_of
 from puzzle_nas.library import block_layers, read_variant
 from puzzle_nas.pipeline import open_run
-from puzzle_nas.progress import progress
 from puzzle_nas.recipe import search_space_of
 from puzzle_nas.stages.distill_child import gkd_loss
 from puzzle_nas.subblocks import subblock_layer
@@ -67,9 +66,7 @@ def bld(run: RunFolder, parent: nn.Module, space, recipe) -> dict[str, float]:
     layer = parent.model.layers[LAYER]
     tokens = load_tokens(run, "train")[:80]
     activations = LayerActivations(parent, tokens, run.scratch("benchmark"))
-    with progress("walk to the layer", LAYER) as ticker:
-        activations.skip_to(LAYER, ticker)
-    activations.compute(LAYER)
+    activations.climb_to(LAYER)
     task = BlockTask(activations, layer, "token", parent.dtype == torch.bfloat16)
     x = activations.x.tensor.clone()
     compute = achieved(lambda: (activations.compute(LAYER), activations.advance()))

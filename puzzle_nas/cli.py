@@ -44,8 +44,12 @@ def run_command(
     run_dir: Annotated[Path | None, typer.Option(help="Where results go. Default: runs/RECIPE.")] = None,
     first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Start with this stage.")] = None,
     last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Stop after this stage.")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine (docs/many-processes.md).")] = 1,
 ) -> None:
     """Make a child: every stage in order, skipping what is done."""
+    if nproc > 1:
+        _run_in_processes(nproc, recipe, overrides or [], run_dir, first, last)
+        return
     from puzzle_nas import pipeline
     from puzzle_nas.artifacts import RunFolder
     from puzzle_nas.recipe import load_recipe
@@ -56,6 +60,18 @@ def run_command(
     if last is None:
         _print_summary(run.path)
         print(f'Report: {run.report}\nTry the child: puzzle generate {run} "Why is the sky blue?"')
+
+
+def _run_in_processes(nproc, recipe, overrides, run_dir, first, last) -> None:
+    from puzzle_nas.recipe import load_recipe
+    from puzzle_nas.training.parallel import launch
+
+    load_recipe(recipe, overrides)
+    options = {"--run-dir": run_dir, "--from": first, "--to": last}
+    given = [text for name, value in options.items() if value is not None for text in (name, str(value))]
+    code = launch(nproc, ["run", str(recipe), *overrides, *given])
+    if code:
+        raise typer.Exit(code)
 
 
 def _add_stage(command: str, text: str) -> None:
@@ -71,7 +87,7 @@ def _run_stage(command: str, run_dir: Path, overrides: list[str], again: bool) -
 
     run = RunFolder(run_dir)
     pipeline.open_run(run)
-    with run.locked():
+    with pipeline.held(run):
         recipe = parse_recipe(run.recipe.read_text(), overrides, str(run.recipe))
         if overrides:
             pipeline.claim_run(recipe, run)
@@ -545,14 +561,18 @@ def main() -> None:
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning)
+    parallel: Any = None
     try:
         _set_environment()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            from puzzle_nas.training import parallel
+
+            parallel.join()
         _catch_interrupts()
         code = app(standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
-        if isinstance(code, int):
-            sys.exit(code)
+        sys.exit(code or 0)
     except PuzzleError as error:
         print(f"puzzle: {error}", file=sys.stderr)
         sys.exit(2)
@@ -566,6 +586,8 @@ def main() -> None:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             print(f"puzzle: {error.format_message()}", file=sys.stderr)
             sys.exit(2)
+        if parallel is not None and parallel.is_lost_peer(error):
+            sys.exit(parallel.PEER_LOST)
         raise
 
 

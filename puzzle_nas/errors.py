@@ -29,6 +29,10 @@ class SearchTimeoutError(PuzzleError):
     """The solver ran out of time before it found any architecture that meets the limits."""
 
 
+class RankError(PuzzleError):
+    """One of several processes of a run was killed."""
+
+
 class ExportError(PuzzleError):
     """A child that a format cannot hold, or an export that does not compute what the child computes."""
 

@@ -6,6 +6,7 @@ import contextlib
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +35,7 @@ from puzzle_nas.stages import (
     search_architecture,
     write_report,
 )
+from puzzle_nas.training import parallel
 
 STAGES: tuple[ModuleType, ...] = (
     prepare_parent,
@@ -53,6 +55,9 @@ STAGES: tuple[ModuleType, ...] = (
 """Each has NAME, COMMAND, NEEDS (stages whose outputs it reads), SETTINGS (recipe fields), OUTPUTS (globs), run.
 
 One that a recipe may leave out also has `why_left_out`, a sentence or None; it then counts for nothing."""
+
+SHARED = (distill_blocks, score_blocks, couple_blocks, distill_child)
+"""Where there are several processes, each does its share of these; the first runs the others alone."""
 
 
 def stage_named(command: str) -> ModuleType:
@@ -95,6 +100,8 @@ def claim_run(recipe: Recipe, run: RunFolder) -> None:
     Raises:
         ArtifactError: it belongs to a recipe with another parent or other data.
     """
+    if not parallel.is_first():
+        return
     if run.recipe.is_file():
         before = open_run(run)
         for part in ("parent", "data"):
@@ -144,31 +151,52 @@ def verify_inputs(stage: ModuleType, recipe: Recipe, run: RunFolder) -> None:
 
 def run_stage(stage: ModuleType, recipe: Recipe, run: RunFolder, again: bool = False, label: str = "") -> None:
     """Run one stage, unless it is done. An interrupted stage goes on where it stopped."""
-    if why := why_left_out(stage, recipe):
-        raise RecipeError(why)
+    source = parallel.from_first(lambda: _begin(stage, recipe, run, again, label))
+    if source is None:
+        return
+    begin = time.perf_counter()
+    try:
+        if stage in SHARED or parallel.is_first():
+            stage.run(recipe, run)
+        peak = max(parallel.gathered([_peak_memory_bytes()]))
+    except BaseException:
+        if parallel.is_first():
+            # On a full disk this fails as well, and what failed first is what to say.
+            with contextlib.suppress(PuzzleError):
+                run.add_seconds(stage.NAME, time.perf_counter() - begin, _peak_memory_bytes())
+        raise
+    if parallel.is_first():
+        run.add_seconds(stage.NAME, time.perf_counter() - begin, peak)
+        run.finish(stage.NAME, source, stage.OUTPUTS)
+        console.print(f"  {time.perf_counter() - begin:.0f} s")
+
+
+def _begin(stage: ModuleType, recipe: Recipe, run: RunFolder, again: bool, label: str) -> str | None:
+    """The fingerprint of what the stage will be made from; None when it is done."""
+    _require_runnable(stage, recipe)
     source = made_from(stage, recipe, run)
     record = None if again else run.record(stage.NAME)
     if record is not None and record["made_from"] == source:
         run.verify_outputs(stage.NAME, stage.COMMAND)
         run.clear_scratch(stage.NAME)
         console.print(f"{label}{stage.COMMAND}: already done")
-        return
+        return None
     verify_inputs(stage, recipe, run)
     if again:
         run.discard(stage.NAME, stage.OUTPUTS)
     console.print(f"{label}{stage.COMMAND}")
     run.begin(stage.NAME, source, stage.OUTPUTS)
-    begin = time.perf_counter()
-    try:
-        stage.run(recipe, run)
-    except BaseException:
-        # On a full disk this fails as well, and what failed first is what to say.
-        with contextlib.suppress(PuzzleError):
-            run.add_seconds(stage.NAME, time.perf_counter() - begin, _peak_memory_bytes())
-        raise
-    run.add_seconds(stage.NAME, time.perf_counter() - begin, _peak_memory_bytes())
-    run.finish(stage.NAME, source, stage.OUTPUTS)
-    console.print(f"  {time.perf_counter() - begin:.0f} s")
+    return source
+
+
+def _require_runnable(stage: ModuleType, recipe: Recipe) -> None:
+    """Raises: RecipeError: the recipe leaves the stage out, or what it asks for is not done by several processes."""
+    if why := why_left_out(stage, recipe):
+        raise RecipeError(why)
+    if stage is distill_child and recipe.gkd.lora_rank and parallel.world_size() > 1:
+        raise RecipeError(
+            "gkd.lora_rank is for one process: leave out --nproc from distill-child on, or set gkd.lora_rank=null."
+        )
 
 
 def _peak_memory_bytes() -> int:
@@ -179,21 +207,34 @@ def _peak_memory_bytes() -> int:
 
 def run_stages(recipe: Recipe, run: RunFolder, first: str | None = None, last: str | None = None) -> None:
     """Run the stages from `first` to `last` (command names), both included."""
-    for name in (first, last):
-        if name and (why := why_left_out(stage_named(name), recipe)):
-            raise RecipeError(why)
     every = [stage for stage in STAGES if not why_left_out(stage, recipe)]
+    begin, end = parallel.from_first(lambda: _range(recipe, every, first, last))
+    with held(run):
+        claim_run(recipe, run)
+        for number, stage in enumerate(every[begin:end], start=begin + 1):
+            run_stage(stage, recipe, run, label=f"[{number}/{len(every)}] ")
+
+
+def _range(recipe: Recipe, every: Sequence[ModuleType], first: str | None, last: str | None) -> tuple[int, int]:
+    """Which of `every` stage is meant, checked as far as can be before any runs."""
+    for name in (first, last):
+        if name:
+            _require_runnable(stage_named(name), recipe)
     commands = [stage.COMMAND for stage in every]
     begin = commands.index(stage_named(first).COMMAND) if first else 0
     end = commands.index(stage_named(last).COMMAND) if last else len(every) - 1
     if begin > end:
         raise RecipeError(f"--from {first} comes after --to {last}; the order is {', '.join(commands)}.")
     stages = every[begin : end + 1]
+    for stage in stages:
+        _require_runnable(stage, recipe)
     if any("engine" in stage.SETTINGS for stage in stages) and not recipe.costs.force:
         ENGINES[recipe.engine].python()
     if recipe.scoring.task is not None:
         half_of(read_task(recipe.scoring.task), True, recipe.scoring.task)
-    with run.locked():
-        claim_run(recipe, run)
-        for number, stage in enumerate(stages, start=begin + 1):
-            run_stage(stage, recipe, run, label=f"[{number}/{len(every)}] ")
+    return begin, end + 1
+
+
+def held(run: RunFolder) -> contextlib.AbstractContextManager[None]:
+    """The run folder's lock, which the first of several processes holds for all of them."""
+    return run.locked() if parallel.is_first() else contextlib.nullcontext()

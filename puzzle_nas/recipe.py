@@ -113,6 +113,9 @@ class BLDSettings(OptimiserSettings):
     """Error over the parent's output energy: of the whole batch (the paper's) or of each token."""
     checkpoint_every_steps: int = Field(200, ge=1)
     """Steps between checkpoints within a layer."""
+    shard_tokens: int | None = Field(None, ge=1)
+    """Tokens whose activations are on disk at once (6 x hidden size bytes each in bfloat16). More train shard after
+    shard, each variant's optimiser waiting on disk; null means all at once."""
 
 
 class CoupledBLDSettings(BLDSettings):
@@ -211,7 +214,8 @@ class GKDSettings(OptimiserSettings):
     lora_rank: int | None = Field(None, ge=1)
     """Train low-rank adapters of this rank beside the linear layers, and nothing else; they are merged at the end."""
     micro_batch_tokens: int | None = Field(None, ge=1)
-    """Tokens that pass through the models at once; a step adds up the gradients. Null means the whole batch."""
+    """Tokens that pass through the models of one process at once; a step adds up the gradients. Null means the whole
+    batch."""
     gradient_checkpointing: bool = False
     """Compute the activations inside blocks twice and keep none: slower, in less memory."""
     parent_top_k: int | None = Field(None, ge=1)
@@ -271,9 +275,12 @@ class Recipe(Settings):
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Arithmetic of forward passes; auto is bfloat16 where the machine is fast at it."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads; null means one for each physical core."""
+    """CPU threads of this machine, divided among its processes; null means one for each physical core."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto is a GPU when there is one."""
+    memory: Literal["all", "stream"] = "all"
+    """`stream` reads the parent from disk one layer at a time where a stage allows it, for parents larger than memory
+    (docs/streaming.md). Results are the same."""
     engine: Literal["torch", "llama.cpp", "vllm", "vllm-eager"] = "torch"
     """What the child is to be fast on: costs, searched architectures and the child are timed there."""
     data: DataSettings

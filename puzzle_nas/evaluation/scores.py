@@ -19,20 +19,28 @@ from puzzle_nas.families import load_tokenizer
 from puzzle_nas.families.loading import parent_checkpoint
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.recipe import Recipe
+from puzzle_nas.training import parallel
 from puzzle_nas.training.losses import Divergence
 from puzzle_nas.training.replacement import ReplacementWalk
 
 
 def scoring_walk(
-    recipe: Recipe, run: RunFolder, parent: PuzzleForCausalLM
+    recipe: Recipe, run: RunFolder, parent: PuzzleForCausalLM, stage: str
 ) -> tuple[ReplacementWalk, Callable[..., dict]]:
-    """What is walked, and what makes the JSON of a variant from its result and the parent's."""
+    """What is walked, and what makes the JSON of a variant from its result and the parent's.
+
+    Args:
+        stage: whose scratch folder to use where the recipe streams the parent.
+    """
     settings = recipe.scoring
+    scratch = run.scratch(stage) / f"rank_{parallel.rank()}" if recipe.memory == "stream" else None
     if settings.task is None:
-        return ReplacementWalk(parent, load_tokens(run, "scoring"), settings.batch_tokens), divergence_score
+        tokens = load_tokens(run, "scoring")
+        return ReplacementWalk(parent, tokens, settings.batch_tokens, scratch=scratch), divergence_score
     items = half_of(read_task(settings.task), True, settings.task)[: settings.task_items]
     task = TokenisedTask.of(items, load_tokenizer(parent_checkpoint(run)), parent.config.max_position_embeddings)
-    return TaskWalk(parent, task, settings.batch_tokens), partial(task_score, measure=settings.task_measure)
+    walk = TaskWalk(parent, task, settings.batch_tokens, scratch=scratch)
+    return walk, partial(task_score, measure=settings.task_measure)
 
 
 def summarise(values_S: torch.Tensor) -> dict[str, float | None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -65,11 +66,11 @@ class TaskWalk(ReplacementWalk):
         task: TokenisedTask,
         batch_tokens: int,
         model: PuzzleForCausalLM | None = None,
+        scratch: Path | None = None,
     ):
         self.task = task
-        super().__init__(parent, task.tokens_NT, batch_tokens, model)
+        super().__init__(parent, task.tokens_NT, batch_tokens, model, scratch)
 
-    @torch.inference_mode()
     def _compare(self, children: Iterable[list[torch.Tensor]]) -> list[TaskResult]:  # type: ignore[override]
         parts = [
             [of_labels(final_BTD, self.model.lm_head, labels_BT)[0].cpu() for final_BTD in batch]

@@ -14,7 +14,14 @@ from typing import Any
 import psutil
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 from transformers.utils.logging import disable_progress_bar
 
@@ -32,6 +39,7 @@ from puzzle_nas.architecture import (
 from puzzle_nas.artifacts import RunFolder, explained_disk_errors, read_json
 from puzzle_nas.errors import CheckpointError, RecipeError
 from puzzle_nas.families.registry import family_of
+from puzzle_nas.families.streaming import WeightFiles, streamed
 from puzzle_nas.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle_nas.recipe import Recipe, parse_recipe
 
@@ -318,12 +326,36 @@ def parent_checkpoint(run: RunFolder) -> Path:
     return (run.path / read_json(run.parent, "prepare-parent")["checkpoint"]).resolve()
 
 
-def load_parent(run: RunFolder) -> tuple[PuzzleForCausalLM, ParentShape]:
-    """The run's parent on the recipe's device, in its precision, and its sizes."""
+def stream_model(checkpoint: Path, machine: Machine) -> PuzzleForCausalLM:
+    """A parent as `load_model` gives it, but with its layers left on disk until they are asked for.
+
+    Raises:
+        CheckpointError: see `load_model`; also when the checkpoint is not in safetensors.
+    """
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+        family = family_of(config.model_type)
+        fields = family.puzzle_fields(config)
+        files = WeightFiles(checkpoint, family, machine.device, machine.dtype)
+        model = streamed(PuzzleConfig(**fields, dtype=machine.dtype), files)
+        model.generation_config = GenerationConfig.from_model_config(config)
+        if (checkpoint / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+    except LOADING_ERRORS as error:
+        raise explain_loading(checkpoint, error) from error
+    return model
+
+
+def load_parent(run: RunFolder, by_layer: bool = False) -> tuple[PuzzleForCausalLM, ParentShape]:
+    """The run's parent on the recipe's device, in its precision, and its sizes.
+
+    Args:
+        by_layer: the caller goes through the layers in order, so that they can be streamed where the recipe asks.
+    """
     facts = read_json(run.parent, "prepare-parent")
     recipe = parse_recipe(run.recipe.read_text(), name=str(run.recipe))
-    model = load_model(parent_checkpoint(run), machine_of(recipe))
-    return model, ParentShape(**facts["shape"])
+    load = stream_model if by_layer and recipe.memory == "stream" else load_model
+    return load(parent_checkpoint(run), machine_of(recipe)), ParentShape(**facts["shape"])
 
 
 def load_tokenizer(checkpoint: Path):

@@ -190,6 +190,7 @@ class PuzzleModel(PuzzlePreTrainedModel):
             layers.append(PuzzleDecoderLayer(config, layer_config, layer_type, cache_slot))
             cache_slot += layers[-1].caches
         self.layers = nn.ModuleList(layers)
+        self.attending_types = sorted({layer.layer_type for layer in layers if layer.caches})
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -234,8 +235,7 @@ class PuzzleModel(PuzzlePreTrainedModel):
                 "full_attention": create_causal_mask,
                 "sliding_attention": create_sliding_window_causal_mask,
             }
-            types = {layer.layer_type for layer in self.layers if layer.caches}
-            attention_mask = {layer_type: create[layer_type](**arguments) for layer_type in sorted(types)}
+            attention_mask = {kind: create[kind](**arguments) for kind in self.attending_types}
         return {
             "attention_mask": attention_mask,
             "position_embeddings": self.rotary_emb(hidden_states, position_ids=position_ids),

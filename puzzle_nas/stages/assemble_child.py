@@ -25,7 +25,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     result = read_json(run.architecture(), "search")
     # Runs from before coupled BLD do not name the library.
     library = result.get("library", "main")
-    parent, _ = load_parent(run)
+    parent, _ = load_parent(run, by_layer=True)
     tokenizer = load_tokenizer(parent_checkpoint(run))
     targets: dict[Path, list] = {run / "child": result["architecture"]}
     for name, baseline in result["baselines"].items():

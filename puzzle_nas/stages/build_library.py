@@ -30,7 +30,7 @@ HELD_BACK_TOKENS = 1024
 
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Observe each parent layer on calibration text, initialise its variants, keep the best of each."""
-    parent, shape = load_parent(run)
+    parent, shape = load_parent(run, by_layer=True)
     space = search_space_of(recipe, shape)
     tokens = load_tokens(run, "calibration")
     held_back = max(1, len(tokens) // 4)

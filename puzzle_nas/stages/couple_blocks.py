@@ -20,6 +20,7 @@ from puzzle_nas.library import block_layers, block_weights
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe, search_space_of
+from puzzle_nas.training import parallel
 from puzzle_nas.training.block_distillation import Job, distill_blocks
 
 NAME = "couple_blocks"
@@ -40,40 +41,47 @@ def why_left_out(recipe: Recipe) -> str | None:
 
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Choose the pairs, train them, score them."""
-    parent, shape = load_parent(run)
+    parent, shape = load_parent(run, by_layer=True)
+    parallel.from_first(lambda: _choose_pairs(recipe, run, shape))
+    parallel.divide_threads()
     pairs = _pairs(recipe, run, shape)
     jobs = [[_job(run, parent, layer, pair) for pair in here] for layer, here in enumerate(pairs)]
-    distill_blocks(run, NAME, recipe.coupled_bld, recipe.seed, parent, load_tokens(run, "train"), jobs, block_order)
+    distill_blocks(recipe, recipe.coupled_bld, run, NAME, parent, load_tokens(run, "train"), jobs, block_order)
     _score(recipe, run, parent, pairs)
 
 
+def _choose_pairs(recipe: Recipe, run: RunFolder, shape: ParentShape) -> None:
+    """Write which pairs are trained; those of an interrupted run stay."""
+    if run.coupled_pairs.exists():
+        return
+    settings = recipe.search
+    found = ArchitectureSearch.at_best_batch_sizes(recipe, run, settings.limits, library="main")
+    solutions = [
+        found.architecture(solution)
+        for solution in found.solve(
+            settings.limits,
+            settings.gap,
+            settings.time_limit_seconds,
+            recipe.coupled_bld.solutions,
+            settings.min_different,
+        )
+    ]
+    own = {shape.parent_spec(slot) for slot in SLOTS}
+    used = [
+        [dict.fromkeys(solution.layers[layer][slot] for solution in solutions) for slot in SLOTS]
+        for layer in range(shape.num_hidden_layers)
+    ]
+    chosen = [[p for p in itertools.product(*slots) if _trains(p, own)] for slots in used]
+    content = {
+        "score_sums_of_solutions": [found.score_of(solution) for solution in solutions],
+        "layers": [[choice_id(pair) for pair in here] for here in chosen],
+    }
+    write_json(run.coupled_pairs, content)
+    console.print(f"  {sum(map(len, chosen))} pairs of what {len(solutions)} solutions use")
+
+
 def _pairs(recipe: Recipe, run: RunFolder, shape: ParentShape) -> list[list[Pair]]:
-    """The pairs of each layer; those of an interrupted run stay."""
-    if not run.coupled_pairs.exists():
-        settings = recipe.search
-        found = ArchitectureSearch.at_best_batch_sizes(recipe, run, settings.limits, library="main")
-        solutions = [
-            found.architecture(solution)
-            for solution in found.solve(
-                settings.limits,
-                settings.gap,
-                settings.time_limit_seconds,
-                recipe.coupled_bld.solutions,
-                settings.min_different,
-            )
-        ]
-        own = {shape.parent_spec(slot) for slot in SLOTS}
-        used = [
-            [dict.fromkeys(solution.layers[layer][slot] for solution in solutions) for slot in SLOTS]
-            for layer in range(shape.num_hidden_layers)
-        ]
-        chosen = [[p for p in itertools.product(*slots) if _trains(p, own)] for slots in used]
-        content = {
-            "score_sums_of_solutions": [found.score_of(solution) for solution in solutions],
-            "layers": [[choice_id(pair) for pair in here] for here in chosen],
-        }
-        write_json(run.coupled_pairs, content)
-        console.print(f"  {sum(map(len, chosen))} pairs of what {len(solutions)} solutions use")
+    """The chosen pairs of each layer."""
     kept = read_json(run.coupled_pairs)["layers"]
     every = [itertools.product(*(slots[slot] for slot in SLOTS)) for slots in search_space_of(recipe, shape).options]
     return [[p for p in pairs if choice_id(p) in ids] for pairs, ids in zip(every, kept, strict=True)]
@@ -91,14 +99,17 @@ def _job(run: RunFolder, parent: PuzzleForCausalLM, layer: int, pair: Pair) -> J
 
 def _score(recipe: Recipe, run: RunFolder, parent: PuzzleForCausalLM, pairs: Sequence[Sequence[Pair]]) -> None:
     metric = recipe.scoring.metric
-    paths = [[run.score(layer, choice_id(p), "coupled", metric) for p in here] for layer, here in enumerate(pairs)]
-    if all(path.exists() for here in paths for path in here):
+    every = [
+        (layer, p, run.score(layer, choice_id(p), "coupled", metric)) for layer, here in enumerate(pairs) for p in here
+    ]
+    mine = parallel.share([choice for choice in every if not choice[2].exists()])
+    if not mine:
         return
     with progress("score pairs, layer", len(pairs)) as ticker:
-        walk, score_of = scoring_walk(recipe, run, parent)
+        walk, score_of = scoring_walk(recipe, run, parent, NAME)
         itself = walk.model_itself()
-        for layer, here in enumerate(pairs):
-            missing = [(pair, path) for pair, path in zip(here, paths[layer], strict=True) if not path.exists()]
+        for layer in range(len(pairs)):
+            missing = [(pair, path) for index, pair, path in mine if index == layer]
             if missing:
                 blocks = block_layers(run, parent, layer, [pair for pair, _ in missing], "coupled")
                 for (_, path), divergence in zip(missing, walk.try_variants(blocks), strict=True):

@@ -8,6 +8,7 @@ from puzzle_nas.data.batches import block_order, load_tokens
 from puzzle_nas.families import load_parent
 from puzzle_nas.library import facts_path, read_variant, write_variant
 from puzzle_nas.recipe import Recipe, search_space_of
+from puzzle_nas.training import parallel
 from puzzle_nas.training.block_distillation import Job, distill_blocks
 
 NAME = "distill_blocks"
@@ -19,16 +20,17 @@ OUTPUTS = ("library/main/*/*",)
 
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Train every variant that has weights; copy those that have none."""
-    parent, shape = load_parent(run)
+    parent, shape = load_parent(run, by_layer=True)
+    parallel.divide_threads()
     jobs = [
         [_job(run, index, spec) for slot, specs in slots.items() for spec in specs if spec != shape.parent_spec(slot)]
         for index, slots in enumerate(search_space_of(recipe, shape).options)
     ]
     if recipe.bld.tokens == 0:
-        for job in (job for layer_jobs in jobs for job in layer_jobs):
+        for job in parallel.share([job for layer_jobs in jobs for job in layer_jobs]):
             write_variant(job.path, job.specs, job.start(), {"tokens": 0})
         return
-    distill_blocks(run, NAME, recipe.bld, recipe.seed, parent, load_tokens(run, "train"), jobs, block_order)
+    distill_blocks(recipe, recipe.bld, run, NAME, parent, load_tokens(run, "train"), jobs, block_order)
 
 
 def _job(run: RunFolder, layer: int, spec: Spec) -> Job:

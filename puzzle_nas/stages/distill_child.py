@@ -21,8 +21,9 @@ from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import GKDSettings, Recipe
 from puzzle_nas.report.model_card import model_card
+from puzzle_nas.training import parallel
 from puzzle_nas.training.adapters import add_adapters, merged_weights
-from puzzle_nas.training.checkpoints import read_checkpoint, write_checkpoint
+from puzzle_nas.training.checkpoints import read_checkpoint, read_shards, write_checkpoint, write_shards
 from puzzle_nas.training.losses import cosine_loss, distillation_loss
 from puzzle_nas.training.optimiser import Optimiser
 from puzzle_nas.training.parent_outputs import LiveParent, ParentOutputs, StoredParent
@@ -82,9 +83,10 @@ class Training:
         self.batches = order.split(batch_sequences) if len(order) else ()
         self.micro_sequences = max(1, (settings.micro_batch_tokens or settings.batch_tokens) // tokens.shape[1])
         self.reference = parent.reference(load_tokens(run, "selection"))
+        parent.shard()
         self.curve: list[dict[str, float]] = []
         self.setbacks = 0
-        self.state_path = run.scratch(NAME) / "state.safetensors"
+        self.state_folder = run.scratch(NAME) / "state"
         self.best_path = run.scratch(NAME) / "best.safetensors"
         self.begin()
 
@@ -103,6 +105,9 @@ class Training:
         if settings.gradient_checkpointing:
             self.child.activation_checkpointing_enable()
         self.child.train()
+        self.loss = parallel.ShardedLoss(
+            self.child, lambda tokens, blocks: gkd_loss(self.parent, self.child, tokens, blocks, settings)
+        )
         self.optimiser = Optimiser(self.child, settings, len(self.batches))
         self.curve = self.curve[:1]
         self.losses: list[float] = []
@@ -118,18 +123,22 @@ class Training:
         Returns:
             False if KL has exploded: more than a nat above twice the start's, or not finite. Then nothing is kept.
         """
-        candidate = copy.deepcopy(self.start)
+        candidate = copy.deepcopy(self.start) if parallel.is_first() else self.start
         weights = dict(candidate.named_parameters())
         trained = merged_weights(self.child) if self.recipe.gkd.lora_rank else self.optimiser.parameters.items()
-        changed = [(name, weights[name].data.copy_(weight)) for name, weight in trained]
-        kl = self.reference.compare(candidate).kl_nats
+        changed: dict[str, torch.Tensor] = {}
+        for name, weight in trained:
+            whole = parallel.whole_tensor(weight.detach())
+            if parallel.is_first():
+                changed[name] = weights[name].data.copy_(whole)
+        kl = parallel.from_first(lambda: self.reference.compare(candidate).kl_nats)
         if not math.isfinite(kl) or (self.curve and kl > 2 * self.curve[0]["selection_kl_nats"] + 1):
             return False
         recent = self.losses[-self.recipe.gkd.evaluate_every_steps :]
         loss = sum(recent) / len(recent) if recent else None
         self.curve.append({"step": step, "selection_kl_nats": kl, **({} if loss is None else {"loss": loss})})
-        if step and self.best["step"] == step:
-            write_checkpoint(self.best_path, dict(changed), step)
+        if step and self.best["step"] == step and parallel.is_first():
+            write_checkpoint(self.best_path, changed, step)
         return True
 
     def save(self, step: int) -> None:
@@ -141,11 +150,11 @@ class Training:
             "losses": torch.tensor(self.losses, dtype=torch.float64),
         }
         tensors["setbacks"] = torch.tensor(self.setbacks)
-        write_checkpoint(self.state_path, tensors, step)
+        write_shards(self.state_folder, tensors, step)
 
     def load(self) -> int:
         """The step to continue with: the last checkpoint's, or the first."""
-        kept = read_checkpoint(self.state_path)
+        kept = read_shards(self.state_folder, self.optimiser.parameters)
         if kept is None:
             return 0
         tensors, step = kept
@@ -155,7 +164,7 @@ class Training:
             for at, kl, loss in history
         ]
         improved = any(point["selection_kl_nats"] < curve[0]["selection_kl_nats"] for point in curve)
-        if improved and read_checkpoint(self.best_path) is None:
+        if improved and parallel.from_first(lambda: read_checkpoint(self.best_path) is None):
             return 0
         self.losses, self.curve = losses, curve
         self.setbacks = max(self.setbacks, int(tensors.pop("setbacks")))
@@ -164,13 +173,7 @@ class Training:
 
     def step(self, step: int) -> bool:
         """One update; False if its loss or gradient is not finite: then nothing changed."""
-        blocks = self.batches[step]
-        total = 0.0
-        for part in blocks.split(self.micro_sequences):
-            tokens = self.tokens[part].to(self.parent.device)
-            loss = gkd_loss(self.parent, self.child, tokens, part, self.recipe.gkd) * (len(part) / len(blocks))
-            loss.backward()
-            total += loss.item()
+        total = self.loss.backward(self.tokens, self.batches[step], self.micro_sequences)
         if not math.isfinite(total):
             self.optimiser.clear()
             return False
@@ -194,8 +197,10 @@ class Training:
         """All steps, from wherever the last run stopped."""
         step, every = self.load(), self.recipe.gkd.evaluate_every_steps
         if not self.curve and not self.measure(0):
-            raise ArtifactError(
-                f"The KL of the child is not a number before GKD. Make it anew: puzzle assemble {self.run} --again"
+            parallel.stop(
+                ArtifactError(
+                    f"The KL of the child is not a number before GKD. Make it anew: puzzle assemble {self.run} --again"
+                )
             )
         skipped = 0
         with progress("distil the child, step", len(self.batches)) as ticker:
@@ -228,12 +233,18 @@ class Training:
 
 def parent_outputs(recipe: Recipe, run: RunFolder) -> ParentOutputs:
     """From the parent, or, with `gkd.parent_top_k`, from files, written first where they are missing."""
+
+    def load() -> PuzzleForCausalLM:
+        parent = load_parent(run)[0]
+        parallel.divide_threads()
+        return parent
+
     if recipe.gkd.parent_top_k is None or not recipe.gkd.tokens:
-        return LiveParent(load_parent(run)[0])
+        return LiveParent(load())
     tokens = load_tokens(run, "train")
     return StoredParent(
         run.scratch(NAME) / "parent",
-        lambda: load_parent(run)[0],
+        load,
         tokens,
         _order(recipe, tokens),
         load_tokens(run, "selection"),
@@ -252,8 +263,11 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     refitted = read_json(run / "refit.json", "refit")["kept"]
     parent = parent_outputs(recipe, run)
     start = load_model(run / ("child-refit" if refitted else "child"), machine_of(recipe))
+    parallel.divide_threads()
     training = Training(recipe, run, parent, start)
     training.train()
+    if not parallel.is_first():
+        return
     start_kl, best = training.curve[0]["selection_kl_nats"], training.best
     if not best["step"] and recipe.gkd.tokens:
         console.print(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from puzzle_nas.artifacts import RunFolder, complete_folder, explained_disk_errors, fingerprint, write_json
+import torch
+
+from puzzle_nas.artifacts import RunFolder, complete_folder, explained_disk_errors, fingerprint, read_json, write_json
 from puzzle_nas.errors import CheckpointError
-from puzzle_nas.families import find_checkpoint, open_parent, to_puzzle
-from puzzle_nas.families.loading import family_of, machine_of, shape_of, shape_to_dict
+from puzzle_nas.families import Machine, find_checkpoint, load_tokenizer, machine_of, open_parent, to_puzzle
+from puzzle_nas.families.loading import shape_of, shape_to_dict, stream_model
+from puzzle_nas.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle_nas.recipe import Recipe
 
 NAME = "prepare_parent"
@@ -39,6 +43,34 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     """Write parent.json, and parent/ unless the parent is a local checkpoint already."""
     where = find_checkpoint(recipe.parent, run / "download")
     machine = machine_of(recipe)
+    if recipe.memory == "stream" and isinstance(where, Path) and (where / "config.json").is_file():
+        checkpoint, tokenizer = where.resolve(), load_tokenizer(where)
+        config = stream_model(checkpoint, machine).config
+    else:
+        checkpoint, tokenizer, config = _opened(where, run, machine)
+    if len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer has {len(tokenizer)} entries but the parent's vocabulary only "
+            f"{config.vocab_size}: it belongs to another model."
+        )
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in PuzzleForCausalLM(config).parameters())
+    write_json(
+        run.parent,
+        {
+            "source": recipe.parent,
+            "checkpoint": run.relative(checkpoint),
+            "family": read_json(checkpoint / "config.json")["model_type"],
+            "shape": shape_to_dict(shape_of(config)),
+            "vocab_size": config.vocab_size,
+            "parameters": parameters,
+            "weights_fingerprint": weights_fingerprint(checkpoint),
+        },
+    )
+
+
+def _opened(where: Path | str, run: RunFolder, machine: Machine) -> tuple[Path, Any, PuzzleConfig]:
+    """Checkpoint, tokenizer and configuration of a parent, loaded whole and written where it is no local checkpoint."""
     model, tokenizer = open_parent(where)
     if isinstance(where, Path) and where.is_dir():
         checkpoint = where.resolve()
@@ -52,21 +84,4 @@ def run(recipe: Recipe, run: RunFolder) -> None:
             fresh.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         model = fresh
-    if len(tokenizer) > model.config.vocab_size:
-        raise CheckpointError(
-            f"The tokenizer has {len(tokenizer)} entries but the parent's vocabulary only "
-            f"{model.config.vocab_size}: it belongs to another model."
-        )
-    puzzle = to_puzzle(model)
-    write_json(
-        run.parent,
-        {
-            "source": recipe.parent,
-            "checkpoint": run.relative(checkpoint),
-            "family": family_of(model.config.model_type).model_type,
-            "shape": shape_to_dict(shape_of(puzzle.config)),
-            "vocab_size": puzzle.config.vocab_size,
-            "parameters": sum(p.numel() for p in puzzle.parameters()),
-            "weights_fingerprint": weights_fingerprint(checkpoint),
-        },
-    )
+    return checkpoint, tokenizer, to_puzzle(model).config

@@ -100,7 +100,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     if not recipe.refit.enabled:
         write_json(run / "refit.json", {"tried": False, "kept": False})
         return
-    parent, shape = load_parent(run)
+    parent, shape = load_parent(run, by_layer=True)
     child = load_model(run / "child", machine_of(recipe))
     reference = ParentReference(parent, load_tokens(run, "selection"))
     before = reference.compare(child).kl_nats

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from puzzle_nas.library import variant_layer
 from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe, search_space_of
+from puzzle_nas.training import parallel
 
 NAME = "score_blocks"
 COMMAND = "score-blocks"
@@ -37,23 +37,21 @@ def _adds_nothing(block: PuzzleDecoderLayer, hidden_BTD: torch.Tensor, inputs: M
 
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Score every variant of every layer in the parent, and name those that are not fit to be chosen."""
-    parent, shape = load_parent(run)
-    space = search_space_of(recipe, shape)
+    parent, shape = load_parent(run, by_layer=True)
+    parallel.divide_threads()
     metric = recipe.scoring.metric
+    own = {shape.parent_spec(slot) for slot in SLOTS}
+    paths = {
+        (layer, specs): run.score(layer, choice_id(specs), metric=metric)
+        for layer, specs in search_space_of(recipe, shape).choices(by_block=recipe.scoring.unit == "block")
+        if not own.issuperset(specs)
+    }
+    mine = parallel.share([choice for choice, path in paths.items() if not path.exists()])
     with progress("score blocks, layer", shape.num_hidden_layers) as ticker:
-        walk, score_of = scoring_walk(recipe, run, parent)
+        walk, score_of = scoring_walk(recipe, run, parent, NAME)
         parent_scores: Any = None
-        own = {shape.parent_spec(slot) for slot in SLOTS}
-        choices = list(space.choices(by_block=recipe.scoring.unit == "block"))
-        written: dict[Path, tuple[int, str]] = {}
         for index in range(shape.num_hidden_layers):
-            paths = {
-                specs: run.score(index, choice_id(specs), metric=metric)
-                for layer, specs in choices
-                if layer == index and not own.issuperset(specs)
-            }
-            written |= {path: (index, choice_id(specs)) for specs, path in paths.items()}
-            missing = [specs for specs, path in paths.items() if not path.exists()]
+            missing = [specs for layer, specs in mine if layer == index]
             if missing:
                 if parent_scores is None:
                     parent_scores = walk.model_itself()
@@ -63,15 +61,17 @@ def run(recipe: Recipe, run: RunFolder) -> None:
                 }
                 replacements = [{spec.slot: blocks[spec] for spec in specs} for specs in missing]
                 with torch.inference_mode():
-                    dead = {spec for spec, b in blocks.items() if _adds_nothing(b, walk.hidden_STD[:1], walk.inputs)}
+                    some = walk.hidden_STD[:1].to(parent.device)
+                    dead = {spec for spec, block in blocks.items() if _adds_nothing(block, some, walk.inputs)}
                 for specs, divergence in zip(missing, walk.try_variants(replacements), strict=True):
                     score = score_of(divergence, parent_scores)
-                    write_json(paths[specs], score | problem_of(score, not dead.isdisjoint(specs)))
+                    write_json(paths[index, specs], score | problem_of(score, not dead.isdisjoint(specs)))
                 ticker.advance()
             else:
                 ticker.skip(1)
             if index + 1 < shape.num_hidden_layers:
                 walk.advance()
-    for path, (index, name) in written.items():
+    parallel.gathered(())
+    for (index, specs), path in paths.items():
         if problem := read_json(path).get("problem"):
-            console.print(f"  Layer {index}, {name}: {problem}; it is never chosen.")
+            console.print(f"  Layer {index}, {choice_id(specs)}: {problem}; it is never chosen.")

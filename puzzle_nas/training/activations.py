@@ -13,7 +13,6 @@ import torch
 
 from puzzle_nas.artifacts import explained_disk_errors
 from puzzle_nas.modeling import PuzzleForCausalLM
-from puzzle_nas.progress import Ticker
 
 BATCH_TOKENS = 4096
 
@@ -39,7 +38,7 @@ class ActivationFile:
 
 
 class LayerActivations:
-    """Walks the parent upwards over fixed tokens and keeps what the present layer receives and adds.
+    """Walks the parent upwards over fixed tokens and keeps what the present layer (-1: none yet) receives and adds.
 
     `x` is the block's input, `attention` and `ffn` what its sub-blocks add to the residual stream: the block's
     output is x + attention + ffn. Differences are kept, not sums, so that massive activations cost no precision.
@@ -47,6 +46,7 @@ class LayerActivations:
 
     def __init__(self, parent: PuzzleForCausalLM, tokens_ST: torch.Tensor, folder: Path):
         self.parent, self.folder = parent, folder
+        self.layer = -1
         shape = (*tokens_ST.shape, parent.config.hidden_size)
         self.x, self.attention, self.ffn = (
             ActivationFile(folder / f"{name}.bin", shape, parent.dtype) for name in ("x", "attention", "ffn")
@@ -58,6 +58,14 @@ class LayerActivations:
                 self.x.tensor[batch] = parent.model.embed_tokens(tokens_ST[batch].to(parent.device)).cpu()
             example = self.x.tensor[:1].to(parent.device)
         self.inputs = parent.model.layer_inputs(example)
+
+    def climb_to(self, layer: int) -> None:
+        """Go up to a layer, computing those on the way, and fill `attention` and `ffn` there."""
+        while self.layer < layer:
+            if self.layer >= 0:
+                self.advance()
+            self.layer += 1
+            self.compute(self.layer)
 
     @torch.inference_mode()
     def compute(self, layer: int) -> None:
@@ -78,13 +86,6 @@ class LayerActivations:
             batch = slice(start, start + self.step)
             x = self.x.tensor[batch]
             self.x.tensor[batch] = (x + self.attention.tensor[batch]) + self.ffn.tensor[batch]
-
-    def skip_to(self, layer: int, ticker: Ticker) -> None:
-        """Walk past layers that are done."""
-        for below in range(layer):
-            self.compute(below)
-            self.advance()
-            ticker.skip(1)
 
     def delete(self) -> None:
         """Free the disk."""

@@ -1,7 +1,9 @@
 """Blockwise local distillation, decoupled and coupled (Puzzle, section 2).
 
 Layer by layer: the parent's activations of layer i lie in memory-mapped files, everything of layer i trains on them,
-then layer i + 1. Each parent layer sees each token once; a layer that is done is done for good.
+then layer i + 1. Each parent layer sees each token once; a layer that is done is done for good. Where the disk does not
+hold the activations of all tokens, they come in shards, and every job waits on disk for its next one. Of several
+processes, each takes its share of the layers.
 
 Shapes: S sequences, B of them in a batch, T tokens, D hidden.
 """
@@ -9,7 +11,7 @@ Shapes: S sequences, B of them in a batch, T tokens, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +21,15 @@ import psutil
 import torch
 
 from puzzle_nas.architecture import Spec, choice_id
-from puzzle_nas.artifacts import RunFolder, fingerprint
+from puzzle_nas.artifacts import RunFolder
+from puzzle_nas.errors import ArtifactError
 from puzzle_nas.library import variant_is_stored, write_variant
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle_nas.progress import console, progress
-from puzzle_nas.recipe import BLDSettings
+from puzzle_nas.recipe import BLDSettings, Recipe
 from puzzle_nas.subblocks import Weights, subblock_layer, weights_of_slot
+from puzzle_nas.training import parallel
 from puzzle_nas.training.activations import LayerActivations
 from puzzle_nas.training.checkpoints import read_checkpoint, write_checkpoint
 from puzzle_nas.training.losses import block_loss, error_weight
@@ -124,6 +128,42 @@ class Batch:
         return self.layer.post_attention_layernorm(self.middle)
 
 
+Order = Callable[[int, int, int], torch.Tensor]
+"""`data.batches.block_order`."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Training sequences whose activations are on disk at once, and the steps taken on them."""
+
+    begin: int
+    end: int
+    wanted: int
+    """Sequences trained on; more than there are means that they are gone through again."""
+    batch_sequences: int
+    first_step: int
+
+    @property
+    def end_step(self) -> int:
+        """The step after the last one."""
+        return self.first_step + math.ceil(self.wanted / self.batch_sequences)
+
+    def batches(self, order: Order, seed: int) -> tuple[torch.Tensor, ...]:
+        """Which sequences of the shard come in which step."""
+        return order(self.end - self.begin, self.wanted, seed + 1000 * self.begin).split(self.batch_sequences)
+
+
+def shards_of(trained: int, wanted: int, batch_sequences: int, most: int | None) -> list[Shard]:
+    """`trained` sequences in shards of at most `most` (None: one shard); `wanted` are divided among them alike."""
+    shards: list[Shard] = []
+    count = math.ceil(trained / (most or trained))
+    for number in range(count):
+        begin, end = trained * number // count, trained * (number + 1) // count
+        share = wanted * (number + 1) // count - wanted * number // count
+        shards.append(Shard(begin, end, share, batch_sequences, shards[-1].end_step if shards else 0))
+    return shards
+
+
 class BlockTask:
     """One layer's training data and loss."""
 
@@ -170,112 +210,165 @@ class BlockTask:
 
 
 def distill_blocks(
+    recipe: Recipe,
+    settings: BLDSettings,
     run: RunFolder,
     stage: str,
-    settings: BLDSettings,
-    seed: int,
     parent: PuzzleForCausalLM,
     all_tokens_ST: torch.Tensor,
     jobs: Sequence[Sequence[Job]],
-    order: Callable[[int, int, int], torch.Tensor],
+    order: Order,
 ) -> None:
     """Train every layer's jobs that are not stored yet, and store them; what has no weights is stored as it is.
 
     Args:
+        settings: the recipe's for this kind of BLD.
         stage: whose scratch folder to use.
         jobs: one list for each layer.
-        order: `data.batches.block_order`.
     """
     length = all_tokens_ST.shape[1]
     batch_sequences = max(1, settings.batch_tokens // length)
     held_out = min(batch_sequences, max(1, len(all_tokens_ST) // 4))
     wanted = math.ceil(settings.tokens / length)
     tokens = all_tokens_ST[: min(len(all_tokens_ST), wanted + held_out)]
-    held = torch.arange(len(tokens) - held_out, len(tokens))
-    pending = [[job for job in layer_jobs if not variant_is_stored(job.path)] for layer_jobs in jobs]
-    # Above the last layer with work there is nothing to walk to.
-    working = [index for index, layer_jobs in enumerate(pending) if layer_jobs]
+    pending = {
+        layer: here
+        for layer, layer_jobs in enumerate(jobs)
+        if (here := [job for job in layer_jobs if not variant_is_stored(job.path)])
+    }
+    folder = run.scratch(stage)
+    training: dict[int, dict[Path, Job]] = {}
+    for layer in parallel.share(list(pending)):
+        for job in pending[layer]:
+            if all(spec.empty for spec in job.specs):
+                write_variant(job.path, job.specs, {}, {"tokens": 0})
+            else:
+                training.setdefault(layer, {})[folder / f"layer_{layer:02d}.{job.id}.safetensors"] = job
+    most = settings.shard_tokens and max(batch_sequences, settings.shard_tokens // length)
+    shards = shards_of(len(tokens) - held_out, wanted, batch_sequences, most)
+    total_steps = shards[-1].end_step
+    reached = min((_saved_step(path) for here in training.values() for path in here), default=total_steps)
+    shards = [shard for shard in shards if shard.end_step > reached]
     problems: list[str] = []
-    if not working:
-        return
-    with progress("distil blocks, layer", working[-1] + 1) as ticker:
-        activations = LayerActivations(parent, tokens, run.scratch(stage))
-        activations.skip_to(working[0], ticker)
-        for index in range(working[0], working[-1] + 1):
-            activations.compute(index)
-            if pending[index]:
-                layer = parent.model.layers[index]
-                task = BlockTask(activations, layer, settings.normalise, parent.dtype == torch.bfloat16)
-                batches = order(len(tokens) - held_out, wanted, seed + index).split(batch_sequences)
-                for group in _groups(pending[index]):
-                    trainees = [Trainee(job, start, parent, layer, settings, len(batches)) for job, start in group]
-                    what = fingerprint({t.job.id: list(t.optimiser.parameters) for t in trainees})
-                    path = run.scratch(stage) / f"layer_{index:02d}.{what}.safetensors"
-                    starts = _evaluate(task, trainees, held)
-                    _train(task, trainees, batches, path, settings.checkpoint_every_steps)
-                    ends = _evaluate(task, trainees, held)
-                    for trainee, start, end in zip(trainees, starts, ends, strict=True):
-                        problem = _keep(settings, index, trainee, start, end, parent.dtype)
-                        problems += [problem] if problem else []
-                    path.unlink(missing_ok=True)
-            if index < working[-1]:
-                activations.advance()
+    with progress("distil blocks, layer", len(training) * len(shards)) as ticker:
+        for shard, layer, activations in _activations(parent, tokens, shards, list(training), folder):
+            parent_layer = parent.model.layers[layer]
+            task = BlockTask(activations, parent_layer, settings.normalise, parent.dtype == torch.bfloat16)
+            batches = shard.batches(order, recipe.seed + layer)
+            held = torch.arange(shard.end - shard.begin, shard.end - shard.begin + held_out)
+            for group in _groups(training[layer], one_by_one=recipe.memory == "stream"):
+                problems += _distil(task, layer, group, settings, shard, batches, held, total_steps)
             ticker.advance()
-        activations.delete()
-    for problem in problems:
+    for problem in parallel.gathered(problems):
         console.print(f"  {problem}")
 
 
-def _groups(jobs: Sequence[Job]) -> list[list[tuple[Job, Weights]]]:
-    """Jobs that train together, with their start: as many as fit in half of the free memory."""
+def _activations(
+    parent: PuzzleForCausalLM, tokens: torch.Tensor, shards: Sequence[Shard], layers: Sequence[int], folder: Path
+) -> Iterator[tuple[Shard, int, LayerActivations]]:
+    """Each shard at each layer. The held-out sequences, which are the last, follow the shard's own."""
+    held_out = tokens[shards[-1].end :] if shards else tokens
+    for shard in shards:
+        here = torch.cat([tokens[shard.begin : shard.end], held_out])
+        activations = LayerActivations(parent, here, folder / f"rank_{parallel.rank()}")
+        for layer in layers:
+            activations.climb_to(layer)
+            yield shard, layer, activations
+        activations.delete()
+
+
+def _groups(jobs: Mapping[Path, Job], one_by_one: bool) -> Iterator[list[tuple[Path, Job, Weights]]]:
+    """Jobs that train together, with their start: as many as fit in half of this process's part of the free memory."""
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    groups: list[list[tuple[Job, Weights]]] = []
-    room = 0.0
-    for job in jobs:
+    most = 0.0 if one_by_one else free / parallel.ranks_here() / 2
+    group: list[tuple[Path, Job, Weights]] = []
+    taken = 0.0
+    for path, job in jobs.items():
         start = job.start()
-        if not start:
-            write_variant(job.path, job.specs, {}, {"tokens": 0})
-            continue
         need = TRAINING_BYTES_PER_PARAMETER * sum(w.numel() for w in start.values())
-        if not groups or need > room:
-            groups.append([])
-            room = free / 2
-        groups[-1].append((job, start))
-        room -= need
-    return groups
+        if group and taken + need > most:
+            yield group
+            group, taken = [], 0.0
+        group.append((path, job, start))
+        taken += need
+    if group:
+        yield group
 
 
-def _train(task: BlockTask, trainees: Sequence[Trainee], batches: Sequence[torch.Tensor], path: Path, every: int):
-    begin = _load_checkpoint(path, trainees)
-    for step in range(begin, len(batches)):
-        batch = task.fetch(batches[step])
-        for trainee in trainees:
+def _distil(
+    task: BlockTask,
+    layer: int,
+    group: Sequence[tuple[Path, Job, Weights]],
+    settings: BLDSettings,
+    shard: Shard,
+    batches: Sequence[torch.Tensor],
+    held: torch.Tensor,
+    total_steps: int,
+) -> list[str]:
+    """Train a group on a shard and, after the last one, store it; sentences to print about those that had trouble."""
+    parent = task.activations.parent
+    trainees = [Trainee(job, start, parent, task.parent_layer, settings, total_steps) for _, job, start in group]
+    paths = [path for path, _, _ in group]
+    is_last = shard.end_step == total_steps
+    starts = _evaluate(task, trainees, held) if is_last else []
+    _train(task, trainees, paths, shard, batches, settings.checkpoint_every_steps, total_steps)
+    if not is_last:
+        return []
+    ends = _evaluate(task, trainees, held)
+    problems = []
+    for path, trainee, start, end in zip(paths, trainees, starts, ends, strict=True):
+        problems.append(_keep(settings, layer, trainee, start, end, parent.dtype))
+        path.unlink(missing_ok=True)
+    return [problem for problem in problems if problem]
+
+
+def _train(
+    task: BlockTask,
+    trainees: Sequence[Trainee],
+    paths: Sequence[Path],
+    shard: Shard,
+    batches: Sequence[torch.Tensor],
+    every: int,
+    total_steps: int,
+) -> None:
+    """All steps of a shard, from wherever the last run stopped."""
+    begins = [_load_checkpoint(path, trainee) for path, trainee in zip(paths, trainees, strict=True)]
+    if min(begins) < shard.first_step:
+        raise ArtifactError(f"A checkpoint in {paths[0].parent} is gone. Run the same command again; it starts anew.")
+    for step in range(min(begins), shard.end_step):
+        batch = task.fetch(batches[step - shard.first_step])
+        # One that was written just before a kill is ahead of the others.
+        for path, trainee, begin in zip(paths, trainees, begins, strict=True):
+            if step < begin:
+                continue
             loss = task.loss(trainee, batch)
             trainee.losses.append(loss.item())
             if math.isfinite(trainee.losses[-1]):
                 loss.backward()
                 trainee.optimiser.step(step)
-        if (step + 1) % every == 0 and step + 1 < len(batches):
-            _save_checkpoint(path, trainees, step + 1)
+            is_due = (step + 1) % every == 0 or step + 1 == shard.end_step
+            if is_due and step + 1 < total_steps:
+                _save_checkpoint(path, trainee, step + 1)
 
 
-def _save_checkpoint(path: Path, trainees: Sequence[Trainee], step: int) -> None:
-    tensors = {f"{t.job.id}/{name}": w for t in trainees for name, w in t.optimiser.state().items()}
-    tensors |= {f"{t.job.id}/losses": torch.tensor(t.losses, dtype=torch.float64) for t in trainees}
+def _save_checkpoint(path: Path, trainee: Trainee, step: int) -> None:
+    tensors = trainee.optimiser.state() | {"losses": torch.tensor(trainee.losses, dtype=torch.float64)}
     write_checkpoint(path, tensors, step)
 
 
-def _load_checkpoint(path: Path, trainees: Sequence[Trainee]) -> int:
+def _saved_step(path: Path) -> int:
+    kept = read_checkpoint(path)
+    return kept[1] if kept else 0
+
+
+def _load_checkpoint(path: Path, trainee: Trainee) -> int:
     """The step to continue with."""
     kept = read_checkpoint(path)
     if kept is None:
         return 0
     tensors, step = kept
-    for trainee in trainees:
-        prefix = f"{trainee.job.id}/"
-        own = {name.removeprefix(prefix): w for name, w in tensors.items() if name.startswith(prefix)}
-        trainee.losses = own.pop("losses").tolist()
-        trainee.optimiser.load(own)
+    trainee.losses = tensors.pop("losses").tolist()
+    trainee.optimiser.load(tensors)
     return step
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.training.losses import Divergence, divergences
-from puzzle_nas.training.replacement import joined, next_tokens, require_finite
+from puzzle_nas.training.replacement import final_states, joined, next_tokens, require_finite
 
 BATCH_TOKENS = 2048
 
@@ -53,8 +53,7 @@ class ParentReference:
         self.labels_ST = next_tokens(tokens_ST)
         self.step = max(1, BATCH_TOKENS // tokens_ST.shape[1])
         if final is None:
-            with torch.inference_mode():
-                final = [self._final(parent, batch) for batch in tokens_ST.split(self.step)]
+            final = final_states(parent, tokens_ST, self.step)
             for states in final:
                 require_finite(states)
         self.final = list(final)

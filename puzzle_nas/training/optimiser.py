@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from puzzle_nas.recipe import OptimiserSettings
+from puzzle_nas.training.parallel import whole_tensor
 
 
 def learning_rate_at(step: int, total_steps: int, settings: OptimiserSettings) -> float:
@@ -55,7 +56,7 @@ class Optimiser:
         """
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        finite = bool(norm.isfinite())
+        finite = bool(whole_tensor(norm).isfinite())
         if finite:
             if self.settings.gradient_clip is not None:
                 nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.gradient_clip, norm)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from puzzle_nas.artifacts import write_bytes
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.progress import progress
+from puzzle_nas.training import parallel
 from puzzle_nas.training.comparison import ParentReference
 from puzzle_nas.training.losses import MATMUL_ROWS, ParentLogits, ParentTopK
 
@@ -43,6 +44,10 @@ class ParentOutputs(Protocol):
         """To measure children by."""
         ...
 
+    def shard(self) -> None:
+        """Divide among the processes what of the parent is in memory; to be called once, after `reference`."""
+        ...
+
 
 class LiveParent:
     """The parent itself, run on every batch."""
@@ -62,6 +67,10 @@ class LiveParent:
     def reference(self, selection_ST: torch.Tensor) -> ParentReference:
         """See `ParentOutputs`."""
         return ParentReference(self.parent, selection_ST)
+
+    def shard(self) -> None:
+        """See `ParentOutputs`."""
+        parallel.shard_layers(self.parent)
 
 
 class StoredParent:
@@ -95,17 +104,20 @@ class StoredParent:
         self._head.weight = nn.Parameter(tensors["head"].to(device), requires_grad=False)
 
     def _write(self, parent: PuzzleForCausalLM, train_ST, selection_ST, top_k: int, measured: Path) -> None:
-        reference = ParentReference(parent, selection_ST)
-        finals = {f"final/{i}": final.cpu().contiguous() for i, final in enumerate(reference.final)}
-        head = parent.lm_head.weight.detach().cpu().contiguous()
-        with progress("the parent's likeliest tokens, part", len(self.paths)) as ticker:
-            for path, tokens in zip(self.paths, train_ST.split(FILE_SEQUENCES), strict=True):
-                if not path.exists():
-                    rows = [likeliest(parent, row.unsqueeze(0).to(parent.device), top_k) for row in tokens]
-                    tensors = {name: torch.stack([row[name] for row in rows]) for name in STORED}
-                    write_bytes(path, safetensors.torch.save(tensors))
+        parts = zip(self.paths, train_ST.split(FILE_SEQUENCES), strict=True)
+        mine = parallel.share([(path, tokens) for path, tokens in parts if not path.exists()])
+        with progress("the parent's likeliest tokens, part", len(mine)) as ticker:
+            for path, tokens in mine:
+                rows = [likeliest(parent, row.unsqueeze(0).to(parent.device), top_k) for row in tokens]
+                tensors = {name: torch.stack([row[name] for row in rows]) for name in STORED}
+                write_bytes(path, safetensors.torch.save(tensors))
                 ticker.advance()
-        write_bytes(measured, safetensors.torch.save({"head": head, **finals}))
+        if parallel.is_first():
+            reference = ParentReference(parent, selection_ST)
+            finals = {f"final/{i}": final.cpu().contiguous() for i, final in enumerate(reference.final)}
+            head = parent.lm_head.weight.detach().cpu().contiguous()
+            write_bytes(measured, safetensors.torch.save({"head": head, **finals}))
+        parallel.gathered(())
 
     def outputs(
         self, tokens_BT: torch.Tensor, blocks_B: torch.Tensor, hidden: bool
@@ -124,6 +136,9 @@ class StoredParent:
     def reference(self, selection_ST: torch.Tensor) -> ParentReference:
         """See `ParentOutputs`."""
         return ParentReference(self._head, selection_ST, self._final)
+
+    def shard(self) -> None:
+        """See `ParentOutputs`; each process reads of the files what it needs."""
 
 
 @torch.no_grad()

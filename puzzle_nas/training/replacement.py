@@ -8,7 +8,9 @@ Shapes: S sequences, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +18,7 @@ from puzzle_nas.errors import CheckpointError
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle_nas.subblocks import run_with
+from puzzle_nas.training.activations import ActivationFile
 from puzzle_nas.training.losses import Divergence, divergences
 
 
@@ -36,11 +39,36 @@ def require_finite(parent_output: torch.Tensor) -> None:
         raise CheckpointError(f"The parent computes NaN or infinity in {precision} on this run's text; {way_out}.")
 
 
+@torch.inference_mode()
+def climb(model: PuzzleForCausalLM, states_BTD: Sequence[torch.Tensor], inputs: Mapping[str, Any], layer: int) -> None:
+    """Carry residual streams through the layers from `layer` on and the final norm, in place.
+
+    Each layer is asked for once. States may lie elsewhere than the model.
+    """
+    blocks = model.model.layers
+    for index in range(layer, len(blocks)):
+        block = blocks[index]
+        for state in states_BTD:
+            state.copy_(block(state.to(model.device), **inputs))
+    for state in states_BTD:
+        state.copy_(model.model.norm(state.to(model.device)))
+
+
+@torch.inference_mode()
+def final_states(model: PuzzleForCausalLM, tokens_ST: torch.Tensor, batch_sequences: int) -> list[torch.Tensor]:
+    """What the LM head receives, batch by batch, each [B, T, D]."""
+    states = [model.model.embed_tokens(batch.to(model.device)) for batch in tokens_ST.split(batch_sequences)]
+    climb(model, states, model.model.layer_inputs(states[0][:1]), 0)
+    return states
+
+
 class ReplacementWalk:
     """Walks a model upwards over fixed tokens; at each layer variants can be tried.
 
     Args:
         model: in which blocks are replaced; None means the parent itself.
+        scratch: a folder for what would otherwise be in memory: the residual streams of all tokens. Variants then go
+            through the layers above together, so that each of those is asked for once.
     """
 
     def __init__(
@@ -49,31 +77,39 @@ class ReplacementWalk:
         tokens_ST: torch.Tensor,
         batch_tokens: int,
         model: PuzzleForCausalLM | None = None,
+        scratch: Path | None = None,
     ):
         self.parent, self.model = parent, model or parent
         self.labels_ST = next_tokens(tokens_ST)
         self.batch_sequences = max(1, batch_tokens // tokens_ST.shape[1])
+        self.scratch = scratch
+        self.hidden_STD, self.final_STD = (self._room(name, len(tokens_ST)) for name in ("hidden", "final"))
         with torch.inference_mode():
-            self.hidden_STD = parent.model.embed_tokens(tokens_ST.to(parent.device))
-            self.inputs = parent.model.layer_inputs(self.hidden_STD[:1])
-            batches = self._batches(self.hidden_STD)
-            self.final_STD = torch.cat([self._finish(parent, batch, 0) for batch in batches])
-            require_finite(self.final_STD)
+            for state, batch in zip(self._batches(self.hidden_STD), self._batches(tokens_ST), strict=True):
+                state.copy_(parent.model.embed_tokens(batch.to(parent.device)))
+            self.inputs = parent.model.layer_inputs(self.hidden_STD[:1].to(parent.device))
+            self.final_STD.copy_(self.hidden_STD)
+            climb(parent, self._batches(self.final_STD), self.inputs, 0)
+            for final in self._batches(self.final_STD):
+                require_finite(final)
         self.layer = 0
+
+    def _room(self, name: str, sequences: int) -> torch.Tensor:
+        """A tensor [sequences, T, D] in memory or in scratch."""
+        shape = (sequences, self.labels_ST.shape[1], self.parent.config.hidden_size)
+        if self.scratch is None:
+            return torch.empty(shape, dtype=self.parent.dtype, device=self.parent.device)
+        return ActivationFile(self.scratch / f"{name}.bin", shape, self.parent.dtype).tensor
 
     def _batches(self, tensor: torch.Tensor):
         return tensor.split(self.batch_sequences)
-
-    def _finish(self, model: PuzzleForCausalLM, hidden_BTD: torch.Tensor, layer: int) -> torch.Tensor:
-        for block in list(model.model.layers)[layer:]:
-            hidden_BTD = block(hidden_BTD, **self.inputs)
-        return model.model.norm(hidden_BTD)
 
     @torch.inference_mode()
     def advance(self) -> None:
         """Go up one layer."""
         block = self.model.model.layers[self.layer]
-        self.hidden_STD = torch.cat([block(batch, **self.inputs) for batch in self._batches(self.hidden_STD)])
+        for batch in self._batches(self.hidden_STD):
+            batch.copy_(block(batch.to(self.parent.device), **self.inputs))
         self.layer += 1
 
     def model_itself(self) -> Divergence:
@@ -83,24 +119,35 @@ class ReplacementWalk:
     @torch.inference_mode()
     def try_variants(self, variants: Sequence[Mapping[str, PuzzleDecoderLayer]]) -> list[Divergence]:
         """The damage of each replacement, sub-blocks by slot, at the present layer; per token, shaped [S, T]."""
-        block = self.model.model.layers[self.layer]
-        return self._compare(
-            [
-                self._finish(self.model, run_with(block, replaced, hidden, self.inputs), self.layer + 1)
-                for replaced in variants
-            ]
-            for hidden in self._batches(self.hidden_STD)
-        )
+        return self._compare(self._finish(variants)) if variants else []
 
-    @torch.inference_mode()
+    def _finish(self, variants: Sequence[Mapping[str, PuzzleDecoderLayer]]) -> Iterator[list[torch.Tensor]]:
+        """What the LM head receives in each child [B, T, D], batch by batch.
+
+        A batch at a time goes through the layers above, or, from scratch, all of them together.
+        """
+        device, block = self.parent.device, self.model.model.layers[self.layer]
+        together = self.batch_sequences if self.scratch is None else len(self.hidden_STD)
+        for hidden in self.hidden_STD.split(together):
+            room = self._room("variants", len(variants) * len(hidden))
+            children = [self._batches(child) for child in room.split(len(hidden))]
+            for replaced, states in zip(variants, children, strict=True):
+                for state, below in zip(states, self._batches(hidden), strict=True):
+                    state.copy_(run_with(block, replaced, below.to(device), self.inputs))
+            climb(self.model, [state for states in children for state in states], self.inputs, self.layer + 1)
+            for batch in zip(*children, strict=True):
+                yield [state.to(device) for state in batch]
+
     def _compare(self, children: Iterable[list[torch.Tensor]]) -> list[Divergence]:
         """Divergences of several children, given batch by batch as final hidden states [B, T, D] of each."""
-        labels = self._batches(self.labels_ST.to(self.parent.device))
+        device = self.parent.device
         parts: list[list[Divergence]] = []
-        for final, batch_labels, batch in zip(self._batches(self.final_STD), labels, children, strict=True):
+        for final, labels, batch in zip(
+            self._batches(self.final_STD), self._batches(self.labels_ST), children, strict=True
+        ):
             heads = [self.parent.lm_head, *[self.model.lm_head] * len(batch)]
             flat = [child.flatten(0, 1) for child in batch]
-            parts.append(divergences(final.flatten(0, 1), flat, heads, batch_labels.flatten()))
+            parts.append(divergences(final.to(device).flatten(0, 1), flat, heads, labels.to(device).flatten()))
         return [joined(variant_parts, self.labels_ST.shape) for variant_parts in zip(*parts, strict=True)]
 
 

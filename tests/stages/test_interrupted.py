@@ -22,7 +22,7 @@ MIDDLE = {
     "coupled BLD, within a layer": "scratch/couple_blocks/layer_*.safetensors",
     "scoring of pairs": "scores/coupled/kl/*.json",
     "scoring": "scores/main/kl/layer_01.*.json",
-    "GKD": "scratch/distill_child/state.safetensors",
+    "GKD": "scratch/distill_child/state/step_????????",
 }
 STOPPED = "Stopped. What is done is kept; the same command goes on from here."
 
@@ -66,7 +66,7 @@ def test_a_kill_between_a_record_and_the_removal_of_scratch_repeats_nothing(undi
     killed_when(run.path, undisturbed.recipe, "stages/distill_child.json")
     record = run.record_path("distill_child").stat()
     run.scratch("distill_child").mkdir(parents=True, exist_ok=True)
-    (run.scratch("distill_child") / "state.safetensors").write_bytes(b"left behind")
+    (run.scratch("distill_child") / "best.safetensors").write_bytes(b"left behind")
     assert undisturbed.finish(run.path) == []
     assert run.record_path("distill_child").stat().st_mtime_ns == record.st_mtime_ns
 
@@ -76,9 +76,11 @@ def test_a_kill_between_a_record_and_the_removal_of_scratch_repeats_nothing(undi
 def test_a_damaged_training_checkpoint_is_noticed_and_done_without(where, how, undisturbed, tmp_path):
     run = tmp_path / "run"
     checkpoint = killed_when(run, undisturbed.recipe, MIDDLE[where])
-    data = bytearray(checkpoint.read_bytes())
+    # GKD's is a folder.
+    file = next(checkpoint.glob("*.safetensors"), checkpoint)
+    data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 4
-    checkpoint.write_bytes(data[: len(data) // 2] if how == "truncated" else data)
+    file.write_bytes(data[: len(data) // 2] if how == "truncated" else data)
     out = faults.puzzle("run", undisturbed.recipe, "--run-dir", run, check=True).stdout
     assert f"{checkpoint} is damaged" in " ".join(out.split())
     assert differences(final_bytes(run), undisturbed.bytes) == []

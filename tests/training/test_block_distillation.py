@@ -23,7 +23,7 @@ def task(request, tmp_path):
     config = PuzzleConfig(vocab_size=64, num_hidden_layers=1, head_dim=8, **sizes)
     parent = PuzzleForCausalLM(config).to(request.param).eval().requires_grad_(False)
     activations = LayerActivations(parent, torch.randint(0, 64, (8, 16)), tmp_path)
-    activations.compute(0)
+    activations.climb_to(0)
     return BlockTask(activations, parent.model.layers[0], "token", request.param == torch.bfloat16)
 
 

@@ -1,0 +1,219 @@
+"""Many processes: torchrun starts them, each is a rank; without torchrun there is one, and nothing here does anything.
+
+Every rank comes to the same shares by itself. Ranks meet between stages, by gloo; where they have GPUs, GKD's shards
+travel by NCCL.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import functools
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from puzzle_nas.errors import PuzzleError, RankError, RecipeError
+from puzzle_nas.modeling import PuzzleForCausalLM
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+
+# One process is no accident here.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+WAIT = datetime.timedelta(days=30)
+"""A rank waits for as long as the first one searches or measures; torchrun notices ranks that die."""
+PEER_LOST = 75
+"""Exit code of a rank that stops because another one did."""
+
+
+def join() -> None:
+    """Become one of torchrun's ranks. The first one prints."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    # Whatever is on disk is whole at any moment, and whoever started torchrun says how to go on.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    backend = "cpu:gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=WAIT)
+    atexit.register(dist.destroy_process_group)
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def launch(nproc: int, arguments: Sequence[str]) -> int:
+    """`puzzle ARGUMENTS` in `nproc` ranks on this machine, by torchrun; the exit code.
+
+    Raises:
+        RankError: a rank was killed.
+    """
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    for name in ("torch.distributed.elastic", "torch.distributed.run"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    options = ["--standalone", f"--nproc-per-node={nproc}", "-m", "puzzle_nas", *arguments]
+    try:
+        torchrun.run(torchrun.parse_args(options))
+    except SignalException:
+        raise KeyboardInterrupt from None
+    except ChildFailedError as error:
+        # The first to stop; those that stopped because of it are no cause.
+        causes = {rank: f for rank, f in error.failures.items() if f.exitcode not in (PEER_LOST, -signal.SIGTERM)}
+        rank, failure = min((causes or error.failures).items(), key=lambda item: item[1].timestamp)
+        if failure.exitcode == PEER_LOST:
+            raise RankError(
+                "The processes lost touch with each other. What is done is kept; the same command goes on from here."
+            ) from None
+        if failure.exitcode > 0:
+            return failure.exitcode
+        raise RankError(
+            f"Process {rank} of {nproc} was killed ({signal.Signals(-failure.exitcode).name}; too little memory, "
+            "perhaps). What is done is kept; the same command goes on from here."
+        ) from None
+    return 0
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether an exchange between ranks failed, as it does when another rank stops."""
+    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def rank() -> int:
+    """This process's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are, on all machines."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process prints, writes stage records and runs what is not shared."""
+    return rank() == 0
+
+
+def from_first(compute: Callable[[], T]) -> T:
+    """What `compute` returns on the first rank, on all of them."""
+    if world_size() == 1:
+        return compute()
+    box: list[Any] = [compute() if is_first() else None]
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
+
+
+def gathered(items: Sequence[T]) -> list[T]:
+    """Every rank's items, in the order of ranks. No rank goes on before all are here."""
+    if world_size() == 1:
+        return list(items)
+    boxes: list[Any] = [None] * world_size()
+    dist.all_gather_object(boxes, list(items))
+    return [item for box in boxes for item in box]
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """This rank's part of what is still to do: every n-th item. All ranks have looked before any begins."""
+    gathered(())
+    return list(items)[rank() :: world_size()]
+
+
+def divide_threads() -> None:
+    """Give each rank of this machine its part of the threads."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // ranks_here()))
+
+
+def ranks_here() -> int:
+    """How many processes share this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
+
+
+def stop(error: PuzzleError) -> NoReturn:
+    """Raise what all ranks have come to; the first one says it."""
+    if not is_first():
+        gathered(())
+    raise error
+
+
+@functools.cache
+def _mesh(device: str) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if device == "cuda" and torch.cuda.device_count() < ranks_here():
+        stop(
+            RecipeError(
+                f"GKD needs a GPU for each process: there are {ranks_here()} processes here and "
+                f"{torch.cuda.device_count()} GPUs. Start no more processes than GPUs, or set device=cpu."
+            )
+        )
+    return init_device_mesh(device, (world_size(),))
+
+
+def shard_layers(model: PuzzleForCausalLM) -> None:
+    """Divide a model's layers among the ranks (FSDP2); embeddings, final norm and LM head stay whole on each."""
+    if world_size() > 1:
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=_mesh(model.device.type), reshard_after_forward=True)
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may lie in shards, in one piece on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class ShardedLoss(nn.Module):
+    """The loss of a child in training, which lies in shards (FSDP2) where there are several ranks.
+
+    Args:
+        compute: of tokens [B, T] and their numbers in the split [B], a scalar: a mean over sequences.
+    """
+
+    def __init__(self, child: PuzzleForCausalLM, compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.child, self.compute = child, compute
+        if world_size() > 1:
+            from torch.distributed.fsdp import fully_shard
+
+            shard_layers(child)
+            fully_shard(self, mesh=_mesh(child.device.type))
+
+    def forward(self, tokens_BT: torch.Tensor, blocks_B: torch.Tensor) -> torch.Tensor:
+        """Scalar."""
+        return self.compute(tokens_BT, blocks_B)
+
+    def backward(self, tokens_ST: torch.Tensor, blocks_B: torch.Tensor, at_once: int) -> float:
+        """The loss of a batch, in which each rank takes its part; gradients gather in the child's parameters.
+
+        Args:
+            tokens_ST: the whole split.
+            at_once: sequences that pass through the models of one rank together.
+        """
+        total = 0.0
+        for part in blocks_B.split(at_once * world_size()):
+            mine = part[rank() :: world_size()]
+            weight = len(mine) / len(blocks_B)
+            # A rank for which nothing is left still takes part in the exchange of shards.
+            mine = mine if len(mine) else part[:1]
+            loss = self(tokens_ST[mine].to(self.child.device), mine) * weight
+            # FSDP divides by the number of ranks.
+            (loss * world_size()).backward()
+            total += loss.item()
+        return sum(gathered([total]))
