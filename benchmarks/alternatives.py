@@ -13,8 +13,7 @@ are costed on straight lines between those of the cost table and a timed width o
 the fewest whole layers that leave a quarter of the width go as well, by block influence.
 
 Text: `puzzle`, `greedy` and `random` get OWN_TOKENS of GKD beside the library's calibration and BLD text; the others,
-which need no library, get all three together as GKD, as does `puzzle_same_gkd`. Chosen on selection, reported on
-validation. `depth_pruned` and `width_pruned` are the better of their two ways on selection before GKD; with --both,
+which need no library, get all three together as GKD. Chosen on selection, reported on validation. `depth_pruned` and `width_pruned` are the better of their two ways on selection before GKD; with --both,
 each is distilled and the better one afterwards counts.
 
 Reads runs/quickstart; children are kept in runs/benchmark-alternatives, so a second call goes on where one stopped.
@@ -50,13 +49,11 @@ from puzzle_nas.pipeline import open_run
 from puzzle_nas.stages.distill_child import Training
 from puzzle_nas.training.parent_outputs import LiveParent
 
-OWN_TOKENS = 16_384
+OWN_TOKENS = 49_152
 """GKD of the methods that use the library."""
 EVALUATE_EVERY_STEPS = 16
 """Between points of GKD's curve, the best of which counts."""
 FROM_LIBRARY = ("puzzle", "greedy", "random")
-LONGER = "puzzle_same_gkd"
-"""`puzzle` with as much GKD as the methods without a library get."""
 PAIRS = {"depth_pruned": ("block_influence", "contiguous"), "width_pruned": ("width_refitted", "width")}
 TIMING_REPEATS = 15
 
@@ -64,10 +61,6 @@ TIMING_REPEATS = 15
 def started(starts: Starts, method: str, speedup: float) -> dict:
     """Make a child and evaluate it before GKD; the facts."""
     run = linked(FOLDER / f"{speedup}x" / method)
-    if method == LONGER and not (run / "start.json").exists():
-        facts = started(starts, "puzzle", speedup)
-        (run / "start").symlink_to("../puzzle/start")
-        write_json(run / "start.json", facts)
     if not (run / "start.json").exists():
         begin = time.process_time()
         start = getattr(starts, method)(speedup)
@@ -142,7 +135,6 @@ def make(speedup_list: tuple[float, ...], both: bool) -> None:
         for ways in PAIRS.values():
             first = better(found, ways, "selection_kl_nats_before_gkd")
             chosen += ways if both else (first,)
-        chosen.append(LONGER)
         for method in chosen:
             facts = distilled(starts, method, speedup)
             print(
@@ -209,7 +201,7 @@ def report() -> None:
     )
     for speedup, children in rows.items():
         done = {m: f for m, f in children.items() if "after_gkd" in f}
-        labels = {m: m for m in (*FROM_LIBRARY, LONGER) if m in done}
+        labels = {m: m for m in FROM_LIBRARY if m in done}
         for label, ways in PAIRS.items():
             if any(way in done for way in ways):
                 labels[label] = better(done, ways, "selection_kl_nats")

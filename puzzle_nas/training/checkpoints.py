@@ -77,7 +77,10 @@ def write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], step: int) -
     with complete_folder(target) if parallel.is_first() else explained_disk_errors(target):
         parallel.gathered(())
         writer = checkpoint.HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        checkpoint.save(dict(tensors), storage_writer=writer, no_dist=parallel.world_size() == 1)
+        try:
+            checkpoint.save(dict(tensors), storage_writer=writer, no_dist=parallel.world_size() == 1)
+        except checkpoint.CheckpointException as failed:
+            raise next(cause for cause, _ in failed.failures.values()) from None
         parallel.gathered(())
         if parallel.is_first():
             write_json(partial / CHECKSUMS, {path.name: file_checksum(path) for path in sorted(partial.iterdir())})
