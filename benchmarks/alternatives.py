@@ -13,8 +13,9 @@ are costed on straight lines between those of the cost table and a timed width o
 the fewest whole layers that leave a quarter of the width go as well, by block influence.
 
 Text: `puzzle`, `greedy` and `random` get OWN_TOKENS of GKD beside the library's calibration and BLD text; the others,
-which need no library, get all three together as GKD. Chosen on selection, reported on validation. `depth_pruned` and `width_pruned` are the better of their two ways on selection before GKD; with --both,
-each is distilled and the better one afterwards counts.
+which need no library, get all three together as GKD. Chosen on selection, reported on validation. `depth_pruned` and
+`width_pruned` are the better of their two ways on selection before GKD; with --both, each is distilled and the better
+one afterwards counts.
 
 Reads runs/quickstart; children are kept in runs/benchmark-alternatives, so a second call goes on where one stopped.
 
