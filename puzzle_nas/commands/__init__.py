@@ -1,0 +1,1 @@
+"""The commands of `puzzle`: parse arguments, call the pipeline, print results; nothing else."""

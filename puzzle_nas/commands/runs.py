@@ -1,0 +1,154 @@
+"""Commands that make a run and look at it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from puzzle_nas.commands.app import Again, Overrides, RunArgument, app
+
+
+@app.command("run")
+def run_command(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see recipes/ and: puzzle recipe.")],
+    overrides: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where results go. Default: runs/RECIPE.")] = None,
+    first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Start with this stage.")] = None,
+    last: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Stop after this stage.")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine (docs/many-processes.md).")] = 1,
+) -> None:
+    """Make a child: every stage in order, skipping what is done."""
+    if nproc > 1:
+        _run_in_processes(nproc, recipe, overrides or [], run_dir, first, last)
+        return
+    from puzzle_nas import pipeline
+    from puzzle_nas.artifacts import RunFolder
+    from puzzle_nas.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    run = RunFolder(run_dir or Path("runs") / recipe.stem)
+    pipeline.run_stages(settings, run, first, last)
+    if last is None:
+        print_summary(run.path)
+        print(f'Report: {run.report}\nTry the child: puzzle generate {run} "Why is the sky blue?"')
+
+
+def _run_in_processes(nproc, recipe, overrides, run_dir, first, last) -> None:
+    from puzzle_nas.recipe import load_recipe
+    from puzzle_nas.training.parallel import launch
+
+    load_recipe(recipe, overrides)
+    options = {"--run-dir": run_dir, "--from": first, "--to": last}
+    given = [text for name, value in options.items() if value is not None for text in (name, str(value))]
+    code = launch(nproc, ["run", str(recipe), *overrides, *given])
+    if code:
+        raise typer.Exit(code)
+
+
+def _add_stage(command: str, text: str) -> None:
+    @app.command(command, help=text)
+    def stage_command(run_dir: RunArgument, overrides: Overrides = None, again: Again = False) -> None:
+        run_stage(command, run_dir, overrides or [], again)
+
+
+def run_stage(command: str, run_dir: Path, overrides: list[str], again: bool) -> None:
+    """A stage of an existing run, with settings changed."""
+    from puzzle_nas import pipeline
+    from puzzle_nas.artifacts import RunFolder
+    from puzzle_nas.recipe import parse_recipe
+
+    run = RunFolder(run_dir)
+    pipeline.open_run(run)
+    with pipeline.held(run):
+        recipe = parse_recipe(run.recipe.read_text(), overrides, str(run.recipe))
+        if overrides:
+            pipeline.claim_run(recipe, run)
+        pipeline.run_stage(pipeline.stage_named(command), recipe, run, again)
+
+
+for _command, _text in (
+    ("prepare-parent", "Find the parent; convert it to a transformers checkpoint where it is none."),
+    ("prepare-data", "Text to packed token blocks of the five splits."),
+    ("measure-costs", "Memory and runtime of every variant on this machine."),
+    ("build-library", "Every variant of every layer, initialised from the parent."),
+    ("distill-blocks", "Train every variant to imitate its parent block (BLD)."),
+    ("score-blocks", "Damage of every variant when it alone replaces its parent block."),
+    ("couple-blocks", "Train and score what a first search uses in pairs of attention and FFN (coupled BLD)."),
+    ("assemble", "The chosen variants as one checkpoint."),
+    ("refit", "Correct the assembled child in closed form."),
+    ("distill-child", "Train the whole child against the parent (GKD)."),
+    ("evaluate-child", "Child against parent: quality and measured speed."),
+    ("report", "Write summary.json and report.html."),
+):
+    _add_stage(_command, _text)
+
+
+def print_summary(run_dir: Path, as_json: bool = False) -> None:
+    """A run's child and its summary table."""
+    from puzzle_nas.artifacts import RunFolder, read_json
+    from puzzle_nas.progress import console
+    from puzzle_nas.report.tables import show
+
+    summary = read_json(RunFolder(run_dir).summary, "report")
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    else:
+        console.print(show(summary))
+
+
+@app.command("recipe")
+def recipe_command() -> None:
+    """Print every setting of a recipe with its default and meaning."""
+    from puzzle_nas.recipe import explained_settings
+
+    print(explained_settings())
+
+
+@app.command("verify")
+def verify_command(
+    run_dir: RunArgument, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+) -> None:
+    """Check every artifact against its recorded hash, and every stage against what it was made from.
+
+    Exit code 2 where something is missing, changed or stale; stages that have not finished are no fault.
+    """
+    from puzzle_nas.artifacts import RunFolder
+    from puzzle_nas.verify import verify_run
+
+    result = verify_run(RunFolder(run_dir))
+    print(json.dumps(result.to_dict(), indent=1) if as_json else result.to_text())
+    if not result.sound:
+        raise typer.Exit(2)
+
+
+@app.command("show")
+def show_command(
+    run_dir: RunArgument, as_json: Annotated[bool, typer.Option("--json", help="Print summary.json.")] = False
+) -> None:
+    """The child layer by layer, and the summary table."""
+    print_summary(run_dir, as_json)
+
+
+@app.command("compare")
+def compare_command(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, two or more.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print every summary, and what forbids comparing.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page to look at as well.")] = None,
+) -> None:
+    """Several finished runs side by side."""
+    from puzzle_nas.artifacts import RunFolder, write_bytes
+    from puzzle_nas.progress import console
+    from puzzle_nas.report.comparison import comparison_json, load_runs, render_comparison, show_comparison
+
+    runs = load_runs([RunFolder(path) for path in run_dirs])
+    if html is not None:
+        write_bytes(html, render_comparison(runs).encode())
+    if as_json:
+        print(json.dumps(comparison_json(runs), indent=1))
+        return
+    console.print(show_comparison(runs))
+    if html is not None:
+        print(f"Page: {html}")

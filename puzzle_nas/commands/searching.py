@@ -1,0 +1,181 @@
+"""Commands that search: a run, any table, a range of limits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from puzzle_nas.commands.app import Again, RunArgument, app
+from puzzle_nas.commands.runs import run_stage
+
+
+@app.command("search")
+def search_command(
+    run_dir: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="A run folder, unless --table is given.")
+    ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--limit",
+            metavar="NAME=VALUE",
+            help="For a run: speedup=1.5, memory_bytes=2e8, latency_ms=900, throughput_tokens_per_second=80, "
+            "parameters=1e8. For a table: COLUMN=MAX or COLUMN=MIN:MAX. Repeatable.",
+        ),
+    ] = None,
+    table: Annotated[Path | None, typer.Option(help="A CSV, Parquet or JSON-lines table instead of a run.")] = None,
+    minimize: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the table to minimise.")] = None,
+    maximize: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the table to maximise.")] = None,
+    solutions: Annotated[int, typer.Option(help="How many solutions, for a table.")] = 1,
+    min_different: Annotated[int, typer.Option(help="Layers in which each must differ from every earlier one.")] = 1,
+    gap: Annotated[
+        float | None, typer.Option(help="Relative optimality gap at which to stop. Default: the recipe's; 1e-4.")
+    ] = None,
+    time_limit_seconds: Annotated[
+        float | None, typer.Option(help="Longest time for one solve. Default: the recipe's; 60.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    again: Again = False,
+) -> None:
+    """The best architecture within limits, for a run or for any table.
+
+    Limits given here leave the run's own child alone: the result goes to RUN/search/LIMITS/architecture.json.
+    """
+    from puzzle_nas.errors import RecipeError
+
+    if (table is None) == (run_dir is None):
+        raise RecipeError("Name either a run folder or a table with --table.")
+    if table is not None:
+        gap, seconds = 1e-4 if gap is None else gap, 60.0 if time_limit_seconds is None else time_limit_seconds
+        _search_table(table, limit or [], minimize, maximize, solutions, min_different, gap, seconds, as_json)
+        return
+    assert run_dir is not None
+    if minimize or maximize or solutions != 1 or min_different != 1:
+        raise RecipeError("--minimize, --maximize, --solutions and --min-different are for a table; add --table FILE.")
+    if not limit:
+        if as_json or gap is not None or time_limit_seconds is not None:
+            raise RecipeError(
+                "--json, --gap and --time-limit-seconds need --limit; without, the run's own search follows its recipe."
+            )
+        run_stage("search", run_dir, [], again)
+        return
+    from puzzle_nas import pipeline
+    from puzzle_nas.architecture_search import ArchitectureSearch
+    from puzzle_nas.artifacts import RunFolder, write_json
+    from puzzle_nas.stages.search_architecture import search
+
+    limits = dict(_named_number(text) for text in limit)
+    run = RunFolder(run_dir)
+    recipe = pipeline.open_run(run)
+    gap = recipe.search.gap if gap is None else gap
+    seconds = recipe.search.time_limit_seconds if time_limit_seconds is None else time_limit_seconds
+    result = search(ArchitectureSearch.at_best_batch_sizes(recipe, run, limits), limits, gap, seconds)
+    path = run.architecture(",".join(f"{name}={value:g}" for name, value in limits.items()))
+    write_json(path, result)
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    for row in result["architecture"]:
+        print(f"{row['layer']:3d}  {_spec_id(row['attention']):18s} {_spec_id(row['ffn'])}")
+    print(f"{'':16s} score sum  predicted speed-up")
+    for name, found in {"child": result, **result["baselines"]}.items():
+        if "infeasible" in found:
+            print(f"{name:16s} {found['infeasible']}")
+        else:
+            print(f"{name:16s} {found['score_sum']:9.4f}  {found['speedup_predicted']:.3f}x")
+    print(f"Written to {path}. Make that child with: puzzle run RECIPE search.limits=... --run-dir {run}")
+
+
+def _spec_id(data: dict[str, Any]) -> str:
+    from puzzle_nas.architecture import spec_from_dict
+
+    return spec_from_dict(data).id
+
+
+def _named_number(text: str) -> tuple[str, float]:
+    from puzzle_nas.errors import RecipeError
+
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise RecipeError(f"'{text}' is not a limit; write NAME=NUMBER, such as speedup=1.5.") from None
+
+
+def _search_table(path, limits, minimize, maximize, solutions, min_different, gap, seconds, as_json) -> None:
+    import time
+
+    from puzzle_nas.errors import RecipeError
+    from puzzle_nas.search import Limit, Problem, read_table, solve
+
+    if (minimize is None) == (maximize is None):
+        raise RecipeError("Say what to optimise with exactly one of --minimize COLUMN and --maximize COLUMN.")
+    bounds = []
+    for text in limits:
+        column, _, value = text.partition("=")
+        low, colon, high = value.rpartition(":")
+        try:
+            bounds.append(Limit(column, float(low) if low else None, float(high) if high or not colon else None))
+        except ValueError:
+            raise RecipeError(f"'{text}' is not a limit; write COLUMN=MAX or COLUMN=MIN:MAX.") from None
+    start = time.perf_counter()
+    sense: Literal["minimise", "maximise"] = "minimise" if minimize else "maximise"
+    problem = Problem(read_table(path), minimize or maximize or "", sense, tuple(bounds))
+    found = solve(problem, gap, seconds, solutions, min_different)
+    result = {
+        "solutions": [
+            {
+                "choices": {str(k): v for k, v in s.choices.items()},
+                "score": s.score,
+                "bound": s.bound,
+                "gap": s.gap,
+                "costs": s.costs,
+                "status": s.status,
+            }
+            for s in found
+        ],
+        "seconds": time.perf_counter() - start,
+    }
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    for number, s in enumerate(found, start=1):
+        bound = "no bound" if s.bound is None else f"bound {s.bound:.6g}"
+        print(f"solution {number}: score {s.score:.6g} ({bound}, {s.status})")
+        for layer, variant in s.choices.items():
+            print(f"  {layer}: {variant}")
+        print("  totals: " + ", ".join(f"{name}={value:.6g}" for name, value in s.costs.items()))
+
+
+@app.command("frontier")
+def frontier_command(
+    run_dir: RunArgument,
+    limit_range: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=FROM:TO[:COUNT]",
+            help="Default: speed-ups from 1.05 to the largest that can be reached. The recipe's other limits hold.",
+        ),
+    ] = None,
+) -> None:
+    """The best child and the baselines over a range of limits: RUN/search/frontier.json, and .html to look at."""
+    from puzzle_nas import pipeline
+    from puzzle_nas.architecture_search import ArchitectureSearch
+    from puzzle_nas.artifacts import RunFolder, read_json, write_bytes, write_json
+    from puzzle_nas.frontier import LimitRange, solve_frontier
+    from puzzle_nas.progress import console
+    from puzzle_nas.report.frontier_page import render_frontier
+    from puzzle_nas.report.tables import show_frontier
+
+    run = RunFolder(run_dir)
+    recipe = pipeline.open_run(run)
+    asked = LimitRange.parse(limit_range) if limit_range else None
+    frontier = solve_frontier(recipe, ArchitectureSearch.load(recipe, run), asked)
+    write_json(run.frontier, frontier)
+    picture = run.frontier.with_suffix(".html")
+    write_bytes(picture, render_frontier(frontier, read_json(run.parent)["source"]).encode())
+    console.print(show_frontier(frontier))
+    print(f"Written to {run.frontier}; the picture is {picture}.")
