@@ -79,6 +79,8 @@ def evaluate(model: Path, parent: Path | None, asked: Asked) -> dict[str, Any]:
             "machine": describe(subject.machine),
         }
         if subject.run is not None:
+            # The report shows it until the child is made anew.
+            parts[name]["made_from"] = (subject.run.record("distill_child") or {}).get("outputs_fingerprint")
             write_json(evaluation_path(subject.run, name), parts[name])
 
     if domains is not None:

@@ -112,6 +112,20 @@ def test_preserved_and_what_is_left_out(tiny_run, spelling, coin, tmp_path):
     assert "coin *" in text and "not above chance" in text
 
 
+def test_the_report_shows_it_until_the_child_is_made_anew(tiny_run, coin, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    puzzle("evaluate", run, "--tasks", coin, "--long-context", "--max-length", 16, "--questions", 0)
+    puzzle("report", run, "--again")
+    report = (run / "report.html").read_text()
+    assert "coin *" in report and "By length in tokens" in report
+    puzzle("distill-child", run, "--again")
+    puzzle("run", run / "recipe.yaml", "--run-dir", run)
+    assert "coin *" in (run / "report.html").read_text()
+    puzzle("distill-child", run, "gkd.learning_rate=0.0007")
+    puzzle("run", run / "recipe.yaml", "--run-dir", run)
+    assert "coin *" not in (run / "report.html").read_text()
+
+
 def test_always_the_same_answer_is_chance(tmp_path):
     """A model that always says no gets the share of no: that is not above chance, though more than 1 / choices."""
     rows = [{"question": f"{i}?", "choices": ["Yes", "No"], "answer": int(i % 10 < 7)} for i in range(50)]

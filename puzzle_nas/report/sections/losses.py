@@ -10,6 +10,7 @@ from puzzle_nas.report.facts import Facts
 from puzzle_nas.report.figures.common import SLOT_NAMES
 from puzzle_nas.report.figures.layers import Curve, losses_figure, scores_figure
 from puzzle_nas.report.layout import figure, folded, pair, paragraph, table
+from puzzle_nas.report.sections.evaluations import evaluations
 
 UNITS = {
     "kl": ("kl_nats", "KL, nats"),
@@ -26,7 +27,7 @@ def _unit(facts: Facts) -> str:
 
 def losses(facts: Facts) -> str:
     """Every account of it that the run holds."""
-    return _by_step(facts) + _by_layer(facts) + _of_each_variant(facts)
+    return _by_step(facts) + evaluations(facts) + _by_layer(facts) + _of_each_variant(facts)
 
 
 def _by_step(facts: Facts) -> str:
