@@ -88,11 +88,11 @@ def test_torchrun_restarts_what_was_killed_and_more_processes_take_over(pinned, 
     run = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = ["-m", "puzzle_nas", "run", recipe, "--run-dir", run, "--to", "couple-blocks"]
-    process = subprocess.Popen(
-        [*torchrun, "--max-restarts", "1", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    said = tmp_path / "said.txt"
+    with open(said, "w") as output:
+        process = subprocess.Popen([*torchrun, "--max-restarts", "1", *command], stdout=output, stderr=output)
     kill_a_rank(process, run, "library/main/layer_00/*.json")
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=120) == 0, said.read_text()
     assert checksums(run) == checksums(one)
 
 
