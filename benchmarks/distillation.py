@@ -1,29 +1,46 @@
-"""Distillation: throughput, coupled against decoupled BLD, elastic widths. Reads runs/quickstart.
+"""Distillation: what fraction of the machine is used, memory, processes, and what other ways would give.
 
-python benchmarks/distillation.py          all parts; benchmarks/results/distillation.json
-python benchmarks/distillation.py PART...  prints only
+Reads runs/quickstart. Each part adds to benchmarks/results/distillation.json; `throughput` and `ranks` want a quiet
+machine. Muon's share of AdamW's tokens comes from benchmarks/gkd.py, killed runs from benchmarks/faults.py.
+
+python benchmarks/distillation.py [PART...]   throughput, coupled, elastic, streaming, ranks; all if none is named
 """
 
 from __future__ import annotations
 
+import json
 import sys
 
 import coupled
 import elastic
+import ranks
+import streaming
 import throughput
-from results import save
+from results import RESULTS, save
 
-PARTS = {"throughput": throughput.figures, "coupled": coupled.figures, "elastic": elastic.figures}
+PARTS = {
+    "throughput": throughput.figures,
+    "coupled": coupled.figures,
+    "elastic": elastic.figures,
+    "streaming": streaming.figures,
+    "ranks": ranks.figures,
+}
+FROM_GKD = "gkd_tokens_to_same_kl_over_adamw"
+
+
+def kept(name: str) -> dict[str, float]:
+    """The figures of an earlier call, none where there was none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["figures"] if path.is_file() else {}
 
 
 def main() -> None:
     """Run the parts named, or all."""
-    figures: dict[str, float] = {}
     for part in sys.argv[1:] or PARTS:
         print(part, flush=True)
-        figures |= PARTS[part]()
-    if not sys.argv[1:]:
-        print("Written to", save("distillation", {name: round(value, 5) for name, value in figures.items()}))
+        figures = kept("distillation") | {name: round(value, 5) for name, value in PARTS[part]().items()}
+        figures |= {key: value for key, value in kept("gkd").items() if key == FROM_GKD}
+        print("Written to", save("distillation", figures))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 LAYERS = 48
 LIMIT_SHARE = 1 / 4
 """Memory that the process is given above an idle one's, over the parent's bytes."""
@@ -108,21 +106,19 @@ def measured(command: list[str], limit_bytes: int | None = None) -> tuple[int, i
         return os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024, time.perf_counter() - begin, output.read()
 
 
-def main() -> None:
-    """Print and save."""
-    from benchmarks.results import save
-
+def figures() -> dict[str, float]:
+    """Printed and returned."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parent = folder / "parent"
-        subprocess.run([sys.executable, __file__, "make-parent", str(parent)], check=True)
+        subprocess.run([sys.executable, __file__, str(parent)], check=True)
         parent_bytes = sum(path.stat().st_size for path in parent.glob("*.safetensors"))
         recipe = folder / "recipe.yaml"
         recipe.write_text(json.dumps(recipe_of(parent)))
         _, idle_bytes, _, data_kb = measured([sys.executable, "-c", IDLE])
         limit_bytes = int(data_kb) * 1024 + int(LIMIT_SHARE * parent_bytes)
         puzzle = [sys.executable, "-m", "puzzle_nas", "run", str(recipe)]
-        figures: dict[str, float] = {
+        result: dict[str, float] = {
             "parent_bytes": parent_bytes,
             "idle_bytes": idle_bytes,
             "memory_given_over_parent_bytes": LIMIT_SHARE,
@@ -136,17 +132,17 @@ def main() -> None:
                 if code and memory == "stream":
                     raise SystemExit(f"{' '.join(stages)} failed within the limit:\n{output}")
                 if code:
-                    figures["in_memory_runs_within_limit"] = 0
+                    result["in_memory_runs_within_limit"] = 0
                     code, peak, seconds, output = measured([*puzzle, *where, *stages])
                     assert code == 0, output
             label = "streamed" if memory == "stream" else "in_memory"
-            figures[f"{label}_peak_bytes"] = peak - idle_bytes
-            figures[f"{label}_peak_over_parent_bytes"] = round((peak - idle_bytes) / parent_bytes, 4)
-            figures[f"{label}_seconds"] = round(seconds, 1)
-        figures["artifacts_that_differ"] = differences(folder / "stream", folder / "all")
-    for name, value in figures.items():
+            result[f"{label}_peak_bytes"] = peak - idle_bytes
+            result[f"{label}_peak_over_parent_bytes"] = round((peak - idle_bytes) / parent_bytes, 4)
+            result[f"{label}_seconds"] = round(seconds, 1)
+        result["artifacts_that_differ"] = differences(folder / "stream", folder / "all")
+    for name, value in result.items():
         print(f"{name:36s} {value}")
-    print(f"Written to {save('streaming', figures)}")
+    return {name if name.startswith("streamed") else f"streaming_{name}": value for name, value in result.items()}
 
 
 def differences(one: Path, other: Path) -> int:
@@ -161,7 +157,4 @@ def differences(one: Path, other: Path) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["make-parent"]:
-        make_parent(Path(sys.argv[2]))
-    else:
-        main()
+    make_parent(Path(sys.argv[1]))
