@@ -215,9 +215,17 @@ def _model(program: Program, offset: float) -> tuple[highspy.HighsLp, float]:
     return model, scale
 
 
+class _Quiet(highspy.Highs):
+    """HiGHS 1.16 greets on standard output while it is constructed, before any option can be set; --json is there."""
+
+    def enableCallbacks(self):
+        self.silent()
+        return super().enableCallbacks()
+
+
 def _run(model: highspy.HighsLp, deadline: float, gap: float, start: np.ndarray | None = None) -> highspy.Highs:
     """Solve a model; once more without presolve should HiGHS end without an answer."""
-    highs = highspy.Highs()
+    highs = _Quiet()
     for presolve in ("choose", "off"):
         for name, value in {
             "output_flag": False,

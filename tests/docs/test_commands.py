@@ -37,7 +37,14 @@ def commands(text: str) -> list[list[str]]:
     """Every command of a page as words, comments left out."""
     lines = "\n".join(blocks(text, "bash", "console", "sh")).replace("\\\n", " ").splitlines()
     words = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
-    return [[line[0].removeprefix(".venv/bin/"), *line[1:]] for line in words if line]
+    return [_called(line) for line in words if line]
+
+
+def _called(words: list[str]) -> list[str]:
+    """A command as it is without its environment or torchrun."""
+    if words[0] == "torchrun":
+        return ["puzzle", *words[words.index("puzzle_nas") + 1 :]]
+    return [words[0].removeprefix(".venv/bin/"), *words[1:]]
 
 
 PUZZLE = [(page, command[1:]) for page, text in PAGES.items() for command in commands(text) if command[0] == "puzzle"]

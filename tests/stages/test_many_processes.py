@@ -113,7 +113,7 @@ def test_gkd_goes_on_from_its_checkpoint_with_another_number_of_processes(pinned
 def test_a_users_mistake_is_one_sentence(pinned, tmp_path):
     recipe, _ = pinned
     result = puzzle("run", recipe, "--run-dir", tmp_path / "run", "--nproc", 2, "bld.token=3", check=False)
-    assert result.returncode == 2 and result.stderr.strip().count("\n") == 0 and "bld.tokens" in result.stderr
+    assert result.returncode == 2 and result.stderr.strip().count("\n") == 0 and "bld.token." in result.stderr
     wrong = f"data.sources=[{{source: {tmp_path}/none.txt}}]"
     result = puzzle("run", recipe, "--run-dir", tmp_path / "run", "--nproc", 2, wrong, check=False)
     assert result.returncode == 2 and result.stderr.count("puzzle:") == 1 and "none.txt" in result.stderr
