@@ -179,7 +179,7 @@ def test_a_run_exports_its_child(tiny_run, tmp_path, monkeypatch, capsys, check_
     monkeypatch.setattr(
         sys, "argv", ["puzzle", "export", str(tiny_run), "--to", "transformers", "--out", str(tmp_path)]
     )
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         cli.main()
     assert f"Exported to {tmp_path / 'transformers-float32'}" in capsys.readouterr().out
     exported = load_file(tmp_path / "transformers-float32" / "model.safetensors")
