@@ -56,7 +56,7 @@ EVALUATE_EVERY_STEPS = 16
 """Between points of GKD's curve, the best of which counts."""
 FROM_LIBRARY = ("puzzle", "greedy", "random")
 PAIRS = {"depth_pruned": ("block_influence", "contiguous"), "width_pruned": ("width_refitted", "width")}
-TIMING_REPEATS = 15
+TIMING_REPEATS = 5
 
 
 def started(starts: Starts, method: str, speedup: float) -> dict:
