@@ -17,6 +17,7 @@ THERE = (
     "table_06",
     "table_07",
     "table_08",
+    "table_09",
     "table_10",
     "table_11",
     "table_12",
@@ -27,7 +28,6 @@ THERE = (
 )
 MISSING = {
     "Table 5": "a smaller sibling at equal speed; SmolLM2-135M is the smallest of its family",
-    "Table 9": "scores on the target task; `scoring.metric: task` makes them (docs/evaluate.md)",
     "Figure 4": "blind human preference; `puzzle judge` asks a person or a model (docs/evaluate.md)",
 }
 HEAD = """# Do the paper's findings come out?
