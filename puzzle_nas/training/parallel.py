@@ -7,12 +7,15 @@ travel by NCCL.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import functools
 import logging
 import os
 import signal
 import sys
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -50,10 +53,35 @@ def join() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=WAIT)
+    store, number, count = _unused_store()
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=WAIT)
     atexit.register(dist.destroy_process_group)
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _unused_store() -> tuple[dist.Store, int, int]:
+    """A part of torchrun's store that belongs to this attempt, this process's number, and how many there are.
+
+    torchrun keeps its store through restarts, addresses of dead ranks included, and several machines count restarts
+    apart. So the first rank names the attempt, each other one answers with a name of its own, and takes the attempt
+    for its own where it finds itself among the members.
+    """
+    store, number, count = next(dist.rendezvous("env://", timeout=WAIT))
+    me = uuid.uuid4().hex
+    if number == 0:
+        store.set("puzzle/attempt", me)
+        members = [store.get(f"puzzle/{me}/{other}").decode() for other in range(1, count)]
+        store.set(f"puzzle/{me}/members", " ".join(members))
+        return dist.PrefixStore(me, store), number, count
+    while True:
+        attempt = store.get("puzzle/attempt").decode()
+        store.set(f"puzzle/{attempt}/{number}", me)
+        with contextlib.suppress(dist.DistStoreError):
+            store.wait([f"puzzle/{attempt}/members"], datetime.timedelta(seconds=1))
+            if me in store.get(f"puzzle/{attempt}/members").decode().split():
+                return dist.PrefixStore(attempt, store), number, count
+        time.sleep(0.05)
 
 
 def launch(nproc: int, arguments: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 
 from puzzle_nas.artifacts import RunFolder, file_checksum
 from puzzle_nas.training.checkpoints import read_shards, write_shards
@@ -94,6 +95,28 @@ def test_torchrun_restarts_what_was_killed_and_more_processes_take_over(pinned, 
     kill_a_rank(process, run, "library/main/layer_00/*.json")
     assert process.wait(timeout=120) == 0, said.read_text()
     assert checksums(run) == checksums(one)
+
+
+def test_ranks_that_start_again_do_not_take_addresses_of_dead_ones():
+    # torchrun's restart, without its luck: the second rank is long there when the first one comes.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    work = "from puzzle_nas.training import parallel; parallel.join(); print(parallel.gathered([parallel.rank()]))"
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+    def rank(number):
+        environment = {**os.environ, **place, "WORLD_SIZE": "2", "RANK": str(number)}
+        return subprocess.Popen([sys.executable, "-c", work], env=environment, stdout=subprocess.PIPE, text=True)
+
+    for pause in (0, 5):
+        second = rank(1)
+        time.sleep(pause)
+        first = rank(0)
+        try:
+            assert first.communicate(timeout=60)[0].strip() == "[0, 1]"
+            assert second.wait(timeout=60) == 0
+        finally:
+            first.kill()
+            second.kill()
 
 
 def test_gkd_goes_on_from_its_checkpoint_with_another_number_of_processes(pinned, tmp_path):
