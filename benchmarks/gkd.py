@@ -43,6 +43,7 @@ VARIANTS = {
     "top_64": {"parent_top_k": 64},
     "long_adamw_1e-4": {"tokens": LONG},
     "long_muon_3e-4": {"tokens": LONG, **MUON},
+    "long_batch_256": {"tokens": LONG, "batch_tokens": 256},
     "memory": ONE_BATCH,
     "memory_micro_batch": {**ONE_BATCH, "micro_batch_tokens": 256},
     "memory_checkpointing": {**ONE_BATCH, "gradient_checkpointing": True},

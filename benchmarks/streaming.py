@@ -15,11 +15,14 @@ import tempfile
 import time
 from pathlib import Path
 
-LAYERS = 48
+LAYERS = 80
 LIMIT_SHARE = 1 / 4
 """Memory that the process is given above an idle one's, over the parent's bytes."""
 STAGES = ["--from", "build-library", "--to", "score-blocks"]
-IDLE = "import puzzle_nas.pipeline, re; print(re.search(r'VmData:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+IDLE = """
+import re, puzzle_nas.cli, transformers.models.llama.modeling_llama
+print(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
 
 
 def make_parent(folder: Path) -> None:
@@ -75,7 +78,7 @@ def recipe_of(parent: Path) -> dict:
             "sequence_length": 64,
             "train_tokens": 2048,
             "calibration_tokens": 2048,
-            "scoring_tokens": 128,
+            "scoring_tokens": 64,
             "selection_tokens": 128,
             "validation_tokens": 128,
         },

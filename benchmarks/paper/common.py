@@ -198,7 +198,8 @@ class Table:
             f"{row}@{column}": value for column, rows in measured.columns.items() for row, value in rows.items()
         }
         figures |= {f"claim.{claim}": held for claim, held in measured.claims.items()}
-        figures |= {"came_out": all(measured.claims.values()), "remark": measured.remark}
+        came_out = all(measured.claims.values()) if measured.claims else None
+        figures |= {"came_out": came_out, "remark": measured.remark}
         command = f"python -m benchmarks.paper.{self.name} --budget {budget.name}"
         print(f"{self.title}\n")
         print(self.markdown(figures))
@@ -226,7 +227,8 @@ class Table:
             lines.append(f"| {row} | {self.paper.get(row, '')} | " + " | ".join(shown) + " |")
         failed = [claim for claim, held in claims.items() if not held]
         verdict = "The ordering came out" if not failed else "The ordering did not come out"
-        lines += ["", f"{verdict} ({len(claims) - len(failed)} of {len(claims)} comparisons)."]
+        held = f"{verdict} ({len(claims) - len(failed)} of {len(claims)} comparisons)."
+        lines += ["", held if claims else "Nothing here can be compared."]
         if failed:
             lines[-1] += " Otherwise here: " + "; ".join(failed) + "."
         return "\n".join([*lines, *([figures["remark"]] if figures["remark"] else [])]) + "\n"
