@@ -17,10 +17,8 @@ def measure(budget: Budget) -> Measured:
     }
     same = figures["coupled_kl_over_decoupled_same_architecture"]
     remark = (
-        f"The second search makes the difference, not the coupled weights: on its architecture they give {same:.3f} times "
-        "the KL of decoupled weights with as many tokens."
-        if same > 1
-        else f"On the second search's architecture coupled weights give {same:.3f} times the KL of decoupled ones."
+        f"On the second search's architecture coupled weights have {same:.3f} times the KL of decoupled weights with as "
+        f"many tokens{': the second search makes the difference' if same > 1 else ''}."
     )
     return Measured(columns, ordering(PAPER, columns), remark)
 
