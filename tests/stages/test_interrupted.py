@@ -109,7 +109,7 @@ def test_control_c_says_how_to_go_on(undisturbed, tmp_path):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "goes on from here" in errors and "Traceback" not in errors
     assert not list((tmp_path / "run").rglob("*.partial"))
