@@ -21,8 +21,6 @@ ITEMS = 300
 """Of each task."""
 LONGEST = 2048
 QUESTIONS = 20
-TOKENS = 4096
-"""Of each domain."""
 
 
 def main() -> None:
@@ -32,38 +30,33 @@ def main() -> None:
     if not texts or not tasks:
         raise SystemExit(f"{DATA} is not here: nothing to evaluate on.")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    text = tuple(map(str, texts))
     asked = {
-        "text": Asked(data=text, tokens=TOKENS),
         "tasks": Asked(tasks=tuple(map(str, tasks)), limit=ITEMS),
-        "long_context": Asked(data=text, long_context=True, max_length=LONGEST, questions=QUESTIONS),
+        "long_context": Asked(data=tuple(map(str, texts)), long_context=True, max_length=LONGEST, questions=QUESTIONS),
     }
     child = read_json(run.path / "stages/distill_child.json")["outputs_fingerprint"]
-    figures: dict[str, float] = {}
     for name, what in asked.items():
         path = evaluation_path(run, name)
         if not path.exists() or read_json(path)["made_from"] != child:
             evaluate(run.path, None, what)
-        part = read_json(path)
-        if name == "text":
-            for domain, found in {**part["domains"], "all": part["all"]}.items():
-                figures[f"kl_nats_{domain}"] = found["kl_nats"]["mean"]
-                figures[f"perplexity_ratio_{domain}"] = found["perplexity_ratio"]["mean"]
-        if name == "tasks":
-            for task, found in part["tasks"].items():
-                figures |= {
-                    f"accuracy_child_{task}": found["score"]["mean"],
-                    f"accuracy_parent_{task}": found["parent_score"]["mean"],
-                    f"chance_{task}": found["chance"],
-                    f"parent_above_chance_{task}": float(found["counted"]),
-                }
-            if part["average_preserved"] is not None:
-                figures["accuracy_preserved_average"] = part["average_preserved"]["mean"]
-        if name == "long_context":
-            for length, row in part["lengths"].items():
-                figures[f"kl_nats_at_{length}"] = row["text"]["kl_nats"]["mean"]
-                figures[f"answers_found_parent_at_{length}"] = row["average"]["parent_score"]["mean"]
-                figures[f"answers_found_child_at_{length}"] = row["average"]["score"]["mean"]
+    text, tasks, long_context = (read_json(evaluation_path(run, name)) for name in ("text", "tasks", "long_context"))
+    figures: dict[str, float] = {}
+    for domain, found in {**text["domains"], "all": text["all"]}.items():
+        figures[f"kl_nats_{domain}"] = found["kl_nats"]["mean"]
+        figures[f"perplexity_ratio_{domain}"] = found["perplexity_ratio"]["mean"]
+    for task, found in tasks["tasks"].items():
+        figures |= {
+            f"accuracy_child_{task}": found["score"]["mean"],
+            f"accuracy_parent_{task}": found["parent_score"]["mean"],
+            f"chance_{task}": found["chance"],
+            f"parent_above_chance_{task}": float(found["counted"]),
+        }
+    if tasks["average_preserved"] is not None:
+        figures["accuracy_preserved_average"] = tasks["average_preserved"]["mean"]
+    for length, row in long_context["lengths"].items():
+        figures[f"kl_nats_at_{length}"] = row["text"]["kl_nats"]["mean"]
+        figures[f"answers_found_parent_at_{length}"] = row["average"]["parent_score"]["mean"]
+        figures[f"answers_found_child_at_{length}"] = row["average"]["score"]["mean"]
     for key, value in figures.items():
         print(f"{key:45s} {value:.4f}")
     print("Written to", save("evaluation", figures))
