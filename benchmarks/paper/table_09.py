@@ -1,6 +1,6 @@
 """Puzzle, table 9: blocks scored by the task that a child is for, against KL. Half of the items choose, half report."""
 
-import copy
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -17,6 +17,7 @@ from puzzle_nas.evaluation.task_scores import TaskResult, TokenisedTask
 from puzzle_nas.families import load_tokenizer
 from puzzle_nas.families.loading import parent_checkpoint
 from puzzle_nas.library import assemble
+from puzzle_nas.recipe import parse_recipe
 from puzzle_nas.training.likelihood import encode_pair, log_likelihoods
 
 TASK = Path("../shared/data/benchmarks/social_iqa.jsonl.gz")
@@ -35,9 +36,10 @@ def scored_by_task(children: Children) -> ArchitectureSearch:
         ignored = shutil.ignore_patterns("child*", "baselines", "exports", "search", "scratch", "download")
         shutil.copytree(children.run.path, unfinished, ignore=ignored, copy_function=os.link)
         unfinished.rename(run.path)
-    recipe = copy.deepcopy(children.recipe)
-    recipe.scoring.metric, recipe.scoring.task, recipe.scoring.task_items = "task", TASK.resolve(), SCORING_ITEMS
-    recipe.search.verify, recipe.search.refine_rounds = 1, 0
+    settings = children.recipe.model_dump(mode="json")
+    settings["scoring"] |= {"metric": "task", "task": str(TASK.resolve()), "task_items": SCORING_ITEMS}
+    settings["search"] |= {"verify": 1, "refine_rounds": 0}
+    recipe = parse_recipe(json.dumps(settings))
     pipeline.run_stages(recipe, run, last="score-blocks")
     return replace(children.found, scores=ArchitectureSearch.load(recipe, run).scores)
 
