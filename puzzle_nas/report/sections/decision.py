@@ -109,7 +109,9 @@ def best_at_each_limit(facts: Facts) -> tuple[list[Point], str]:
         if row.get("score_sum", 0) > 0:
             speedup, score = row["speedup_predicted"], row["score_sum"]
             # A slow limit asks for nothing where another one already makes the child faster.
-            points.setdefault((speedup, score), Point("best child", speedup, score, "child", _sizes(row)))
+            points.setdefault(
+                (speedup, score), Point("best child", speedup, score, "child", f"sum of scores, {_sizes(row)}")
+            )
     return list(points.values()), ""
 
 

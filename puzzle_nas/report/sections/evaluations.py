@@ -65,7 +65,8 @@ def _by_task(part: Mapping[str, Any]) -> str:
         )
         for name, found in part["tasks"].items()
     ]
-    rows.append(("average", *[""] * 5, _preserved(part["average_preserved"])))
+    if part["average_preserved"] is not None:
+        rows.append(("average", *[""] * 5, _preserved(part["average_preserved"])))
     text = "By task; preserved is the child's score over the parent's, with a 95 % interval."
     if part["left_out"]:
         text += " * The parent is not above chance there; left out of the average."
