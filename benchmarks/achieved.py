@@ -25,6 +25,12 @@ class Products(TorchDispatchMode):
         self.attention_flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in PRODUCTS:
+            # In inference mode `linear` and `matmul` come whole.
+            with self:
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
         if func in PRODUCTS:
             left, right = args[-2:]
             layout = [(tuple(t.shape), t.stride(), t.dtype) for t in (left, right)]
