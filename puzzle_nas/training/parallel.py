@@ -49,7 +49,7 @@ def join() -> None:
     # Whatever is on disk is whole at any moment, and whoever started torchrun says how to go on.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    backend = "cpu:gloo"
+    backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
