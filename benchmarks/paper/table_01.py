@@ -51,7 +51,11 @@ def measure(budget: Budget) -> Measured:
         rows[row] = children.kl_nats(children.chosen(SPEEDUP)) if row == "none" else distilled_kl(children, row)
         print(f"{row:20s} {rows[row]:.4f}", flush=True)
     columns = {f"{budget.gkd_tokens} tokens": rows}
-    return Measured(columns, ordering(PAPER, columns, paper_lower_is_better=True))
+    remark = (
+        f"The paper's child starts {PAPER['none']} nats from its parent, and LM loss drives it away; ours starts "
+        f"{rows['none']:.2f} nats away, so far that any training on the text brings it nearer."
+    )
+    return Measured(columns, ordering(PAPER, columns, paper_lower_is_better=True), remark)
 
 
 TABLE = Table("table_01", "Table 1: losses of GKD", "validation KLD", PAPER, "KL, nats", measure)
