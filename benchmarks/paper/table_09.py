@@ -85,6 +85,12 @@ def measure(budget: Budget) -> Measured:
         f"margin (log-likelihood of the right choice less the likeliest wrong one). Paired differences with standard "
         f"errors: {'; '.join(differences)}."
     )
+    right, gains = parent.accuracy.mean().item(), [score < 0 for score in by_task.scores.values()]
+    if 100 * right < chance:
+        remark += (
+            f" The parent itself is at chance, so there is nothing to lose: {100 * sum(gains) / len(gains):.0f} % of "
+            "the variants score as a gain, and the search takes them wherever it may, asked or not."
+        )
     return Measured(columns, claims, remark)
 
 

@@ -46,6 +46,17 @@ class TokenisedTask:
             correct.append(float(values.argmax() == right))
         return TaskResult(torch.stack(margins), torch.tensor(correct, dtype=torch.float64))
 
+    def doubt(self, parent: TaskResult) -> str:
+        """Says so where the parent is not above chance (one-sided 95 %): no block can then lose what it knows."""
+        level = torch.tensor([1 / choices for choices, _ in self.answers], dtype=torch.float64)
+        error = (level * (1 - level)).sum().sqrt() / len(level)
+        if parent.accuracy.mean() > level.mean() + 1.645 * error:
+            return ""
+        return (
+            f"The parent answers {100 * parent.accuracy.mean():.1f} % of the task's {len(level)} items right, no "
+            f"better than chance ({100 * level.mean():.1f} %): such scores do not tell good blocks from bad ones."
+        )
+
 
 @dataclass(frozen=True)
 class TaskResult:

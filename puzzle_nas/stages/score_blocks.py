@@ -11,6 +11,7 @@ import torch
 from puzzle_nas.architecture import SLOTS, choice_id
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.evaluation.scores import problem_of, scoring_walk
+from puzzle_nas.evaluation.task_scores import TaskWalk
 from puzzle_nas.families import load_parent
 from puzzle_nas.library import variant_layer
 from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
@@ -55,6 +56,8 @@ def run(recipe: Recipe, run: RunFolder) -> None:
             if missing:
                 if parent_scores is None:
                     parent_scores = walk.model_itself()
+                    if isinstance(walk, TaskWalk) and (doubt := walk.task.doubt(parent_scores)):
+                        console.print(f"  {doubt}")
                 blocks = {
                     spec: variant_layer(run, parent, index, spec)
                     for spec in dict.fromkeys(itertools.chain.from_iterable(missing))

@@ -8,9 +8,9 @@ import torch
 
 from puzzle_nas.architecture import Architecture, GatedFFN, GroupedAttention
 from puzzle_nas.artifacts import RunFolder
-from puzzle_nas.data.task_items import half_of, read_task
+from puzzle_nas.data.task_items import TaskItem, half_of, read_task
 from puzzle_nas.evaluation.models import Evaluated, open_model
-from puzzle_nas.evaluation.task_scores import TaskWalk, TokenisedTask, task_score
+from puzzle_nas.evaluation.task_scores import TaskResult, TaskWalk, TokenisedTask, task_score
 from puzzle_nas.evaluation.tasks import LoadedTasks, evaluate_tasks
 from puzzle_nas.families import child_config, load_parent, load_tokenizer
 from puzzle_nas.families.loading import build
@@ -42,6 +42,15 @@ def test_the_walk_answers_as_lm_eval_does(tiny_run, tiny_parent, uneven):
     assert itself.accuracy.tolist() == row["by_item"] and 0 < itself.accuracy.mean() < 1
     assert (itself.margin[itself.accuracy == 1] > 0).all() and (itself.margin[itself.accuracy == 0] <= 0).all()
     assert task_score(itself, itself, "margin")["task_loss"]["mean"] == 0
+
+
+def test_a_parent_at_chance_is_named(tiny_parent):
+    items = [TaskItem(f"{number} +", ("1", "2"), 0) for number in range(20)]
+    task = TokenisedTask.of(items, load_tokenizer(tiny_parent), 128)
+    margin = torch.zeros(20)
+    guesses, knows = (TaskResult(margin, (torch.arange(20) < right).double()) for right in (12, 19))
+    assert "60.0 % of the task's 20 items right, no better than chance (50.0 %)" in task.doubt(guesses)
+    assert not task.doubt(knows)
 
 
 def test_a_variants_score_is_what_the_model_with_it_loses(tiny_run, tiny_parent, uneven):
