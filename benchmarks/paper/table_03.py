@@ -5,7 +5,7 @@ from benchmarks.paper.common import Budget, Measured, Table, figures_of
 SCALE = 16
 """Lengths of benchmarks/engines.py are the paper's over this."""
 PAPER = {"128/128": 2.07, "128/1024": 2.17, "128/2048": 1.76, "128/4096": 2.11, "2048/128": 1.92, "2048/2048": 1.96}
-ENGINES = {"llama.cpp": "llama_cpp", "vLLM, not compiled": "vllm_eager"}
+ENGINES = {"llama.cpp": "llama_cpp", "vLLM": "vllm", "vLLM, not compiled": "vllm_eager"}
 
 
 def measure(budget: Budget) -> Measured:
