@@ -18,8 +18,8 @@ class TransformersEngine(ServingEngine):
     worker_script = Path(__file__).parent / "workers" / "transformers_worker.py"
     tolerances = {
         "float32": Tolerance(mean_nats=1e-5, max_nats=5e-4),
-        "bfloat16": Tolerance(mean_nats=1e-5, max_nats=5e-4),
-        "float16": Tolerance(mean_nats=1e-5, max_nats=5e-4),
+        "bfloat16": Tolerance(mean_nats=1e-5, max_nats=1e-4),
+        "float16": Tolerance(mean_nats=1e-5, max_nats=1e-4),
     }
 
     def server_command(self, exported: Path, port: int) -> list[str]:
