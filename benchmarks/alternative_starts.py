@@ -142,7 +142,8 @@ class Starts:
         return sorted(sorted(range(len(self.influence)), key=self.influence.__getitem__)[:count])
 
     def puzzle(self, speedup: float) -> Start:
-        refinement = Refinement(self.found, self.recipe.search, self.trials)
+        searches = self.found.by_either_loss(self.recipe, BASE)
+        refinement = Refinement(searches, self.recipe.search, self.trials)
         architecture = refinement.best({"speedup": self.target(speedup)})
         child = assemble(BASE, self.parent, architecture)
         refitted = copy.deepcopy(child)

@@ -1,19 +1,21 @@
 """FLOP/s of BLD, scoring and GKD over the machine's rate for the same products.
 
-BLD: all trained variants of one layer, one step each, with their share of computing the parent's activations, beside
-the first version of this code in the same run. Scoring: all variants of one layer, on what prefix reuse leaves.
-GKD: a step of the quickstart's assembled child. The FLOPs are those of the products that the present code does.
+BLD: all trained variants of one layer, one step each, with their share of computing the parent's activations. Scoring:
+all variants of one layer, on what prefix reuse leaves. GKD: a step of the quickstart's assembled child. Each beside the
+first version of this code, in turns. The FLOPs are those of the products that the present code does.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from achieved import Achieved, achieved, median_seconds
+from achieved import achieved, median_seconds
 from bld_alternatives import alternatives
+from first_version import FirstVersion
 from torch import nn
 
 from puzzle_nas.artifacts import RunFolder
@@ -23,7 +25,6 @@ from puzzle_nas.library import block_layers, read_variant
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.recipe import search_space_of
 from puzzle_nas.stages.distill_child import gkd_loss
-from puzzle_nas.subblocks import subblock_layer
 from puzzle_nas.training.activations import LayerActivations
 from puzzle_nas.training.block_distillation import BlockTask, Job, Trainee
 from puzzle_nas.training.optimiser import Optimiser
@@ -33,38 +34,15 @@ from puzzle_nas.training.replacement import ReplacementWalk
 LAYER = 14
 BATCH_TOKENS = (512, 2048)
 """The quickstart's, and the default."""
+TRAIN_SEQUENCES, SCORING_SEQUENCES = 80, 4
 STEPS = 1000
 """Where schedules end; no more than a few are taken."""
 
 
-class FirstVersion:
-    """A variant's step as the first version of BLD took it: its own norm, trained; a loss of separate operations."""
-
-    def __init__(self, spec, weights, parent, layer, settings, steps):
-        master = {name: w.float() for name, w in weights.items()}
-        self.spec, self.parent_layer = spec, layer
-        self.block = subblock_layer(parent.config, layer.layer_type, spec, master).requires_grad_(True)
-        self.optimiser = Optimiser(self.block, settings, steps)
-
-    def loss(self, task: BlockTask, sequences: torch.Tensor) -> torch.Tensor:
-        """Each token's error over its own energy."""
-        files = task.activations
-        x, attention, ffn = (f.tensor[sequences] for f in (files.x, files.attention, files.ffn))
-        with task.autocast:
-            if self.spec.slot == "ffn":
-                error = self.block.mlp(self.block.post_attention_layernorm(x + attention)).float() - ffn
-            else:
-                child = self.block.self_attn(self.block.input_layernorm(x), **task.inputs)[0]
-                middle = self.parent_layer.post_attention_layernorm(x + child)
-                error = (child.float() - attention) + (self.parent_layer.mlp(middle).float() - ffn)
-        squares, energy = error.square().sum(-1), (x.float() + attention + ffn).square().sum(-1)
-        return (squares / energy.clamp_min(1e-12)).mean()
-
-
-def bld(run: RunFolder, parent: nn.Module, space, recipe) -> dict[str, float]:
+def bld(first: FirstVersion, run: RunFolder, parent: nn.Module, space, recipe) -> dict[str, float]:
     """Both versions at both batch sizes."""
-    layer = parent.model.layers[LAYER]
-    tokens = load_tokens(run, "train")[:80]
+    layer = parent.get_submodule(f"model.layers.{LAYER}")
+    tokens = load_tokens(run, "train")[:TRAIN_SEQUENCES]
     activations = LayerActivations(parent, tokens, run.scratch("benchmark"))
     activations.climb_to(LAYER)
     task = BlockTask(activations, layer, "token", parent.dtype == torch.bfloat16)
@@ -81,7 +59,6 @@ def bld(run: RunFolder, parent: nn.Module, space, recipe) -> dict[str, float]:
             Trainee(Job((spec,), Path(), dict, {}), start, parent, layer, recipe.bld, STEPS)
             for spec, start in starts.items()
         ]
-        first = [FirstVersion(spec, start, parent, layer, recipe.bld, STEPS) for spec, start in starts.items()]
         turns = itertools.cycle(torch.arange(len(tokens)).split(count))
 
         def step(trainees=trainees, turns=turns) -> None:
@@ -90,11 +67,8 @@ def bld(run: RunFolder, parent: nn.Module, space, recipe) -> dict[str, float]:
                 task.loss(trainee, batch).backward()
                 trainee.optimiser.step(0)
 
-        def first_step(first=first, turns=turns) -> None:
-            sequences = next(turns)
-            for trainee in first:
-                trainee.loss(task, sequences).backward()
-                trainee.optimiser.step(0)
+        def first_step(count=count) -> None:
+            first.does("bld", count)
 
         share = size / tokens.numel()
         now = achieved(step)
@@ -112,7 +86,7 @@ def bld(run: RunFolder, parent: nn.Module, space, recipe) -> dict[str, float]:
         figures["speedup_bld_over_first_version" + name] = (seconds["first"] + share * compute.seconds) / (
             seconds["now"] + share * compute.seconds
         )
-    figures["bld_held_out_loss_over_first_version"] = _quality(task, starts, parent, recipe.bld, len(tokens))
+    figures["bld_held_out_loss_over_first_version"] = _quality(first, task, starts, parent, recipe.bld, len(tokens))
     figures |= alternatives(task, starts, parent, recipe.bld, torch.arange(BATCH_TOKENS[0] // tokens.shape[1]))
     activations.delete()
     default = f"_{max(BATCH_TOKENS)}_tokens_a_step"
@@ -121,22 +95,20 @@ def bld(run: RunFolder, parent: nn.Module, space, recipe) -> dict[str, float]:
     return figures
 
 
-def _quality(task: BlockTask, starts, parent, settings, num_sequences: int) -> float:
+def _quality(first: FirstVersion, task: BlockTask, starts, parent, settings, num_sequences: int) -> float:
     """Held-out loss after training on the same 16,384 tokens, over that of the first version: geometric mean."""
     held, batches = torch.arange(64, num_sequences), torch.randperm(64, generator=torch.manual_seed(0)).split(2)
+    before = first.does("train", [batch.tolist() for batch in batches], held.tolist())
     ratios = []
     for spec, start in starts.items():
         now = Trainee(Job((spec,), Path(), dict, {}), start, parent, task.parent_layer, settings, len(batches))
-        first = FirstVersion(spec, start, parent, task.parent_layer, settings, len(batches))
         for number, sequences in enumerate(batches):
             task.loss(now, task.fetch(sequences)).backward()
             now.optimiser.step(number)
-            first.loss(task, sequences).backward()
-            first.optimiser.step(number)
         with torch.no_grad():
-            losses = [task.loss(now, task.fetch(held)).item(), first.loss(task, held).item()]
-        ratios.append(losses[0] / losses[1])
-        print(f"  {spec.id:18s} held-out loss {losses[0]:.5f}, first version {losses[1]:.5f}", flush=True)
+            loss = task.loss(now, task.fetch(held)).item()
+        ratios.append(loss / before[spec.id])
+        print(f"  {spec.id:18s} held-out loss {loss:.5f}, first version {before[spec.id]:.5f}", flush=True)
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
@@ -145,45 +117,66 @@ def _trained(run: RunFolder, spec) -> bool:
     return path.exists() and bool(read_variant(path, "build-library"))
 
 
-def scoring(run: RunFolder, parent: nn.Module, space, recipe) -> Achieved:
+def scoring(run: RunFolder, parent: nn.Module, space, recipe) -> Callable[[], object]:
     """All variants of one layer."""
-    walk = ReplacementWalk(parent, load_tokens(run, "scoring")[:4], recipe.scoring.batch_tokens)
+    walk = ReplacementWalk(parent, load_tokens(run, "scoring")[:SCORING_SEQUENCES], recipe.scoring.batch_tokens)
     for _ in range(LAYER):
         walk.advance()
-    choices = [(s,) for options in space.options[LAYER].values() for s in options]
+    specs = [s for options in space.options[LAYER].values() for s in options]
+    choices = [(s,) for s in specs if run.initial_variant(LAYER, s.id).exists()]
     blocks = block_layers(run, parent, LAYER, choices)
-    return achieved(lambda: walk.try_variants(blocks), 3)
+    return lambda: walk.try_variants(blocks)
 
 
-def gkd(run: RunFolder, parent: nn.Module, recipe) -> Achieved:
+def gkd(run: RunFolder, parent: nn.Module, recipe) -> Callable[[], object]:
     """Steps of the quickstart's settings."""
     child = load_model(run / "child", machine_of(recipe)).float()
     child.model.layers.requires_grad_(True)
     child.train()
     optimiser = Optimiser(child.model.layers, recipe.gkd, STEPS)
-    tokens = load_tokens(run, "train")[: recipe.gkd.batch_tokens // 256]
+    tokens = load_tokens(run, "train")[: _gkd_sequences(recipe)]
     outputs, blocks = LiveParent(parent), torch.arange(len(tokens))
 
     def step() -> None:
         gkd_loss(outputs, child, tokens, blocks, recipe.gkd).backward()
         optimiser.step(0)
 
-    return achieved(step, 5)
+    return step
+
+
+def _gkd_sequences(recipe) -> int:
+    return recipe.gkd.batch_tokens // recipe.data.sequence_length
 
 
 def figures() -> dict[str, float]:
     """Everything, printed and returned."""
     run = RunFolder(Path("runs/quickstart"))
     recipe = open_run(run)
-    torch.set_num_threads(recipe.threads or torch.get_num_threads())
     parent, shape = load_parent(run)
+    threads = recipe.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    first = FirstVersion(
+        run=str(run),
+        layer=LAYER,
+        threads=threads,
+        train=TRAIN_SEQUENCES,
+        scoring=SCORING_SEQUENCES,
+        gkd=_gkd_sequences(recipe),
+        settings={"bld": recipe.bld.model_dump(), "gkd": recipe.gkd.model_dump()},
+    )
     space = search_space_of(recipe, shape)
-    result = bld(run, parent, space, recipe)
-    for name, done in (("scoring", scoring(run, parent, space, recipe)), ("gkd", gkd(run, parent, recipe))):
+    result = bld(first, run, parent, space, recipe)
+    for name, work in (("scoring", scoring(run, parent, space, recipe)), ("gkd", gkd(run, parent, recipe))):
+        done = achieved(work, repeats=1)
+        seconds = median_seconds({"now": work, "first": lambda name=name: first.does(name)})
         key = "scoring_fraction_of_floor" if name == "scoring" else "gkd_fraction_of_matmul_rate"
-        result[key] = done.fraction
-        result[f"{name}_gflops_per_second"] = done.flops / done.seconds / 1e9
+        for version, taken in seconds.items():
+            suffix = "" if version == "now" else "_first_version"
+            result[key + suffix] = done.flops / done.matmul_flops_per_second / taken
+            result[f"{name}_gflops_per_second{suffix}"] = done.flops / taken / 1e9
         result[f"{name}_matmul_gflops_per_second"] = done.matmul_flops_per_second / 1e9
+        result[f"speedup_{name}_over_first_version"] = seconds["first"] / seconds["now"]
+    first.end()
     for name, value in result.items():
         print(f"  {name:75s} {value:12.3f}")
     return result

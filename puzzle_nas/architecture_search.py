@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from puzzle_nas.architecture import SLOTS, Architecture, Choice, ParentShape, SearchSpace, Spec, choice_id
@@ -56,19 +56,26 @@ class ArchitectureSearch:
 
     @classmethod
     def load_with(
-        cls, costs: CostTable, recipe: Recipe, run: RunFolder, scored: bool = True, library: str | None = None
+        cls,
+        costs: CostTable,
+        recipe: Recipe,
+        run: RunFolder,
+        scored: bool = True,
+        library: str | None = None,
+        by: str | None = None,
     ) -> ArchitectureSearch:
         """From the run's scores; unscored, every variant counts as harmless.
 
         Args:
             library: None means the recipe's final one. The coupled library's pairs have scores of their own; any other
                 block has those of the main library.
+            by: `kl` or `lm_loss` instead of the recipe's metric; scores by either hold both.
         """
         shape = ParentShape(**read_json(run.parent, "prepare-parent")["shape"])
         space = servable_space(search_space_of(recipe, shape), shape, recipe.search.servable_by)
         own = {shape.parent_spec(slot) for slot in SLOTS}
         metric, library = recipe.scoring.metric, library or recipe.final_library
-        field = {"kl": "kl_nats", "lm_loss": "lm_loss_increase_nats", "task": "task_loss"}[metric]
+        field = {"kl": "kl_nats", "lm_loss": "lm_loss_increase_nats", "task": "task_loss"}[by or metric]
         by_block = recipe.scoring.unit == "block"
 
         def score(layer: int, specs: Sequence[Spec], library: str = "main") -> float | None:
@@ -120,6 +127,17 @@ class ArchitectureSearch:
             largest = ", ".join(f"{s.name} at {s.batch_size}" for s in every[-1].costs.scenarios)
             raise InfeasibleError(f"At no batch size of the sweep; at the largest ({largest}): {failure}")
         return best
+
+    def by_either_loss(self, recipe: Recipe, run: RunFolder) -> tuple[ArchitectureSearch, ...]:
+        """This search, the one by the other of KL and LM loss, and by their mean; itself alone if a task scores."""
+        metric = recipe.scoring.metric
+        if metric == "task":
+            return (self,)
+        other = self.load_with(
+            self.costs, recipe, run, library=self.library, by="kl" if metric == "lm_loss" else "lm_loss"
+        ).scores
+        mean = {choice: (score + other[choice]) / 2 for choice, score in self.scores.items()}
+        return self, replace(self, scores=other), replace(self, scores=mean)
 
     @property
     def parent(self) -> Architecture:

@@ -176,9 +176,10 @@ class SearchSettings(Settings):
     time_limit_seconds: float = Field(60.0, gt=0)
     """Longest time for one solve."""
     verify: int = Field(1, ge=1)
-    """How many of the best architectures are assembled and measured on the selection split; the best of them counts."""
+    """How many of the best architectures are assembled and measured on the selection split; the best of them counts.
+    They come in turn from sums of KL, of LM loss, and of both."""
     min_different: int = Field(8, ge=1)
-    """Positions in which those differ from each other."""
+    """Positions in which those from the same sums differ from each other."""
     refine_rounds: int = Field(0, ge=0)
     """How often scores are taken anew around the best child so far, as long as that helps, and the search repeated
     near it. A round takes as long as all scores."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib.metadata
 import os
 import subprocess
@@ -48,6 +50,10 @@ disable_progress_bar()
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CACHE_LINE_BYTES = 64
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Of malloc.h."""
+KEPT_BYTES = 2**30
+"""Freed memory at the end of the heap above which it goes back to the system."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,20 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     return any(capabilities.get(name) for name in ("amx_bf16", "amx", "avx512_bf16", "sve_bf16"))
 
 
+@functools.cache
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what tensors free for the next ones, instead of giving it back page by page.
+
+    A step of training makes and frees the same tensors each time; getting their pages anew took a fifth of BLD's time.
+    """
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "gnu_get_libc_version"):
+        allocator.mallopt(M_MMAP_MAX, 0)
+        allocator.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
 def machine_of(recipe: Recipe) -> Machine:
-    """Choose device and precision, set the thread count.
+    """Choose device and precision, set the thread count and what happens to freed memory.
 
     Raises:
         RecipeError: a GPU was asked for and there is none.
@@ -82,6 +100,7 @@ def machine_of(recipe: Recipe) -> Machine:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise RecipeError("The recipe asks for device=cuda, but torch sees no GPU here; use device=cpu.")
+    keep_freed_memory()
     torch.set_num_threads(recipe.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1)
     device = torch.device(name)
     precision = recipe.precision

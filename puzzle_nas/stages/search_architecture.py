@@ -70,7 +70,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
         parent, _ = load_parent(run)
         splits = (load_tokens(run, split) for split in ("scoring", "selection"))
         trials = Trials(run, parent, *splits, recipe.scoring.batch_tokens, found.library)
-        refinement = Refinement(found, settings, trials)
+        refinement = Refinement(found.by_either_loss(recipe, run), settings, trials)
     timed = "speedup" in asked and recipe.costs.file is None
     limits, attempts = asked, []
     result = _searched(found, settings, limits, refinement)

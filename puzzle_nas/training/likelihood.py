@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from puzzle_nas.training.losses import MATMUL_ROWS, SOFTMAX_ROWS
+from puzzle_nas.training.losses import MATMUL_ROWS, log_softmax, softmax_rows
 
 BATCH_TOKENS = 2048
 
@@ -64,11 +63,11 @@ def of_labels(final_BTD: torch.Tensor, head: Callable, labels_BT: torch.Tensor) 
     hidden, labels = final_BTD[rows, places], labels_BT[rows, places]
     log_p = torch.zeros(len(labels), device=final_BTD.device)
     likeliest = torch.zeros(len(labels), dtype=torch.bool, device=final_BTD.device)
-    softmax_rows = SOFTMAX_ROWS if final_BTD.device.type == "cpu" else MATMUL_ROWS
+    at_once = softmax_rows(final_BTD.device)
     for start in range(0, len(labels), MATMUL_ROWS):
         logits = head(hidden[start : start + MATMUL_ROWS])
-        for offset in range(0, len(logits), softmax_rows):
-            part = F.log_softmax(logits[offset : offset + softmax_rows].float(), dim=-1)
+        for offset in range(0, len(logits), at_once):
+            part = log_softmax(logits[offset : offset + at_once])
             place = slice(start + offset, start + offset + len(part))
             log_p[place] = part.gather(1, labels[place].unsqueeze(1)).squeeze(1)
             likeliest[place] = part.argmax(-1) == labels[place]

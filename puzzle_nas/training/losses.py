@@ -12,10 +12,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-MATMUL_ROWS = 256
-"""Tokens in one product with the LM head."""
-SOFTMAX_ROWS = 16
-"""Tokens whose float32 logits exist at once: few enough to stay in cache (16 x 49,152 x 4 B = 3 MB)."""
+MATMUL_ROWS = 512
+"""Tokens in one product with the LM head, which is brought into the product's order for each anew."""
+SOFTMAX_ROWS = 2
+"""Tokens whose float32 logits a thread has at once: few enough to stay in its cache (2 x 49,152 x 4 B = 0.4 MB)."""
+
+
+def softmax_rows(device: torch.device) -> int:
+    """Tokens whose float32 logits exist at once."""
+    return SOFTMAX_ROWS * torch.get_num_threads() if device.type == "cpu" else MATMUL_ROWS
+
+
+def log_softmax(logits_RV: torch.Tensor) -> torch.Tensor:
+    """In float32, [R, V]; no more than one tensor of that size is made."""
+    values = logits_RV.to(torch.float32, copy=True)
+    return torch.log_softmax(values, dim=-1, out=values)
 
 
 @dataclass
@@ -44,13 +55,13 @@ def divergences(
     """
     tokens = parent_ND.shape[0]
     results = [Divergence(*(torch.zeros(tokens, device=parent_ND.device) for _ in range(3))) for _ in children_ND]
-    softmax_rows = SOFTMAX_ROWS if parent_ND.device.type == "cpu" else MATMUL_ROWS
+    at_once = softmax_rows(parent_ND.device)
     for start in range(0, tokens, MATMUL_ROWS):
         rows = slice(start, start + MATMUL_ROWS)
         logits = [head(hidden[rows]) for head, hidden in zip(heads, [parent_ND, *children_ND], strict=True)]
-        for offset in range(0, logits[0].shape[0], softmax_rows):
-            part = slice(offset, offset + softmax_rows)
-            parent_log = F.log_softmax(logits[0][part].float(), dim=-1)
+        for offset in range(0, logits[0].shape[0], at_once):
+            part = slice(offset, offset + at_once)
+            parent_log = log_softmax(logits[0][part])
             parent_top = parent_log.argmax(-1, keepdim=True)
             parent_p = parent_log.exp()
             negative_entropy = torch.linalg.vecdot(parent_p, parent_log)
@@ -86,9 +97,10 @@ class ParentLogits:
     @staticmethod
     def divergence(chunk: tuple[torch.Tensor, ...], child_log_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """KL(parent || child) summed over R tokens, and its gradient in the child's logits [R, V]."""
-        parent_log = F.log_softmax(chunk[0].float(), dim=-1)
+        parent_log = log_softmax(chunk[0])
         parent_p = parent_log.exp()
-        return torch.linalg.vecdot(parent_p, parent_log - child_log_RV).sum(), child_log_RV.exp() - parent_p
+        kl = torch.linalg.vecdot(parent_p, parent_log.sub_(child_log_RV)).sum()
+        return kl, child_log_RV.exp().sub_(parent_p)
 
 
 @dataclass(frozen=True)
@@ -135,14 +147,14 @@ class _ChunkedDistillation(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(child_weight, dtype=torch.float32) if child_weight.requires_grad else None
         total = torch.zeros((), device=child_ND.device)
-        softmax_rows = SOFTMAX_ROWS if child_ND.device.type == "cpu" else MATMUL_ROWS
+        at_once = softmax_rows(child_ND.device)
         for start in range(0, tokens, MATMUL_ROWS):
             rows = slice(start, start + MATMUL_ROWS)
             child_logits = hidden[rows] @ weight.T
             chunk = parent.chunk(rows)
-            for offset in range(0, child_logits.shape[0], softmax_rows):
-                part = slice(offset, offset + softmax_rows)
-                child_log = F.log_softmax(child_logits[part].float(), dim=-1)
+            for offset in range(0, child_logits.shape[0], at_once):
+                part = slice(offset, offset + at_once)
+                child_log = log_softmax(child_logits[part])
                 kl, grad = parent.divergence(tuple(tensor[part] for tensor in chunk), child_log)
                 total += kl_weight / tokens * kl
                 grad *= kl_weight / tokens
@@ -153,7 +165,7 @@ class _ChunkedDistillation(torch.autograd.Function):
                     total -= lm_weight / known * (child_log.gather(1, target) * is_known).sum()
                     grad += (lm_weight / known) * is_known * child_log.exp()
                     grad.scatter_add_(1, target, -(lm_weight / known) * is_known)
-                child_logits[part] = grad.to(child_logits.dtype)
+                child_logits[part] = grad
             grad_hidden[rows] = child_logits @ weight
             if grad_weight is not None:
                 grad_weight += (child_logits.T @ hidden[rows]).float()

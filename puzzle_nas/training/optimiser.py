@@ -58,7 +58,7 @@ class Optimiser:
         norm = nn.utils.get_total_norm(gradients)
         finite = bool(whole_tensor(norm).isfinite())
         if finite:
-            if self.settings.gradient_clip is not None:
+            if self.settings.gradient_clip is not None and bool(whole_tensor(norm) > self.settings.gradient_clip):
                 nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.gradient_clip, norm)
             for optimiser in self.inner:
                 for group in optimiser.param_groups:

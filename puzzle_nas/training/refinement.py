@@ -8,7 +8,7 @@ anew around the best of them: what it would gain or lose by each single change.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -88,10 +88,14 @@ MAX_CHANGES = (4, 8, 16, 32)
 
 
 class Refinement:
-    """From the search's best choices to the child whose measured KL is lowest."""
+    """From the search's best choices to the child whose measured KL is lowest.
 
-    def __init__(self, found: ArchitectureSearch, settings: SearchSettings, trials: Trials):
-        self.found, self.settings, self.trials = found, settings, trials
+    Args:
+        searches: of the same space and costs, by different scores; candidates come from each in turn.
+    """
+
+    def __init__(self, searches: Sequence[ArchitectureSearch], settings: SearchSettings, trials: Trials):
+        self.searches, self.settings, self.trials = searches, settings, trials
         self.tried: list[dict[str, Any]] = []
         """What was measured, in order: how it was found, its summed score, its predicted speed-up, its KL."""
         self._near: tuple[ArchitectureSearch, Architecture] | None = None
@@ -104,16 +108,18 @@ class Refinement:
         """
         if self._near is not None:
             return self._best_near(*self._near, limits)[1]
-        settings = self.settings
-        candidates = self.found.solve(
-            limits, settings.gap, settings.time_limit_seconds, settings.verify, settings.min_different
-        )
-        kl, best = self._measured("search", self.found, [self.found.architecture(c) for c in candidates])
+        settings, found = self.settings, self.searches[0]
+        candidates: list[Architecture] = []
+        for number, search in enumerate(self.searches[: settings.verify]):
+            count = len(range(number, settings.verify, len(self.searches)))
+            solutions = search.solve(limits, settings.gap, settings.time_limit_seconds, count, settings.min_different)
+            candidates += [a for a in map(search.architecture, solutions) if a not in candidates]
+        kl, best = self._measured("search", found, candidates)
         for number in range(1, settings.refine_rounds + 1):
             layers = len(best.layers)
             with progress(f"score around the child, round {number}/{settings.refine_rounds}, layer", layers) as ticker:
-                scores = self.trials.scores_around(best, self.found.scores, ticker.advance)
-            self._near = replace(self.found, scores=scores), best
+                scores = self.trials.scores_around(best, found.scores, ticker.advance)
+            self._near = replace(found, scores=scores), best
             refined_kl, refined = self._best_near(*self._near, limits)
             if refined_kl >= kl:
                 break

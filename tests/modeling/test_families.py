@@ -1,5 +1,9 @@
 """Every family: a child of parent variants only has exactly the parent's logits."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import (
@@ -91,3 +95,27 @@ def test_unknown_families_are_refused_with_the_known_ones(tmp_path):
     ).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"'opt'.*llama, mistral, qwen2, qwen3"):
         open_parent(tmp_path)
+
+
+FAULTS = """
+import resource, torch
+{call}
+def step():
+    return torch.ones(2**22).exp()
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is meant")
+def test_tensors_take_the_memory_that_earlier_ones_freed():
+    keep = "from puzzle_nas.families.loading import keep_freed_memory; keep_freed_memory()"
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", FAULTS.format(call=call)], capture_output=True, check=True).stdout)
+        for call in (keep, "")
+    )
+    assert kept < 1000 and given_back > 10_000

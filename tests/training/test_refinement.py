@@ -62,7 +62,7 @@ def test_around_a_child_they_are_differences_of_real_kl(run, parent, found, tria
 def test_refinement_keeps_limits_and_never_ends_worse_than_the_search(found, trials):
     limits = {"parameters": 0.8 * found.costs.parameters(found.parent)}
     recipe = parse_recipe("{parent: p, data: {sources: [{source: s}]}, search: {verify: 3, refine_rounds: 2}}")
-    refinement = Refinement(found, recipe.search, trials)
+    refinement = Refinement((found,), recipe.search, trials)
     best = refinement.best(limits)
     first = found.architecture(found.solve(limits, 1e-4, 60)[0])
     assert trials.kl_nats(best) == min(row["selection_kl_nats"] for row in refinement.tried) <= trials.kl_nats(first)
@@ -70,6 +70,27 @@ def test_refinement_keeps_limits_and_never_ends_worse_than_the_search(found, tri
     assert found.costs.parameters(best) <= limits["parameters"]
     tighter = {"parameters": 0.7 * found.costs.parameters(found.parent)}
     assert found.costs.parameters(refinement.best(tighter)) <= tighter["parameters"]
+
+
+def test_candidates_come_from_sums_of_either_loss(run, found, trials):
+    searches = found.by_either_loss(open_run(run), run)
+    for choice, score in found.scores.items():
+        file = run.score(choice[0], choice[1][0].id)
+        lm = json.loads(file.read_text())["lm_loss_increase_nats"]["mean"] if score else 0.0
+        assert [s.scores[choice] for s in searches] == pytest.approx([score, lm, (score + lm) / 2])
+    recipe = parse_recipe("{parent: p, data: {sources: [{source: s}]}, search: {verify: 5, min_different: 2}}")
+    limits = {"speedup": 1.2}
+    candidates = [
+        search.architecture(solution)
+        for search, count in zip(searches, (2, 2, 1), strict=True)
+        for solution in search.solve(limits, 1e-4, 60, count, 2)
+    ]
+    refinement = Refinement(searches, recipe.search, trials)
+    best = refinement.best(limits)
+    assert [row["score_sum"] for row in refinement.tried] == [
+        found.score_of(c) for number, c in enumerate(candidates) if c not in candidates[:number]
+    ]
+    assert trials.kl_nats(best) == min(map(trials.kl_nats, candidates))
 
 
 def test_scores_by_block_are_of_both_sub_blocks_together(run, parent, tmp_path, found):
