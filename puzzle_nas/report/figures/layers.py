@@ -25,6 +25,9 @@ from puzzle_nas.report.figures.common import (
     variant_colours,
 )
 
+BAR_WIDTH = 0.75
+"""In layers. Left to itself, plotly widens the bars of a trace that has none in neighbouring layers."""
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -63,8 +66,8 @@ def child_figure(bars: Sequence[Bar]) -> go.Figure:
     for row, slot in enumerate(SLOTS, 1):
         own = [bar for bar in bars if bar.spec.slot == slot]
         layers = [bar.layer for bar in own]
-        ghosts = go.Bar(x=layers, y=[100] * len(own), marker_color=GHOST, hoverinfo="skip", showlegend=False)
-        figure.add_trace(ghosts, row, 1)
+        ghosts = {"marker_color": GHOST, "hoverinfo": "skip", "showlegend": False}
+        figure.add_trace(go.Bar(x=layers, y=[100] * len(own), width=BAR_WIDTH, **ghosts), row, 1)
         kinds: dict[str, list[Bar]] = {}
         for bar in own:
             label = "as in the parent" if bar.is_parent else KIND_LABELS.get(bar.spec.kind, bar.spec.kind)
@@ -88,7 +91,7 @@ def child_figure(bars: Sequence[Bar]) -> go.Figure:
                 figure.add_trace(crosses, row, 1)
             else:
                 heights = [bar.percent_of_parent for bar in members]
-                figure.add_trace(go.Bar(y=heights, marker_color=colour, **shared), row, 1)
+                figure.add_trace(go.Bar(y=heights, width=BAR_WIDTH, marker_color=colour, **shared), row, 1)
             named.add(label)
         highest = max([100.0, *(bar.percent_of_parent for bar in own)])
         title = SLOT_NAMES[slot]
@@ -97,7 +100,7 @@ def child_figure(bars: Sequence[Bar]) -> go.Figure:
     layer_axis(figure, len(bars) // len(SLOTS))
     figure.update_xaxes(showgrid=False)
     figure.update_xaxes(title_text="", row=1, col=1)
-    figure.update_layout(barmode="overlay", bargap=0.25)
+    figure.update_layout(barmode="overlay")
     return styled(figure, 420)
 
 
@@ -167,6 +170,7 @@ def losses_figure(losses: Mapping[str, Mapping[int, float]], unit: str) -> go.Fi
         figure.add_bar(
             x=list(by_layer),
             y=list(by_layer.values()),
+            width=BAR_WIDTH,
             name=SLOT_NAMES.get(part, part),
             marker_color=colours.get(part, SIZES[3]),
             hovertemplate=f"layer %{{x}}: {SLOT_NAMES.get(part, part)}, %{{y:.4g}} {unit}<extra></extra>",
@@ -174,7 +178,7 @@ def losses_figure(losses: Mapping[str, Mapping[int, float]], unit: str) -> go.Fi
     layer_axis(figure, 1 + max(layer for by_layer in losses.values() for layer in by_layer))
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(title_text=unit)
-    return styled(figure.update_layout(barmode="relative", bargap=0.25, showlegend=True), 320)
+    return styled(figure.update_layout(barmode="relative", showlegend=True), 320)
 
 
 def runtimes_figure(percents: Mapping[str, Sequence[float]]) -> go.Figure:
