@@ -1,9 +1,10 @@
 """Does the sum of replace-1-block scores say how good a child is, and what does measuring children add?
 
 Part 1: random architectures at several speed-ups, sums of scores against the real KL of the assembled child on other
-text (the selection split). Part 2, at three speed-ups, by KL alone: the search's own choice, the best of six diverse ones measured
-(search.verify), a round of refinement (search.refine_rounds), and the search on scores of whole blocks (scoring.unit);
-all chosen on the selection split and reported on validation. Nothing is distilled. Reads runs/quickstart.
+text (the selection split). Part 2, at three speed-ups, by KL alone: the search's own choice, the best of six diverse
+ones measured (search.verify), a round of refinement (search.refine_rounds), and the search on scores of whole blocks
+(scoring.unit); all chosen on the selection split and reported on validation. Nothing is distilled. Reads
+runs/quickstart.
 python benchmarks/scores.py [SPEEDUP ...]
 """
 
