@@ -6,13 +6,13 @@ Shapes: S sequences.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from puzzle_nas.architecture import Choice, choice_id
+from puzzle_nas.architecture import Choice, Spec, choice_id
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.data.task_items import half_of, read_task
@@ -79,21 +79,8 @@ def score_choices(
                 if not here:
                     ticker.skip(1)
                     continue
-                # Of each choice whether it is dead; a byte, as ranks hand them on.
-                dead = torch.zeros(len(here), dtype=torch.uint8)
-                if layer in walk.part:
-                    walk.climb_to(layer)
-                    blocks = block_layers(run, parent, layer, here, library)
-                    with torch.inference_mode():
-                        some = walk.hidden_STD[:1].to(parent.device)
-                        for number, parts in enumerate(blocks):
-                            dead[number] = any(_adds_nothing(part, some, walk.inputs) for part in parts.values())
-                else:
-                    parallel.take_from_below([dead])
-                if not walk.is_last:
-                    parallel.pass_up([dead])
-                results = walk.try_variants(blocks) if layer in walk.part else walk.carry(len(here))
-                for specs, result, is_dead in zip(here, results, dead.tolist(), strict=False):
+                results, dead = _tried(run, walk, layer, here, library)
+                for specs, result, is_dead in zip(here, results, dead, strict=False):
                     score = score_of(result, itself)
                     write_json(paths[layer, specs], score | problem_of(score, is_dead))
                 ticker.advance()
@@ -101,6 +88,27 @@ def score_choices(
     for (layer, specs), path in paths.items():
         if problem := read_json(path).get("problem"):
             console.print(f"  Layer {layer}, {choice_id(specs)}: {problem}; it is never chosen.")
+
+
+def _tried(
+    run: RunFolder, walk: ReplacementWalk, layer: int, choices: Sequence[tuple[Spec, ...]], library: str
+) -> tuple[Sequence[Any], list[bool]]:
+    """The results of choices at a layer, none where a later rank has them, and of each whether it is dead."""
+    dead = torch.zeros(len(choices), dtype=torch.uint8)
+    blocks = None
+    if layer in walk.part:
+        walk.climb_to(layer)
+        blocks = block_layers(run, walk.parent, layer, choices, library)
+        with torch.inference_mode():
+            some = walk.hidden_STD[:1].to(walk.parent.device)
+            for number, parts in enumerate(blocks):
+                dead[number] = any(_adds_nothing(part, some, walk.inputs) for part in parts.values())
+    else:
+        parallel.take_from_below([dead])
+    if not walk.is_last:
+        parallel.pass_up([dead])
+    results = walk.carry(len(choices)) if blocks is None else walk.try_variants(blocks)
+    return results, dead.bool().tolist()
 
 
 def _adds_nothing(block: PuzzleDecoderLayer, hidden_BTD: torch.Tensor, inputs: Mapping[str, Any]) -> bool:

@@ -140,9 +140,14 @@ class ReplacementWalk:
         while self.layer < layer:
             self.advance()
 
+    @torch.inference_mode()
     def model_itself(self) -> Divergence:
         """The model with nothing replaced, on every rank; per token, shaped [S, T]."""
-        results = self.try_variants([{}]) if self.is_lowest else self.carry(1)
+        if self.model is not self.parent:
+            return self.try_variants([{}])[0]
+        results: list[Divergence] = []
+        if self.is_last:
+            results = self._compare([batch.to(self.parent.device)] for batch in self._batches(self.final_STD))
         return (results if self.is_lowest and self.is_last else parallel.gathered(results))[0]
 
     def try_variants(self, variants: Sequence[Mapping[str, PuzzleDecoderLayer]]) -> list[Divergence]:
