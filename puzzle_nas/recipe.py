@@ -279,9 +279,10 @@ class Recipe(Settings):
     """CPU threads of this machine, divided among its processes; null means one for each physical core."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto is a GPU when there is one."""
-    memory: Literal["all", "stream"] = "all"
+    memory: Literal["all", "stream", "divide"] = "all"
     """`stream` reads the parent from disk one layer at a time where a stage allows it, for parents larger than memory
-    (docs/streaming.md). Results are the same."""
+    (docs/streaming.md); `divide` does so too, and in scoring each process keeps a part of the layers
+    (docs/many-processes.md). Results are the same."""
     engine: Literal["torch", "llama.cpp", "vllm", "vllm-eager"] = "torch"
     """What the child is to be fast on: costs, searched architectures and the child are timed there."""
     data: DataSettings

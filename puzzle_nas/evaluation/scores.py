@@ -1,4 +1,4 @@
-"""Replace-1-block scores: what is walked, and what is stored.
+"""Replace-1-block scores: what is walked, who scores what, and what is stored.
 
 Shapes: S sequences.
 """
@@ -6,18 +6,24 @@ Shapes: S sequences.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
-from puzzle_nas.artifacts import RunFolder
+from puzzle_nas.architecture import Choice, Spec, choice_id
+from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.data.task_items import half_of, read_task
 from puzzle_nas.evaluation.task_scores import TaskWalk, TokenisedTask, task_score
 from puzzle_nas.families import load_tokenizer
 from puzzle_nas.families.loading import parent_checkpoint
+from puzzle_nas.families.streaming import StreamedLayers
+from puzzle_nas.library import block_layers
 from puzzle_nas.modeling import PuzzleForCausalLM
+from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
+from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe
 from puzzle_nas.training import parallel
 from puzzle_nas.training.losses import Divergence
@@ -34,13 +40,85 @@ def scoring_walk(
     """
     settings = recipe.scoring
     scratch = run.scratch(stage) / f"rank_{parallel.rank()}" if recipe.memory == "stream" else None
+    parts = None
+    if recipe.memory == "divide":
+        layers = parent.model.layers
+        assert isinstance(layers, StreamedLayers)
+        parts = parallel.parts(range(len(layers)), parallel.world_size())
+        layers.keep(parts[parallel.rank()])
     if settings.task is None:
         tokens = load_tokens(run, "scoring")
-        return ReplacementWalk(parent, tokens, settings.batch_tokens, scratch=scratch), divergence_score
+        walk = ReplacementWalk(parent, tokens, settings.batch_tokens, scratch=scratch, parts=parts)
+        return walk, divergence_score
     items = half_of(read_task(settings.task), True, settings.task)[: settings.task_items]
     task = TokenisedTask.of(items, load_tokenizer(parent_checkpoint(run)), parent.config.max_position_embeddings)
-    walk = TaskWalk(parent, task, settings.batch_tokens, scratch=scratch)
+    walk = TaskWalk(parent, task, settings.batch_tokens, scratch=scratch, parts=parts)
     return walk, partial(task_score, measure=settings.task_measure)
+
+
+def score_choices(
+    recipe: Recipe, run: RunFolder, parent: PuzzleForCausalLM, stage: str, library: str, choices: Iterable[Choice]
+) -> None:
+    """Score in the parent what is not scored yet, and name what is not fit to be chosen.
+
+    Args:
+        stage: whose scratch folder to use.
+        library: where the blocks are from.
+    """
+    paths = {(layer, s): run.score(layer, choice_id(s), library, recipe.scoring.metric) for layer, s in choices}
+    missing = parallel.from_first(lambda: [choice for choice, path in paths.items() if not path.exists()])
+    mine = missing if recipe.memory == "divide" else missing[parallel.rank() :: parallel.world_size()]
+    if mine:
+        walk, score_of = scoring_walk(recipe, run, parent, stage)
+        itself: Any = walk.model_itself()
+        if isinstance(walk, TaskWalk) and (doubt := walk.task.doubt(itself)):
+            console.print(f"  {doubt}")
+        with progress("score blocks, layer", len(walk.layers)) as ticker:
+            for layer in walk.layers:
+                here = [specs for index, specs in mine if index == layer]
+                if not here:
+                    ticker.skip(1)
+                    continue
+                results, dead = _tried(run, walk, layer, here, library)
+                for specs, result, is_dead in zip(here, results, dead, strict=False):
+                    score = score_of(result, itself)
+                    write_json(paths[layer, specs], score | problem_of(score, is_dead))
+                ticker.advance()
+    parallel.gathered(())
+    for (layer, specs), path in paths.items():
+        if problem := read_json(path).get("problem"):
+            console.print(f"  Layer {layer}, {choice_id(specs)}: {problem}; it is never chosen.")
+
+
+def _tried(
+    run: RunFolder, walk: ReplacementWalk, layer: int, choices: Sequence[tuple[Spec, ...]], library: str
+) -> tuple[Sequence[Any], list[bool]]:
+    """The results of choices at a layer, none where a later rank has them, and of each whether it is dead."""
+    dead = torch.zeros(len(choices), dtype=torch.uint8)
+    blocks = None
+    if layer in walk.part:
+        walk.climb_to(layer)
+        blocks = block_layers(run, walk.parent, layer, choices, library)
+        with torch.inference_mode():
+            some = walk.hidden_STD[:1].to(walk.parent.device)
+            for number, parts in enumerate(blocks):
+                dead[number] = any(_adds_nothing(part, some, walk.inputs) for part in parts.values())
+    else:
+        parallel.take_from_below([dead])
+    if not walk.is_last:
+        parallel.pass_up([dead])
+    results = walk.carry(len(choices)) if blocks is None else walk.try_variants(blocks)
+    return results, dead.bool().tolist()
+
+
+def _adds_nothing(block: PuzzleDecoderLayer, hidden_BTD: torch.Tensor, inputs: Mapping[str, Any]) -> bool:
+    """Whether a sub-block that is not empty gives zeros only."""
+    if block.mlp is not None:
+        return not block.mlp(block.post_attention_layernorm(hidden_BTD)).any()
+    if block.self_attn is None:
+        return False
+    masks = {**inputs, "attention_mask": inputs["attention_mask"].get(block.layer_type)}
+    return not block.self_attn(block.input_layernorm(hidden_BTD), **masks)[0].any()
 
 
 def summarise(values_S: torch.Tensor) -> dict[str, float | None]:

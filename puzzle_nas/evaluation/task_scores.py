@@ -78,9 +78,10 @@ class TaskWalk(ReplacementWalk):
         batch_tokens: int,
         model: PuzzleForCausalLM | None = None,
         scratch: Path | None = None,
+        parts: Sequence[range] | None = None,
     ):
         self.task = task
-        super().__init__(parent, task.tokens_NT, batch_tokens, model, scratch)
+        super().__init__(parent, task.tokens_NT, batch_tokens, model, scratch, parts)
 
     def _compare(self, children: Iterable[list[torch.Tensor]]) -> list[TaskResult]:  # type: ignore[override]
         parts = [

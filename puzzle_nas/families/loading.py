@@ -373,7 +373,7 @@ def load_parent(run: RunFolder, by_layer: bool = False) -> tuple[PuzzleForCausal
     """
     facts = read_json(run.parent, "prepare-parent")
     recipe = parse_recipe(run.recipe.read_text(), name=str(run.recipe))
-    load = stream_model if by_layer and recipe.memory == "stream" else load_model
+    load = stream_model if by_layer and recipe.memory != "all" else load_model
     return load(parent_checkpoint(run), machine_of(recipe)), ParentShape(**facts["shape"])
 
 

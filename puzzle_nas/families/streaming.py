@@ -1,8 +1,8 @@
-"""A parent whose layers stay on disk: one is read from its safetensors when asked for, and then dropped."""
+"""A parent whose layers stay on disk: one is read from its safetensors when asked for, and dropped unless kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ class WeightFiles:
                 files = dict.fromkeys(file.keys(), SINGLE)
         else:
             raise CheckpointError(
-                f"memory: stream reads safetensors, and {checkpoint} has none; save it as such or use memory: all."
+                f"Single layers are read from safetensors; {checkpoint} has none. Save it as such or use memory: all."
             )
         self.places = {family.rename(name): (file, name) for name, file in files.items()}
 
@@ -68,17 +68,24 @@ class WeightFiles:
 
 
 class StreamedLayers(nn.Module):
-    """Stands in for a model's list of layers; holds the one last asked for."""
+    """Stands in for a model's list of layers; holds the one last asked for, and those to keep."""
 
     def __init__(self, config: PuzzleConfig, files: WeightFiles):
         super().__init__()
         self.config, self.files = config, files
         self._present: tuple[int, PuzzleDecoderLayer] | None = None
+        self._kept: dict[int, PuzzleDecoderLayer] = {}
+
+    def keep(self, layers: Iterable[int]) -> None:
+        """Read some layers and hold them from now on."""
+        self._kept = {index: self[index] for index in layers}
 
     def __len__(self) -> int:
         return self.config.num_hidden_layers
 
     def __getitem__(self, index: int) -> PuzzleDecoderLayer:
+        if index in self._kept:
+            return self._kept[index]
         if self._present is None or self._present[0] != index:
             self._present = None
             assert self.config.layer_types is not None

@@ -8,17 +8,16 @@ Files: library/coupled/, scores/coupled/.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 
 from puzzle_nas.architecture import SLOTS, ParentShape, Spec, choice_id
 from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.data.batches import block_order, load_tokens
-from puzzle_nas.evaluation.scores import problem_of, scoring_walk
+from puzzle_nas.evaluation.scores import score_choices
 from puzzle_nas.families import load_parent
-from puzzle_nas.library import block_layers, block_weights
+from puzzle_nas.library import block_weights
 from puzzle_nas.modeling import PuzzleForCausalLM
-from puzzle_nas.progress import console, progress
+from puzzle_nas.progress import console
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.training import parallel
 from puzzle_nas.training.block_distillation import Job, distill_blocks
@@ -47,7 +46,8 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     pairs = _pairs(recipe, run, shape)
     jobs = [[_job(run, parent, layer, pair) for pair in here] for layer, here in enumerate(pairs)]
     distill_blocks(recipe, recipe.coupled_bld, run, NAME, parent, load_tokens(run, "train"), jobs, block_order)
-    _score(recipe, run, parent, pairs)
+    choices = [(layer, pair) for layer, here in enumerate(pairs) for pair in here]
+    score_choices(recipe, run, parent, NAME, "coupled", choices)
 
 
 def _choose_pairs(recipe: Recipe, run: RunFolder, shape: ParentShape) -> None:
@@ -95,26 +95,3 @@ def _trains(pair: Pair, own: set[Spec]) -> bool:
 def _job(run: RunFolder, parent: PuzzleForCausalLM, layer: int, pair: Pair) -> Job:
     path = run.variant(layer, choice_id(pair), "coupled")
     return Job(pair, path, lambda: block_weights(run, parent, layer, pair), {"initialisation": "decoupled"})
-
-
-def _score(recipe: Recipe, run: RunFolder, parent: PuzzleForCausalLM, pairs: Sequence[Sequence[Pair]]) -> None:
-    metric = recipe.scoring.metric
-    every = [
-        (layer, p, run.score(layer, choice_id(p), "coupled", metric)) for layer, here in enumerate(pairs) for p in here
-    ]
-    mine = parallel.share([choice for choice in every if not choice[2].exists()])
-    if not mine:
-        return
-    with progress("score pairs, layer", len(pairs)) as ticker:
-        walk, score_of = scoring_walk(recipe, run, parent, NAME)
-        itself = walk.model_itself()
-        for layer in range(len(pairs)):
-            missing = [(pair, path) for index, pair, path in mine if index == layer]
-            if missing:
-                blocks = block_layers(run, parent, layer, [pair for pair, _ in missing], "coupled")
-                for (_, path), divergence in zip(missing, walk.try_variants(blocks), strict=True):
-                    score = score_of(divergence, itself)
-                    write_json(path, score | problem_of(score))
-            ticker.advance()
-            if layer + 1 < len(pairs):
-                walk.advance()

@@ -43,7 +43,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     """Write parent.json, and parent/ unless the parent is a local checkpoint already."""
     where = find_checkpoint(recipe.parent, run / "download")
     machine = machine_of(recipe)
-    if recipe.memory == "stream" and isinstance(where, Path) and (where / "config.json").is_file():
+    if recipe.memory != "all" and isinstance(where, Path) and (where / "config.json").is_file():
         checkpoint, tokenizer = where.resolve(), load_tokenizer(where)
         config = stream_model(checkpoint, machine).config
     else:

@@ -13,6 +13,8 @@ import torch
 
 from puzzle_nas.artifacts import explained_disk_errors
 from puzzle_nas.modeling import PuzzleForCausalLM
+from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
+from puzzle_nas.training import parallel
 
 BATCH_TOKENS = 4096
 
@@ -42,27 +44,32 @@ class LayerActivations:
 
     `x` is the block's input, `attention` and `ffn` what its sub-blocks add to the residual stream: the block's
     output is x + attention + ffn. Differences are kept, not sums, so that massive activations cost no precision.
+
+    Args:
+        first: the layer to begin below. Where that is not layer 0, its input comes from the rank before this one.
     """
 
-    def __init__(self, parent: PuzzleForCausalLM, tokens_ST: torch.Tensor, folder: Path):
-        self.parent, self.folder = parent, folder
-        self.layer = -1
+    def __init__(self, parent: PuzzleForCausalLM, tokens_ST: torch.Tensor, folder: Path, first: int = 0):
+        self.parent, self.folder, self.first = parent, folder, first
+        self.layer = first - 1
         shape = (*tokens_ST.shape, parent.config.hidden_size)
         self.x, self.attention, self.ffn = (
             ActivationFile(folder / f"{name}.bin", shape, parent.dtype) for name in ("x", "attention", "ffn")
         )
         self.step = max(1, BATCH_TOKENS // tokens_ST.shape[1])
         with torch.inference_mode():
-            for start in range(0, len(tokens_ST), self.step):
-                batch = slice(start, start + self.step)
-                self.x.tensor[batch] = parent.model.embed_tokens(tokens_ST[batch].to(parent.device)).cpu()
+            if first:
+                parallel.take_from_below(self.x.tensor.split(self.step))
+            else:
+                for x, batch in zip(self.x.tensor.split(self.step), tokens_ST.split(self.step), strict=True):
+                    x.copy_(parent.model.embed_tokens(batch.to(parent.device)))
             example = self.x.tensor[:1].to(parent.device)
         self.inputs = parent.model.layer_inputs(example)
 
     def climb_to(self, layer: int) -> None:
         """Go up to a layer, computing those on the way, and fill `attention` and `ffn` there."""
         while self.layer < layer:
-            if self.layer >= 0:
+            if self.layer >= self.first:
                 self.advance()
             self.layer += 1
             self.compute(self.layer)
@@ -71,13 +78,16 @@ class LayerActivations:
     def compute(self, layer: int) -> None:
         """Fill `attention` and `ffn` of a layer, whose input `x` already is."""
         block = self.parent.model.layers[layer]
+        for files in zip(*(file.tensor.split(self.step) for file in (self.x, self.attention, self.ffn)), strict=True):
+            for file, added in zip(files[1:], self._added(block, files[0]), strict=True):
+                file.copy_(added)
+
+    def _added(self, block: PuzzleDecoderLayer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a block's attention and FFN add to the residual stream x, [B, T, D] each."""
+        x = x.to(self.parent.device)
         masks = {**self.inputs, "attention_mask": self.inputs["attention_mask"].get(block.layer_type)}
-        for start in range(0, self.x.shape[0], self.step):
-            batch = slice(start, start + self.step)
-            x = self.x.tensor[batch].to(self.parent.device)
-            attention = block.self_attn(block.input_layernorm(x), **masks)[0]
-            self.attention.tensor[batch] = attention.cpu()
-            self.ffn.tensor[batch] = block.mlp(block.post_attention_layernorm(x + attention)).cpu()
+        attention = block.self_attn(block.input_layernorm(x), **masks)[0]
+        return attention, block.mlp(block.post_attention_layernorm(x + attention))
 
     @torch.inference_mode()
     def advance(self) -> None:
@@ -86,6 +96,18 @@ class LayerActivations:
             batch = slice(start, start + self.step)
             x = self.x.tensor[batch]
             self.x.tensor[batch] = (x + self.attention.tensor[batch]) + self.ffn.tensor[batch]
+
+    @torch.inference_mode()
+    def pass_on(self, layer: int) -> None:
+        """Compute what a later layer receives and send it to the next rank; to be called before the climb begins."""
+        # Nothing lies here yet, and x is needed again.
+        stream = self.attention.tensor.copy_(self.x.tensor)
+        for index in range(self.first, layer):
+            block = self.parent.model.layers[index]
+            for x in stream.split(self.step):
+                attention, ffn = self._added(block, x)
+                x.copy_((x + attention.cpu()) + ffn.cpu())
+        parallel.pass_up(stream.split(self.step))
 
     def delete(self) -> None:
         """Free the disk."""

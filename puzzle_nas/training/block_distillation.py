@@ -2,8 +2,10 @@
 
 Layer by layer: the parent's activations of layer i lie in memory-mapped files, everything of layer i trains on them,
 then layer i + 1. Each parent layer sees each token once; a layer that is done is done for good. Where the disk does not
-hold the activations of all tokens, they come in shards, and every job waits on disk for its next one. Of several
-processes, each takes its share of the layers.
+hold the activations of all tokens, they come in shards, and every job waits on disk for its next one.
+
+Of several ranks, each trains contiguous layers. It first climbs through them without training, so that the next rank
+has what its own first layer receives, and then begins again below them: two passes through the parent in all.
 
 Shapes: S sequences, B of them in a batch, T tokens, D hidden.
 """
@@ -231,32 +233,37 @@ def distill_blocks(
     held_out = min(batch_sequences, max(1, len(all_tokens_ST) // 4))
     wanted = math.ceil(settings.tokens / length)
     tokens = all_tokens_ST[: min(len(all_tokens_ST), wanted + held_out)]
-    pending = {
-        layer: here
-        for layer, layer_jobs in enumerate(jobs)
-        if (here := [job for job in layer_jobs if not variant_is_stored(job.path)])
-    }
+    # Ranks that looked for themselves might see what another one has stored meanwhile, and divide otherwise.
+    pending = parallel.from_first(
+        lambda: {job.path for layer_jobs in jobs for job in layer_jobs if not variant_is_stored(job.path)}
+    )
     folder = run.scratch(stage)
     training: dict[int, dict[Path, Job]] = {}
-    for layer in parallel.share(list(pending)):
-        for job in pending[layer]:
-            if all(spec.empty for spec in job.specs):
-                write_variant(job.path, job.specs, {}, {"tokens": 0})
-            else:
+    for layer, layer_jobs in enumerate(jobs):
+        for job in layer_jobs:
+            if job.path not in pending:
+                continue
+            if not all(spec.empty for spec in job.specs):
                 training.setdefault(layer, {})[folder / f"layer_{layer:02d}.{job.id}.safetensors"] = job
+            elif parallel.is_first():
+                write_variant(job.path, job.specs, {}, {"tokens": 0})
+    ranges = parallel.parts(list(training), min(len(training), parallel.world_size()))
+    mine = ranges[parallel.rank()] if parallel.rank() < len(ranges) else []
     most = settings.shard_tokens and max(batch_sequences, settings.shard_tokens // length)
     shards = shards_of(len(tokens) - held_out, wanted, batch_sequences, most)
     total_steps = shards[-1].end_step
-    reached = min((_saved_step(path) for here in training.values() for path in here), default=total_steps)
+    reached = min((_saved_step(path) for layer in mine for path in training[layer]), default=total_steps)
+    # A rank that is further still passes on to the next one what that needs.
+    reached = min(parallel.gathered([reached]))
     shards = [shard for shard in shards if shard.end_step > reached]
     problems: list[str] = []
-    with progress("distil blocks, layer", len(training) * len(shards)) as ticker:
-        for shard, layer, activations in _activations(parent, tokens, shards, list(training), folder):
+    with progress("distil blocks, layer", len(mine) * len(shards)) as ticker:
+        for shard, layer, activations in _activations(parent, tokens, shards, ranges, folder):
             parent_layer = parent.model.layers[layer]
             task = BlockTask(activations, parent_layer, settings.normalise, parent.dtype == torch.bfloat16)
             batches = shard.batches(order, recipe.seed + layer)
             held = torch.arange(shard.end - shard.begin, shard.end - shard.begin + held_out)
-            for group in _groups(training[layer], one_by_one=recipe.memory == "stream"):
+            for group in _groups(training[layer], one_by_one=recipe.memory != "all"):
                 problems += _distil(task, layer, group, settings, shard, batches, held, total_steps)
             ticker.advance()
     for problem in parallel.gathered(problems):
@@ -264,14 +271,26 @@ def distill_blocks(
 
 
 def _activations(
-    parent: PuzzleForCausalLM, tokens: torch.Tensor, shards: Sequence[Shard], layers: Sequence[int], folder: Path
+    parent: PuzzleForCausalLM,
+    tokens: torch.Tensor,
+    shards: Sequence[Shard],
+    ranges: Sequence[Sequence[int]],
+    folder: Path,
 ) -> Iterator[tuple[Shard, int, LayerActivations]]:
-    """Each shard at each layer. The held-out sequences, which are the last, follow the shard's own."""
-    held_out = tokens[shards[-1].end :] if shards else tokens
+    """Each shard at each of this rank's layers. The held-out sequences, which are the last, follow the shard's own.
+
+    Args:
+        ranges: the layers of each rank that has any.
+    """
+    rank = parallel.rank()
+    if rank >= len(ranges):
+        return
     for shard in shards:
-        here = torch.cat([tokens[shard.begin : shard.end], held_out])
-        activations = LayerActivations(parent, here, folder / f"rank_{parallel.rank()}")
-        for layer in layers:
+        here = torch.cat([tokens[shard.begin : shard.end], tokens[shards[-1].end :]])
+        activations = LayerActivations(parent, here, folder / f"rank_{rank}", ranges[rank][0] if rank else 0)
+        if rank + 1 < len(ranges):
+            activations.pass_on(ranges[rank + 1][0])
+        for layer in ranges[rank]:
             activations.climb_to(layer)
             yield shard, layer, activations
         activations.delete()

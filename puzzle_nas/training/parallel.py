@@ -17,7 +17,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
@@ -160,6 +160,25 @@ def share(items: Sequence[T]) -> list[T]:
     """This rank's part of what is still to do: every n-th item. All ranks have looked before any begins."""
     gathered(())
     return list(items)[rank() :: world_size()]
+
+
+def parts(items: Sequence[T], count: int) -> list[Sequence[T]]:
+    """Items in `count` contiguous parts of equal lengths, or nearly so."""
+    return [items[len(items) * part // count : len(items) * (part + 1) // count] for part in range(count)]
+
+
+def pass_up(tensors: Iterable[torch.Tensor]) -> None:
+    """Send tensors, from any device, to the next rank; waits until it has taken them."""
+    for tensor in tensors:
+        dist.send(tensor.cpu().contiguous(), rank() + 1)
+
+
+def take_from_below(tensors: Iterable[torch.Tensor]) -> None:
+    """Fill tensors with those that the rank before this one passes up."""
+    for tensor in tensors:
+        received = torch.empty(tensor.shape, dtype=tensor.dtype)
+        dist.recv(received, rank() - 1)
+        tensor.copy_(received)
 
 
 def divide_threads() -> None:

@@ -3,11 +3,14 @@
 The walk goes up the layers once: what lies below a replaced block is computed once for all variants, the parent's
 token distribution once per batch. The blocks replaced are the parent's, or those of a child.
 
+Of several ranks, each may hold a part of the layers. What one of them replaces is then carried on by those above it.
+
 Shapes: S sequences, T tokens, D hidden.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from puzzle_nas.errors import CheckpointError
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle_nas.subblocks import run_with
+from puzzle_nas.training import parallel
 from puzzle_nas.training.activations import ActivationFile
 from puzzle_nas.training.losses import Divergence, divergences
 
@@ -40,25 +44,27 @@ def require_finite(parent_output: torch.Tensor) -> None:
 
 
 @torch.inference_mode()
-def climb(model: PuzzleForCausalLM, states_BTD: Sequence[torch.Tensor], inputs: Mapping[str, Any], layer: int) -> None:
-    """Carry residual streams through the layers from `layer` on and the final norm, in place.
+def climb(
+    model: PuzzleForCausalLM, states_BTD: Sequence[torch.Tensor], inputs: Mapping[str, Any], layers: range
+) -> None:
+    """Carry residual streams through some layers, and the final norm where they are the last ones, in place.
 
     Each layer is asked for once. States may lie elsewhere than the model.
     """
-    blocks = model.model.layers
-    for index in range(layer, len(blocks)):
-        block = blocks[index]
+    for index in layers:
+        block = model.model.layers[index]
         for state in states_BTD:
             state.copy_(block(state.to(model.device), **inputs))
-    for state in states_BTD:
-        state.copy_(model.model.norm(state.to(model.device)))
+    if layers.stop == len(model.model.layers):
+        for state in states_BTD:
+            state.copy_(model.model.norm(state.to(model.device)))
 
 
 @torch.inference_mode()
 def final_states(model: PuzzleForCausalLM, tokens_ST: torch.Tensor, batch_sequences: int) -> list[torch.Tensor]:
     """What the LM head receives, batch by batch, each [B, T, D]."""
     states = [model.model.embed_tokens(batch.to(model.device)) for batch in tokens_ST.split(batch_sequences)]
-    climb(model, states, model.model.layer_inputs(states[0][:1]), 0)
+    climb(model, states, model.model.layer_inputs(states[0][:1]), range(len(model.model.layers)))
     return states
 
 
@@ -69,6 +75,8 @@ class ReplacementWalk:
         model: in which blocks are replaced; None means the parent itself.
         scratch: a folder for what would otherwise be in memory: the residual streams of all tokens. Variants then go
             through the layers above together, so that each of those is asked for once.
+        parts: the layers of each rank, for a parent that is divided among them; None: this rank goes through all.
+            Ranks then call `try_variants` and `carry` at every layer of `layers`, and only the last one has results.
     """
 
     def __init__(
@@ -78,21 +86,36 @@ class ReplacementWalk:
         batch_tokens: int,
         model: PuzzleForCausalLM | None = None,
         scratch: Path | None = None,
+        parts: Sequence[range] | None = None,
     ):
         self.parent, self.model = parent, model or parent
+        number = parallel.rank() if parts else 0
+        parts = parts or [range(len(parent.model.layers))]
+        self.part = parts[number]
+        self.is_lowest, self.is_last = number == 0, number + 1 == len(parts)
+        # First each rank's first layer, then each one's second: all have work until the end.
+        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*parts[: number + 1]))
+        self.layers = [layer for layer in in_turn if layer is not None]
         self.labels_ST = next_tokens(tokens_ST)
         self.batch_sequences = max(1, batch_tokens // tokens_ST.shape[1])
         self.scratch = scratch
-        self.hidden_STD, self.final_STD = (self._room(name, len(tokens_ST)) for name in ("hidden", "final"))
+        self.hidden_STD = self._room("hidden", len(tokens_ST))
         with torch.inference_mode():
-            for state, batch in zip(self._batches(self.hidden_STD), self._batches(tokens_ST), strict=True):
-                state.copy_(parent.model.embed_tokens(batch.to(parent.device)))
+            if self.is_lowest:
+                for state, batch in zip(self._batches(self.hidden_STD), self._batches(tokens_ST), strict=True):
+                    state.copy_(parent.model.embed_tokens(batch.to(parent.device)))
+            else:
+                parallel.take_from_below(self._batches(self.hidden_STD))
             self.inputs = parent.model.layer_inputs(self.hidden_STD[:1].to(parent.device))
-            self.final_STD.copy_(self.hidden_STD)
-            climb(parent, self._batches(self.final_STD), self.inputs, 0)
-            for final in self._batches(self.final_STD):
-                require_finite(final)
-        self.layer = 0
+            final_STD = self._room("final", len(tokens_ST)).copy_(self.hidden_STD)
+            climb(parent, self._batches(final_STD), self.inputs, self.part)
+            if self.is_last:
+                for final in self._batches(final_STD):
+                    require_finite(final)
+                self.final_STD = final_STD
+            else:
+                parallel.pass_up(self._batches(final_STD))
+        self.layer = self.part.start
 
     def _room(self, name: str, sequences: int) -> torch.Tensor:
         """A tensor [sequences, T, D] in memory or in scratch."""
@@ -112,29 +135,65 @@ class ReplacementWalk:
             batch.copy_(block(batch.to(self.parent.device), **self.inputs))
         self.layer += 1
 
-    def model_itself(self) -> Divergence:
-        """The model with nothing replaced; per token, shaped [S, T]."""
-        return self.try_variants([{}])[0]
+    def climb_to(self, layer: int) -> None:
+        """Go up to a layer of this rank's."""
+        while self.layer < layer:
+            self.advance()
 
     @torch.inference_mode()
+    def model_itself(self) -> Divergence:
+        """The model with nothing replaced, on every rank; per token, shaped [S, T]."""
+        if self.model is not self.parent:
+            return self.try_variants([{}])[0]
+        results: list[Divergence] = []
+        if self.is_last:
+            results = self._compare([batch.to(self.parent.device)] for batch in self._batches(self.final_STD))
+        return (results if self.is_lowest and self.is_last else parallel.gathered(results))[0]
+
     def try_variants(self, variants: Sequence[Mapping[str, PuzzleDecoderLayer]]) -> list[Divergence]:
         """The damage of each replacement, sub-blocks by slot, at the present layer; per token, shaped [S, T]."""
-        return self._compare(self._finish(variants)) if variants else []
+        return self._results(variants, tried_below=False)
 
-    def _finish(self, variants: Sequence[Mapping[str, PuzzleDecoderLayer]]) -> Iterator[list[torch.Tensor]]:
-        """What the LM head receives in each child [B, T, D], batch by batch.
+    def carry(self, count: int) -> list[Divergence]:
+        """The damage of `count` replacements that a rank below tries; see `try_variants`."""
+        return self._results([{}] * count, tried_below=True)
+
+    @torch.inference_mode()
+    def _results(self, variants: Sequence[Mapping[str, PuzzleDecoderLayer]], tried_below: bool) -> list[Divergence]:
+        if not variants:
+            return []
+        children = self._finish(variants, tried_below)
+        if self.is_last:
+            return self._compare(children)
+        # All go to the next rank; none comes here.
+        list(children)
+        return []
+
+    def _finish(
+        self, variants: Sequence[Mapping[str, PuzzleDecoderLayer]], tried_below: bool
+    ) -> Iterator[list[torch.Tensor]]:
+        """What the LM head receives in each child [B, T, D], batch by batch; nothing where the next rank goes on.
 
         A batch at a time goes through the layers above, or, from scratch, all of them together.
         """
-        device, block = self.parent.device, self.model.model.layers[self.layer]
+        device = self.parent.device
+        above = self.part if tried_below else range(self.layer + 1, self.part.stop)
         together = self.batch_sequences if self.scratch is None else len(self.hidden_STD)
         for hidden in self.hidden_STD.split(together):
             room = self._room("variants", len(variants) * len(hidden))
             children = [self._batches(child) for child in room.split(len(hidden))]
-            for replaced, states in zip(variants, children, strict=True):
-                for state, below in zip(states, self._batches(hidden), strict=True):
-                    state.copy_(run_with(block, replaced, below.to(device), self.inputs))
-            climb(self.model, [state for states in children for state in states], self.inputs, self.layer + 1)
+            every = [state for states in children for state in states]
+            if tried_below:
+                parallel.take_from_below(every)
+            else:
+                block = self.model.model.layers[self.layer]
+                for replaced, states in zip(variants, children, strict=True):
+                    for state, below in zip(states, self._batches(hidden), strict=True):
+                        state.copy_(run_with(block, replaced, below.to(device), self.inputs))
+            climb(self.model, every, self.inputs, above)
+            if not self.is_last:
+                parallel.pass_up(every)
+                continue
             for batch in zip(*children, strict=True):
                 yield [state.to(device) for state in batch]
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -40,11 +41,12 @@ def pinned(tiny_run, tiny_settings, tmp_path_factory):
     return recipe, folder / "one"
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_the_same_library_scores_and_child(count, pinned, tmp_path):
+@pytest.mark.parametrize(("count", "memory"), [(2, "all"), (3, "stream"), (3, "divide")])
+def test_the_same_library_scores_and_child(count, memory, pinned, tmp_path):
     recipe, one = pinned
     run = tmp_path / "run"
-    result = puzzle("run", recipe, "--run-dir", run, "--to", "distill-child", "--nproc", count)
+    command = ["run", recipe, "--run-dir", run, "--to", "distill-child", "--nproc", count, f"memory={memory}"]
+    result = puzzle(*command)
     assert result.stdout.count("score-blocks") == 1
     expected = checksums(one)
     assert len(expected) > 20 and checksums(run) == expected
@@ -52,6 +54,58 @@ def test_the_same_library_scores_and_child(count, pinned, tmp_path):
     assert len(theirs) > 2 and theirs[-1] != theirs[0]
     for mine, other in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(other, rel=GKD_TOLERANCE)
+
+
+NOTING = """
+import os, sys
+from puzzle_nas import pipeline
+from puzzle_nas.cli import main
+from puzzle_nas.families.streaming import WeightFiles
+
+def noted(function, what):
+    def noting(*arguments, **named):
+        with open(f"{sys.argv[0]}.{os.environ['RANK']}", "a") as file:
+            file.write(what(*arguments))
+        return function(*arguments, **named)
+    return noting
+
+pipeline.run_stage = noted(pipeline.run_stage, lambda stage, *_: f" {stage.NAME}:")
+layer_of = lambda _, module, prefix: prefix.split(".")[2] if ".layers." in prefix else ""
+WeightFiles.fill = noted(WeightFiles.fill, layer_of)
+main()
+"""
+"""Writes which layers a rank reads from disk, stage by stage: ` score_blocks:01`."""
+
+
+def test_a_rank_reads_its_own_layers_alone_twice_in_bld_and_once_in_scoring(pinned, tmp_path):
+    recipe, one = pinned
+    script, run = tmp_path / "noting.py", tmp_path / "run"
+    script.write_text(NOTING)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    command = ["run", recipe, "--run-dir", run, "--to", "score-blocks", "memory=divide"]
+    subprocess.run([*torchrun, *command], check=True, timeout=600, capture_output=True)
+    made = ("library/main/*/*", "scores/main/*/*")
+    assert checksums(run, made) == checksums(one, made)
+    first, second = (Path(f"{script}.{rank}").read_text().split()[-2:] for rank in range(2))
+    # The second rank has its first layer's input from the first, which begins again below its own.
+    assert first == ["distill_blocks:0101", "score_blocks:01"]
+    assert second == ["distill_blocks:23", "score_blocks:23"]
+
+
+def test_scores_by_a_task_are_the_same_from_divided_layers(pinned, tmp_path):
+    recipe, one = pinned
+    items = [{"question": f"{a} and", "choices": [b, a, "nothing"], "answer": 0} for a in "abcd" for b in "efgh"]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    task = ["scoring.metric=task", f"scoring.task={tmp_path / 'items.jsonl'}"]
+    found = []
+    for count, memory in ((1, "all"), (2, "divide")):
+        run = tmp_path / memory
+        shutil.copytree(one, run)
+        command = ["run", recipe, "--run-dir", run, "--to", "score-blocks", "--nproc", count]
+        said = puzzle(*command, *task, f"memory={memory}").stdout
+        assert said.count("no better than chance") == 1
+        found.append(checksums(run, ["scores/main/task/*"]))
+    assert len(found[0]) > 20 and found[1] == found[0]
 
 
 def start(command, run):
@@ -84,15 +138,18 @@ def test_a_killed_process_stops_the_run_with_a_sentence_and_loses_nothing(pinned
     assert checksums(run) == checksums(one)
 
 
-def test_torchrun_restarts_what_was_killed_and_more_processes_take_over(pinned, tmp_path):
+@pytest.mark.parametrize(
+    ("memory", "moment"), [("all", "library/main/layer_00/*.json"), ("divide", "scores/main/kl/layer_00*.json")]
+)
+def test_torchrun_restarts_what_was_killed_and_more_processes_take_over(memory, moment, pinned, tmp_path):
     recipe, one = pinned
     run = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "puzzle_nas", "run", recipe, "--run-dir", run, "--to", "couple-blocks"]
+    command = ["-m", "puzzle_nas", "run", recipe, "--run-dir", run, "--to", "couple-blocks", f"memory={memory}"]
     said = tmp_path / "said.txt"
     with open(said, "w") as output:
         process = subprocess.Popen([*torchrun, "--max-restarts", "1", *command], stdout=output, stderr=output)
-    kill_a_rank(process, run, "library/main/layer_00/*.json")
+    kill_a_rank(process, run, moment)
     assert process.wait(timeout=600) == 0, said.read_text()
     assert checksums(run) == checksums(one)
 

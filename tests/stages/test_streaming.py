@@ -1,4 +1,4 @@
-"""memory: stream gives what memory: all gives; BLD in shards goes on where it stopped."""
+"""memory: stream and divide give what memory: all gives; BLD in shards goes on where it stopped."""
 
 import json
 import shutil
@@ -49,9 +49,10 @@ def again(tiny_run, folder, stages, *overrides):
     return run
 
 
-def test_streamed_stages_make_the_same_bytes(tiny_run, tmp_path):
+@pytest.mark.parametrize("memory", ["stream", "divide"])
+def test_streamed_stages_make_the_same_bytes(memory, tiny_run, tmp_path):
     stages = (prepare_parent, build_library, distill_blocks, score_blocks, assemble_child, refit_child)
-    run = again(tiny_run, tmp_path / "run", stages, "memory=stream")
+    run = again(tiny_run, tmp_path / "run", stages, f"memory={memory}")
     assert len(checksums(tiny_run)) > 60 and checksums(run.path) == checksums(tiny_run)
     assert not run.scratch("score_blocks").exists()
 
