@@ -131,10 +131,11 @@ def serve(run: str, layer: int, threads: int, train: int, scoring: int, gkd: int
         what, *arguments = json.loads(line)
         answer: Any = None
         if what == "bld":
-            (size,) = arguments
+            size, steps = arguments
             if size not in kept:
                 kept[size] = trainees(1000), itertools.cycle(torch.arange(train).split(size))
-            bld(kept[size][0], next(kept[size][1]))
+            for _ in range(steps):
+                bld(kept[size][0], next(kept[size][1]))
         elif what == "train":
             batches, held = (torch.tensor(part) for part in arguments)
             those = trainees(len(batches))
