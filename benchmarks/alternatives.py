@@ -1,6 +1,6 @@
 """Puzzle against what people would do instead, on the same parent at the same predicted speed, with the same text.
 
-    puzzle          our search (measured candidates, one round of refinement), refit, GKD
+    puzzle          our search (measured candidates, two rounds of refinement), refit, GKD
     greedy          the library's variants, chosen layer by layer (Puzzle, table 11)
     random          the library's variants, drawn at random: the median of five draws
     block_influence whole layers removed, those that turn their input least first (ShortGPT)

@@ -47,7 +47,7 @@ def model_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
         return (
             name,
             _number(kl, ".4f"),
-            _number(perplexity, ".2f"),
+            _number(perplexity, ".2f" if perplexity is None or perplexity < 1000 else ".0f"),
             _number(agreement, ".1f", 100, " %"),
             _number(owner.get("parameters"), ".1f", 1e-6, " M"),
             _number(owner.get("memory_bytes"), ".0f", 1e-6, " MB"),
