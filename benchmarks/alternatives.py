@@ -32,17 +32,20 @@ import shutil
 import statistics
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
 from alternative_starts import BASE, FOLDER, SPEEDUPS, Starts, linked
 from results import save
-from task_accuracy import accuracies
+from task_accuracy import USED, items_of, right_answers
 
 from puzzle_nas.architecture import Architecture
 from puzzle_nas.architecture_search import ArchitectureSearch
-from puzzle_nas.artifacts import RunFolder, complete_folder, read_json, write_json
+from puzzle_nas.artifacts import RunFolder, complete_folder, fingerprint, read_json, write_json
 from puzzle_nas.engines import ENGINES, speedups
 from puzzle_nas.errors import InfeasibleError
+from puzzle_nas.evaluation.statistics import estimate
 from puzzle_nas.families import load_parent, load_tokenizer, save_model
 from puzzle_nas.families.loading import parent_checkpoint, probe_model
 from puzzle_nas.modeling import PuzzleForCausalLM
@@ -151,9 +154,10 @@ def gathered() -> dict[float, dict[str, dict]]:
     for speedup in sorted(SPEEDUPS):
         for path in sorted((FOLDER / f"{speedup}x").glob("*/start.json")):
             facts = read_json(path)
-            for name in ("result.json", "measured.json", "tasks.json"):
+            for name in ("result.json", "measured.json"):
                 if (path.parent / name).exists():
                     facts |= read_json(path.parent / name)
+            facts["right"] = answered(path.parent)
             result.setdefault(speedup, {})[path.parent.name] = facts
     return result
 
@@ -182,14 +186,23 @@ def answer_tasks() -> None:
     torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
     tokenizer = load_tokenizer(parent_checkpoint(BASE))
     done = [p.parent for s in SPEEDUPS for p in sorted((FOLDER / f"{s}x").glob("*/result.json"))]
-    for folder in (FOLDER, *done):
-        if not (folder / "tasks.json").exists():
-            model = (
-                parent if folder == FOLDER else PuzzleForCausalLM.from_pretrained(folder / "child", dtype=parent.dtype)
-            )
-            found = accuracies(model.eval(), tokenizer)
-            write_json(folder / "tasks.json", {"accuracy": found})
-            print(folder, found, flush=True)
+    for task, limit in USED.items():
+        items = items_of(task, limit)
+        made_from = fingerprint([item.key.hex() for item in items])
+        for folder in (FOLDER, *done) if items else ():
+            path = folder / f"tasks/{task}.json"
+            if path.exists() and read_json(path)["made_from"] == made_from:
+                continue
+            child = folder / "child"
+            model = parent if folder == FOLDER else PuzzleForCausalLM.from_pretrained(child, dtype=parent.dtype)
+            right = right_answers(model.eval(), tokenizer, items)
+            write_json(path, {"made_from": made_from, "right": right})
+            print(f"{path} {sum(right) / len(right):.3f}", flush=True)
+
+
+def answered(folder: Path) -> dict[str, list[float]]:
+    """By task, for each item whether it was answered right."""
+    return {path.stem: read_json(path)["right"] for path in sorted((folder / "tasks").glob("*.json"))}
 
 
 def report() -> None:
@@ -221,8 +234,16 @@ def report() -> None:
                 figures[f"core_seconds_{name}"] = round(seconds, 1)
             if "speedup_measured" in facts:
                 figures[f"speedup_measured_{name}"] = facts["speedup_measured"]
-            tasks = facts.get("accuracy", {})
-            figures |= {f"accuracy_{task}_{name}": value for task, value in tasks.items()}
+            tasks = []
+            for task, right in facts["right"].items():
+                accuracy, ours = estimate(right), done["puzzle"]["right"].get(task)
+                figures[f"accuracy_{task}_{name}"] = accuracy["mean"]
+                tasks.append(f"{task} {accuracy['mean']:.3f}")
+                if label != "puzzle" and ours is not None:
+                    ahead = estimate(np.subtract(ours, right))
+                    figures[f"accuracy_{task}_puzzle_less_{name}"] = ahead["mean"]
+                    figures[f"accuracy_{task}_puzzle_less_{name}_standard_error"] = ahead["standard_error"]
+                    tasks[-1] += f" (puzzle {ahead['mean']:+.3f} +- {ahead['standard_error']:.3f})"
             if label not in (way for ways in PAIRS.values() for way in ways):
                 shown = label if label == method else f"{label} ({method})"
                 print(
@@ -230,12 +251,14 @@ def report() -> None:
                     f"{facts.get('speedup_measured', float('nan')):7.3f}{facts['before_gkd']['kl_nats']:11.4f}"
                     f"{facts['after_gkd']['kl_nats']:8.4f}{facts['after_gkd']['kl_nats_standard_error']:7.4f}"
                     f"{facts['after_gkd']['perplexity']:8.2f}{facts['gkd_tokens']:8d}{seconds:8.0f}  "
-                    + " ".join(f"{task} {value:.3f}" for task, value in tasks.items())
+                    + "  ".join(tasks)
                 )
         for method, facts in children.items():
             figures.setdefault(f"kl_{method}_before_gkd_{speedup}x", facts["before_gkd"]["kl_nats"])
-    if (FOLDER / "tasks.json").exists():
-        figures |= {f"accuracy_{t}_parent": v for t, v in read_json(FOLDER / "tasks.json")["accuracy"].items()}
+    for task, right in answered(FOLDER).items():
+        parent = estimate(right)
+        print(f"parent: {task} {parent['mean']:.3f} +- {parent['standard_error']:.3f}, {len(right)} items")
+        figures |= {f"accuracy_{task}_parent": parent["mean"], f"items_{task}": len(right)}
     library = BASE.seconds()
     figures["wall_seconds_of_library"] = round(
         sum(library[stage] for stage in ("build_library", "distill_blocks", "score_blocks")), 1

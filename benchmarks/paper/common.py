@@ -186,14 +186,20 @@ class Table:
     """Rows in the paper's order."""
     ours: str
     """What our figures are."""
-    measure: Callable[[Budget], Measured] = field(repr=False)
+    measure: Callable[..., Measured] = field(repr=False)
+    """Of a budget, and of the options as keywords, None where they are not given."""
+    options: tuple[str, ...] = ()
+    """Further ones of the command, without their dashes."""
 
     def main(self) -> None:
         """Measure, print, keep."""
         parser = argparse.ArgumentParser(description=f"{self.title} ({self.name})")
         parser.add_argument("--budget", choices=BUDGETS, default="cpu")
-        budget = BUDGETS[parser.parse_args().budget]
-        measured = self.measure(budget)
+        for option in self.options:
+            parser.add_argument(f"--{option}")
+        given = vars(parser.parse_args())
+        budget = BUDGETS[given.pop("budget")]
+        measured = self.measure(budget, **given)
         figures: dict = {
             f"{row}@{column}": value for column, rows in measured.columns.items() for row, value in rows.items()
         }
@@ -201,6 +207,7 @@ class Table:
         came_out = all(measured.claims.values()) if measured.claims else None
         figures |= {"came_out": came_out, "remark": measured.remark}
         command = f"python -m benchmarks.paper.{self.name} --budget {budget.name}"
+        command += "".join(f" --{option} {value}" for option, value in given.items() if value is not None)
         print(f"{self.title}\n")
         print(self.markdown(figures))
         print("Written to", save(f"paper/{self.name}", figures, command=command))
@@ -218,13 +225,13 @@ class Table:
         columns = list(dict.fromkeys(column for _, column in cells))
         rows = dict.fromkeys([*self.paper, *(row for row, _ in cells)])
         lines = [
-            f"| | paper, {self.paper_unit} | " + " | ".join(columns) + " |",
+            "| | " + " | ".join([f"paper, {self.paper_unit}", *columns]) + " |",
             "|---|" + "---|" * (1 + len(columns)),
         ]
         for row in rows:
             values = [cells.get((row, column)) for column in columns]
             shown = ["" if v is None else f"{v:.4g}" for v in values]
-            lines.append(f"| {row} | {self.paper.get(row, '')} | " + " | ".join(shown) + " |")
+            lines.append("| " + " | ".join([row, str(self.paper.get(row, "")), *shown]) + " |")
         failed = [claim for claim, held in claims.items() if not held]
         verdict = "The ordering came out" if not failed else "The ordering did not come out"
         held = f"{verdict} ({len(claims) - len(failed)} of {len(claims)} comparisons)."
