@@ -1,7 +1,8 @@
 """What each source of distillation text does for general text.
 
 GKD from the quickstart's refitted child on equally many tokens of each source, measured on the mix in
-../shared/data/validation (books, code, mail, documentation, ...), which none of the product's sources has seen.
+../shared/data/validation (books, code, mail, documentation, ...). Of its code the Python library holds a part, of the
+rest next to nothing: continuations.py counts it.
 Needs a finished runs/quickstart and ../shared/data. python benchmarks/data_sources.py [TOKENS]
 """
 

@@ -1,6 +1,7 @@
 """What the quickstart's child lost, by domain of text, task and length; kept in the run for its report as well.
 
-Text and tasks are files of ../shared/data, of which the run has seen nothing; without them there is nothing to measure.
+Text and tasks are files of ../shared/data; without them there is nothing to measure. One task more is that of
+continuations.py, which makes it and counts what the run has read of the text before.
 python benchmarks/evaluation.py [RUN]: about ten minutes on two cores
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 from results import save
+from task_accuracy import CONTINUATIONS
 
 from puzzle_nas.artifacts import RunFolder, read_json
 from puzzle_nas.evaluation.evaluate import Asked, evaluate, evaluation_path
@@ -29,6 +31,9 @@ def main() -> None:
     texts, tasks = sorted(DATA.glob("validation/*.jsonl.gz")), sorted(DATA.glob("benchmarks/*.jsonl.gz"))
     if not texts or not tasks:
         raise SystemExit(f"{DATA} is not here: nothing to evaluate on.")
+    if not CONTINUATIONS.exists():
+        raise SystemExit(f"{CONTINUATIONS} is missing. Make it with: python benchmarks/continuations.py")
+    tasks.append(CONTINUATIONS)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     asked = {
         "tasks": Asked(tasks=tuple(map(str, tasks)), limit=ITEMS),
@@ -37,7 +42,9 @@ def main() -> None:
     child = read_json(run.path / "stages/distill_child.json")["outputs_fingerprint"]
     for name, what in asked.items():
         path = evaluation_path(run, name)
-        if not path.exists() or read_json(path)["made_from"] != child:
+        kept = read_json(path) if path.exists() else {}
+        labels = {Path(task).name.split(".")[0] for task in what.tasks}
+        if kept.get("made_from") != child or kept.get("limit") != what.limit or labels - set(kept.get("tasks", ())):
             evaluate(run.path, None, what)
     text, tasks, long_context = (read_json(evaluation_path(run, name)) for name in ("text", "tasks", "long_context"))
     figures: dict[str, float] = {}
@@ -51,6 +58,8 @@ def main() -> None:
             f"chance_{task}": found["chance"],
             f"parent_above_chance_{task}": float(found["counted"]),
         }
+        if found["counted"]:
+            figures |= {f"preserved_{task}_{part}": value for part, value in found["preserved"].items()}
     if tasks["average_preserved"] is not None:
         figures["accuracy_preserved_average"] = tasks["average_preserved"]["mean"]
     for length, row in long_context["lengths"].items():
