@@ -22,6 +22,7 @@ Reads runs/quickstart; children are kept in runs/benchmark-alternatives, so a se
 python benchmarks/alternatives.py [--both] [SPEEDUP ...]   make and evaluate children
 python benchmarks/alternatives.py --report   print what is there
 python benchmarks/alternatives.py --tasks   multiple-choice accuracy of the children, where the files are
+python benchmarks/alternatives.py --general   their KL on other kinds of text than the run's, where the files are
 python benchmarks/alternatives.py --measure   time them beside the parent: wants a quiet machine
 """
 
@@ -37,6 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from alternative_starts import BASE, FOLDER, SPEEDUPS, Starts, linked
+from continuations import READ_BY_RUN, TEXT
 from results import save
 from task_accuracy import USED, items_of, right_answers
 
@@ -46,11 +48,13 @@ from puzzle_nas.artifacts import RunFolder, complete_folder, fingerprint, read_j
 from puzzle_nas.engines import ENGINES, speedups
 from puzzle_nas.errors import InfeasibleError
 from puzzle_nas.evaluation.statistics import estimate
+from puzzle_nas.evaluation.text import domain_tokens
 from puzzle_nas.families import load_parent, load_tokenizer, save_model
 from puzzle_nas.families.loading import parent_checkpoint, probe_model
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.stages.distill_child import Training
+from puzzle_nas.training.comparison import ParentReference
 from puzzle_nas.training.parent_outputs import LiveParent
 
 OWN_TOKENS = 49_152
@@ -60,6 +64,8 @@ EVALUATE_EVERY_STEPS = 16
 FROM_LIBRARY = ("puzzle", "greedy", "random")
 PAIRS = {"depth_pruned": ("block_influence", "contiguous"), "width_pruned": ("width_refitted", "width")}
 TIMING_REPEATS = 5
+GENERAL_TOKENS = 1_024
+"""Of each kind of general text."""
 
 
 def started(starts: Starts, method: str, speedup: float) -> dict:
@@ -154,7 +160,7 @@ def gathered() -> dict[float, dict[str, dict]]:
     for speedup in sorted(SPEEDUPS):
         for path in sorted((FOLDER / f"{speedup}x").glob("*/start.json")):
             facts = read_json(path)
-            for name in ("result.json", "measured.json"):
+            for name in ("result.json", "measured.json", "general.json"):
                 if (path.parent / name).exists():
                     facts |= read_json(path.parent / name)
             facts["right"] = answered(path.parent)
@@ -180,16 +186,39 @@ def measure() -> None:
             print(f"{speedup}x {method:16s} measured {statistics.median(ratios):.3f}x", flush=True)
 
 
+def distilled_folders() -> list[Path]:
+    """Of all children that are finished."""
+    return [path.parent for s in SPEEDUPS for path in sorted((FOLDER / f"{s}x").glob("*/result.json"))]
+
+
+def compare_generally() -> None:
+    """KL of every distilled child on books, mail, speeches and the like, of each kind as many tokens."""
+    files = [str(path) for path in sorted(TEXT.glob("*.jsonl.gz")) if path.name.split(".")[0] not in READ_BY_RUN]
+    if not files:
+        raise SystemExit(f"{TEXT} is not here: nothing to compare on.")
+    recipe = open_run(BASE)
+    parent, _ = load_parent(BASE)
+    torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+    tokenizer, length = load_tokenizer(parent_checkpoint(BASE)), recipe.data.sequence_length
+    kinds = [domain_tokens([file], tokenizer, length, GENERAL_TOKENS, recipe.seed) for file in files]
+    reference = ParentReference(parent, torch.cat(kinds))
+    for folder in distilled_folders():
+        if not (folder / "general.json").exists():
+            child = PuzzleForCausalLM.from_pretrained(folder / "child", dtype=parent.dtype).eval()
+            found = reference.compare(child)
+            write_json(folder / "general.json", {"general": found.to_dict()})
+            print(f"{folder} general KL {found.kl_nats:.4f} +- {found.kl_nats_standard_error:.4f}", flush=True)
+
+
 def answer_tasks() -> None:
     """Task accuracy of every distilled child and of the parent."""
     parent, _ = load_parent(BASE)
     torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
     tokenizer = load_tokenizer(parent_checkpoint(BASE))
-    done = [p.parent for s in SPEEDUPS for p in sorted((FOLDER / f"{s}x").glob("*/result.json"))]
     for task, limit in USED.items():
         items = items_of(task, limit)
         made_from = fingerprint([item.key.hex() for item in items])
-        for folder in (FOLDER, *done) if items else ():
+        for folder in (FOLDER, *distilled_folders()) if items else ():
             path = folder / f"tasks/{task}.json"
             if path.exists() and read_json(path)["made_from"] == made_from:
                 continue
@@ -207,11 +236,11 @@ def answered(folder: Path) -> dict[str, list[float]]:
 
 def report() -> None:
     """Print the table of what is there, and keep it."""
-    figures: dict[str, float] = {"gkd_tokens_of_library_methods": OWN_TOKENS}
+    figures: dict[str, float | None] = {"gkd_tokens_of_library_methods": OWN_TOKENS}
     rows = gathered()
     print(
         f"\n{'':6s}{'method':34s}{'pred.':>7s}{'meas.':>7s}{'KL before':>11s}{'KL':>8s}{'+-':>7s}{'ppl':>8s}"
-        f"{'tokens':>8s}{'core s':>8s}  tasks"
+        f"{'general KL':>12s}{'tokens':>8s}{'core s':>8s}  tasks"
     )
     for speedup, children in rows.items():
         done = {m: f for m, f in children.items() if "after_gkd" in f}
@@ -234,6 +263,9 @@ def report() -> None:
                 figures[f"core_seconds_{name}"] = round(seconds, 1)
             if "speedup_measured" in facts:
                 figures[f"speedup_measured_{name}"] = facts["speedup_measured"]
+            if general := facts.get("general"):
+                figures[f"kl_general_{name}"] = general["kl_nats"]
+                figures[f"kl_general_standard_error_{name}"] = general["kl_nats_standard_error"]
             tasks = []
             for task, right in facts["right"].items():
                 accuracy, ours = estimate(right), done["puzzle"]["right"].get(task)
@@ -250,8 +282,8 @@ def report() -> None:
                     f"{speedup:.2f}x {shown:34s}{facts['speedup_predicted']:7.3f}"
                     f"{facts.get('speedup_measured', float('nan')):7.3f}{facts['before_gkd']['kl_nats']:11.4f}"
                     f"{facts['after_gkd']['kl_nats']:8.4f}{facts['after_gkd']['kl_nats_standard_error']:7.4f}"
-                    f"{facts['after_gkd']['perplexity']:8.2f}{facts['gkd_tokens']:8d}{seconds:8.0f}  "
-                    + "  ".join(tasks)
+                    f"{facts['after_gkd']['perplexity']:8.2f}{general['kl_nats'] if general else float('nan'):12.4f}"
+                    f"{facts['gkd_tokens']:8d}{seconds:8.0f}  " + "  ".join(tasks)
                 )
         for method, facts in children.items():
             figures.setdefault(f"kl_{method}_before_gkd_{speedup}x", facts["before_gkd"]["kl_nats"])
@@ -273,6 +305,8 @@ def main() -> None:
         measure()
     elif "--tasks" in arguments:
         answer_tasks()
+    elif "--general" in arguments:
+        compare_generally()
     elif "--report" not in arguments:
         make(tuple(float(a) for a in arguments if a != "--both") or SPEEDUPS, "--both" in arguments)
     report()

@@ -23,8 +23,8 @@ FILES = {
     **{path.name.split(".")[0]: path for path in sorted(Path("../shared/data/benchmarks").glob("*.jsonl.gz"))},
     "continuations": CONTINUATIONS,
 }
-USED = {"continuations": 800, "social_iqa": 400}
-"""Items of the tasks that children are compared on. The parent is at chance on all but the first (evaluation.py)."""
+USED = {"continuations": 800}
+"""Items of the tasks that children are compared on. On the others the parent is at chance (evaluation.py)."""
 
 
 def items_of(task: str, limit: int) -> list[TaskItem]:

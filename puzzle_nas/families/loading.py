@@ -81,7 +81,7 @@ def bfloat16_is_fast(device: torch.device) -> bool:
 def keep_freed_memory() -> None:
     """Tell glibc to keep what tensors free for the next ones, instead of giving it back page by page.
 
-    A step of training makes and frees the same tensors each time; getting their pages anew took a fifth of BLD's time.
+    A step of training makes and frees the same tensors each time, and getting their pages anew takes long.
     """
     allocator = ctypes.CDLL(None)
     if hasattr(allocator, "gnu_get_libc_version"):
