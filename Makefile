@@ -22,8 +22,9 @@ export-smoke: quickstart-smoke engines
 	$(BIN)/puzzle export runs/quickstart-smoke --to gguf --quantize q8_0
 	$(BIN)/puzzle export runs/quickstart-smoke --to vllm
 
+# A process for each core, each with one thread.
 test: install engines browser
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # What exports are verified with, once for each machine: llama.cpp is built from source, vLLM is 3.4 GB.
 engines: install-use

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -175,6 +175,11 @@ class Architecture:
         blocks = list(self.layers)
         blocks[layer] = {**blocks[layer], spec.slot: spec}
         return Architecture(tuple(blocks))
+
+    def without(self, layers: Container[int]) -> Architecture:
+        """A copy that lacks whole layers."""
+        gone = {spec.slot: spec for spec in (NoOpAttention(), NoOpFFN())}
+        return Architecture(tuple(gone if i in layers else block for i, block in enumerate(self.layers)))
 
     def per_layer_config(self) -> dict[int, dict[str, Any]]:
         """transformers' `per_layer_config` for the child's config."""

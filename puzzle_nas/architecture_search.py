@@ -7,7 +7,7 @@ scores and costs. The summed scores estimate the child's damage, the summed cost
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -162,6 +162,25 @@ class ArchitectureSearch:
     @staticmethod
     def _holds(architecture: Architecture, layer: int, specs: Sequence[Spec]) -> bool:
         return all(architecture.layers[layer][spec.slot] == spec for spec in specs)
+
+    @property
+    def removable_layers(self) -> set[int]:
+        """Those that may be left out whole."""
+        removed = self.parent.without(range(self.shape.num_hidden_layers))
+        places = {position(layer, specs): layer for layer, specs in self.scores}
+        empty = {position(layer, specs) for layer, specs in self.scores if self._holds(removed, layer, specs)}
+        return set(places.values()) - {layer for place, layer in places.items() if place not in empty}
+
+    def without(self, layers: Container[int]) -> ArchitectureSearch:
+        """The search where these, removable, layers are left out."""
+        removed = self.parent.without(layers)
+        kept = {c: score for c, score in self.scores.items() if c[0] not in layers or self._holds(removed, *c)}
+        return replace(self, scores=kept)
+
+    def meets(self, limits: dict[str, float], architecture: Architecture) -> bool:
+        """Whether the predicted costs are within the limits."""
+        bounds = self.costs.limits(limits, self.parent)
+        return all(self.costs.total(b.column, architecture) <= b.maximum for b in bounds if b.maximum is not None)
 
     def score_of(self, architecture: Architecture) -> float:
         """The summed score."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from typing import Any
 
 import typer
@@ -54,12 +55,17 @@ def main() -> None:
             print(f"puzzle: {error.format_message()}", file=sys.stderr)
             sys.exit(2)
         if parallel is not None and parallel.is_lost_peer(error):
+            parallel.wait_for_the_cause()
             sys.exit(parallel.PEER_LOST)
         raise
 
 
 def _catch_interrupts() -> None:
-    """The first Ctrl-C stops in good order; a second, while that goes on, at once: nothing is lost by either."""
+    """The first Ctrl-C stops in good order; a second, while that goes on, at once: nothing is lost by either.
+
+    Where the first falls into a destructor or a weak reference's callback, Python would drop what it raises there: it
+    is raised once more, after that.
+    """
 
     def stop_at_once(*_: object) -> None:
         os.write(2, f"{STOPPED}\n".encode())
@@ -69,8 +75,18 @@ def _catch_interrupts() -> None:
         signal.signal(signal.SIGINT, stop_at_once)
         raise KeyboardInterrupt
 
+    def raise_again(dropped: Any) -> None:
+        if dropped.exc_type is KeyboardInterrupt:
+            signal.signal(signal.SIGINT, stop)
+            again = threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+            again.daemon = True
+            again.start()
+        else:
+            sys.__unraisablehook__(dropped)
+
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop)
+        sys.unraisablehook = raise_again
 
 
 def _set_environment() -> None:

@@ -176,16 +176,24 @@ class SearchSettings(Settings):
     time_limit_seconds: float = Field(60.0, gt=0)
     """Longest time for one solve."""
     verify: int = Field(1, ge=1)
-    """How many of the best architectures are assembled and measured on the selection split; the best of them counts.
-    They come in turn from sums of KL, of LM loss, and of both."""
+    """How many of the best architectures are assembled, refitted and measured on the selection split; the best of them
+    counts. They come in turn from sums of KL, of LM loss, and of both."""
     min_different: int = Field(8, ge=1)
     """Positions in which those from the same sums differ from each other."""
+    removed_runs: int = Field(0, ge=0)
+    """How many more candidates lack a run of whole layers, worth more than scores of single blocks say: as many layers
+    as would be enough alone, then half as many, and so on; the rest by sums of scores."""
     refine_rounds: int = Field(0, ge=0)
-    """How often scores are taken anew around the best child so far, as long as that helps, and the search repeated
-    near it. A round takes as long as all scores."""
+    """Around how many of those children scores are taken anew, and the search repeated near them: the best by sums and
+    those that lack a run, whichever are ahead. A round takes as long as all scores."""
     speed_attempts: int = Field(3, ge=0)
     """How often the found architecture is timed beside the parent and, where its measured speed-up falls short of the
     limit, searched anew with a tighter one. 0 trusts the cost table, as does a table given with costs.file."""
+
+    @property
+    def measures_children(self) -> bool:
+        """Whether children are assembled to choose among them."""
+        return self.verify > 1 or self.removed_runs > 0 or self.refine_rounds > 0
 
 
 class RefitSettings(Settings):
@@ -193,8 +201,8 @@ class RefitSettings(Settings):
 
     enabled: bool = True
     """Try it; it is kept only if it lowers KL on the selection split."""
-    ridge: float = Field(1e-2, ge=0)
-    """Pull towards the present weights, relative to the mean diagonal of the Gram matrix."""
+    ridge_tokens: float = Field(6_144, ge=0)
+    """Pull towards the present weights: as strong as so many tokens of the calibration text are on the mean."""
 
 
 class GKDSettings(OptimiserSettings):
@@ -311,9 +319,10 @@ class Recipe(Settings):
     def _task_is_named(self) -> Recipe:
         if (self.scoring.metric == "task") != (self.scoring.task is not None):
             raise ValueError("scoring.metric: task and scoring.task, a file of items, belong together")
-        if self.scoring.metric == "task" and (self.search.verify > 1 or self.search.refine_rounds):
+        if self.scoring.metric == "task" and self.search.measures_children:
             raise ValueError(
-                "search.verify and search.refine_rounds choose by KL; with scoring.metric: task, set them to 1 and 0"
+                "search.verify, search.removed_runs and search.refine_rounds choose by KL; with scoring.metric: task, "
+                "set them to 1, 0 and 0"
             )
         return self
 

@@ -148,8 +148,12 @@ def _puzzle(arguments: list[str], pipes: list[Path], sender: Any, fault: Fault |
             fault(stage)
 
     RunFolder.begin = begin_and_tell
+    from transformers.utils import logging
+
     from puzzle_nas.cli import main
 
+    # Where transformers is imported already, the environment that the command sets comes too late.
+    logging.set_verbosity_error()
     sys.argv = ["puzzle", *arguments]
     main()
 
@@ -235,7 +239,8 @@ class Kill:
 
     aimed_at: str
     how: str
-    """`time`, a moment drawn from the stage's duration, or `write`, before one of its changes of the file system."""
+    """`time`, a moment drawn from the stage's duration (its end, where it ends sooner than in the undisturbed run), or
+    `write`, before one of its changes of the file system."""
     moment: float
     """Seconds, or changes, after the stage began."""
 
@@ -267,8 +272,8 @@ class Undisturbed:
         return self.recipe.parent / "whole"
 
     def draw(self, rng: random.Random, stage: str) -> Kill:
-        """A random moment of a stage."""
-        if rng.random() < 0.5:
+        """A random moment of a stage; of the last, which may end sooner than before, one of its changes."""
+        if rng.random() < 0.5 and stage != STAGES[-1]:
             return Kill(stage, "time", rng.uniform(0, self.seconds[stage]))
         return Kill(stage, "write", rng.randrange(self.writes[stage]))
 
@@ -277,7 +282,7 @@ class Undisturbed:
         fault = KillBeforeWrite(kill.aimed_at, int(kill.moment)) if kill.how == "write" else None
         command = Command("run", self.recipe, "--run-dir", run, fault=fault)
         if kill.how == "time" and command.wait_for(kill.aimed_at):
-            time.sleep(kill.moment)
+            command.begun.poll(kill.moment)
             command.signal(signal.SIGKILL)
         ended = command.end()
         assert ended.returncode in (0, -signal.SIGKILL), f"{kill}: {ended.stdout}\n{ended.stderr}"

@@ -130,11 +130,10 @@ def search_note(summary: dict[str, Any]) -> str:
     tried = [row["selection_kl_nats"] for row in summary["search"]["children_measured"]]
     if not tried:
         return ""
-    own = summary["refit"].get("selection_kl_nats_before")
-    its_own = "" if own is None else f"; its own {own:.3f}"
+    refitted = ", refitted" if summary["refit"]["tried"] else ""
     return (
-        f"Search: chosen among {len(tried)} children, assembled and measured (KL on the selection split "
-        f"{min(tried):.3f}-{max(tried):.3f}{its_own})."
+        f"Search: chosen among {len(tried)} children, assembled{refitted} and measured (KL on the selection split "
+        f"{min(tried):.3f}-{max(tried):.3f})."
     )
 
 

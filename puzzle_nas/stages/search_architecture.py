@@ -20,7 +20,7 @@ from puzzle_nas.training.refinement import Refinement, Trials
 NAME = "search_architecture"
 COMMAND = "search"
 NEEDS = ("score_blocks", "measure_costs", "couple_blocks")
-SETTINGS = ("search", "scenarios", "search_space", "engine")
+SETTINGS = ("search", "scenarios", "search_space", "engine", "refit")
 OUTPUTS = ("search/main/architecture.json",)
 BASELINES = ("greedy", "homogeneous", "max_params")
 """Those that every run assembles and evaluates."""
@@ -56,6 +56,8 @@ def search(
     return result
 
 
+TRIED_ON = ("calibration", "scoring", "selection")
+"""The splits that candidates are refitted and measured on."""
 SPEED_REPEATS = 15
 MARGIN = 1.005
 """How much further than the shortfall a limit is tightened."""
@@ -66,10 +68,9 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     settings, asked = recipe.search, dict(recipe.search.limits)
     found = ArchitectureSearch.at_best_batch_sizes(recipe, run, asked)
     refinement = None
-    if settings.verify > 1 or settings.refine_rounds:
-        parent, _ = load_parent(run)
-        splits = (load_tokens(run, split) for split in ("scoring", "selection"))
-        trials = Trials(run, parent, *splits, recipe.scoring.batch_tokens, found.library)
+    if settings.measures_children:
+        splits = {split: load_tokens(run, split) for split in TRIED_ON}
+        trials = Trials(run, load_parent(run)[0], recipe, splits, found.library)
         refinement = Refinement(found.by_either_loss(recipe, run), settings, trials)
     timed = "speedup" in asked and recipe.costs.file is None
     limits, attempts = asked, []

@@ -40,6 +40,8 @@ WAIT = datetime.timedelta(days=30)
 """A rank waits for as long as the first one searches or measures; torchrun notices ranks that die."""
 PEER_LOST = 75
 """Exit code of a rank that stops because another one did."""
+GRACE_SECONDS = 5.0
+"""For which it waits before."""
 
 
 def join() -> None:
@@ -121,6 +123,15 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
 def is_lost_peer(error: Exception) -> bool:
     """Whether an exchange between ranks failed, as it does when another rank stops."""
     return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def wait_for_the_cause() -> None:
+    """Let the rank that stopped be the first that torchrun sees gone, so that what it said is all that is said.
+
+    torchrun ends this one as soon as it does.
+    """
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(GRACE_SECONDS)
 
 
 def rank() -> int:

@@ -1,16 +1,17 @@
 """What summed scores cannot say about a child: measured by assembling it before it is chosen. Beyond the paper.
 
 Replace-1-block scores are taken in the parent, where everything else is intact. In a child that has lost a good part
-of its parent, another block may matter more or less. So candidates are assembled and measured, and scores are taken
-anew around the best of them: what it would gain or lose by each single change.
+of its parent, another block may matter more or less; and what is left may learn to make up for the loss, of whole
+neighbouring layers more readily than of many single blocks. So candidates of several kinds are assembled, refitted and
+measured, and scores are taken anew around the best of them: what it would gain or lose by each single change.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -18,21 +19,25 @@ from puzzle_nas.architecture import Architecture, Choice
 from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.errors import InfeasibleError
+from puzzle_nas.families.loading import shape_of
 from puzzle_nas.library import assemble, block_layers
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.progress import console, progress
-from puzzle_nas.recipe import SearchSettings
+from puzzle_nas.recipe import Recipe, SearchSettings
 from puzzle_nas.search import InfeasibleLimitsError, solve
 from puzzle_nas.training.comparison import ParentReference
+from puzzle_nas.training.refitting import refit
 from puzzle_nas.training.replacement import ReplacementWalk
+
+REFIT_TOKENS = 8_192
+"""Of calibration, to refit a candidate with: a third of the quickstart's, in a third of the time."""
 
 
 class Trials:
     """Assembled children of one run, measured. Nothing is written.
 
     Args:
-        scoring_tokens, selection_tokens: those splits, [S, T].
-        batch_tokens: tokens whose activations are in memory together.
+        splits: tokens of `calibration`, `scoring` and `selection`, each [S, T].
         library: what the children are made of.
     """
 
@@ -40,18 +45,36 @@ class Trials:
         self,
         run: RunFolder,
         parent: PuzzleForCausalLM,
-        scoring_tokens: torch.Tensor,
-        selection_tokens: torch.Tensor,
-        batch_tokens: int,
+        recipe: Recipe,
+        splits: Mapping[str, torch.Tensor],
         library: str = "main",
     ):
-        self.run, self.parent, self.batch_tokens, self.library = run, parent, batch_tokens, library
-        self.scoring_tokens = scoring_tokens
-        self._reference = ParentReference(parent, selection_tokens)
+        self.run, self.parent, self.recipe, self.library = run, parent, recipe, library
+        self._whole = Architecture.of_parent(shape_of(parent.config))
+        self._scoring = ParentReference(parent, splits["scoring"])
+        calibration = splits["calibration"]
+        self._calibration = calibration[: max(1, REFIT_TOKENS // calibration.shape[1])]
+        self._selection = ParentReference(parent, splits["selection"])
 
     def kl_nats(self, architecture: Architecture) -> float:
-        """KL(parent || child) on the selection split."""
-        return self._reference.compare(assemble(self.run, self.parent, architecture, self.library)).kl_nats
+        """KL(parent || child) on the selection split; refitted, where that is on and helps."""
+        child = assemble(self.run, self.parent, architecture, self.library)
+        kl = self._selection.compare(child).kl_nats
+        if not self.recipe.refit.enabled:
+            return kl
+        refit(self.parent, child, self._calibration, self.recipe.refit.ridge_tokens)
+        refitted = self._selection.compare(child).kl_nats
+        return refitted if refitted < kl or not math.isfinite(kl) else kl
+
+    def best_run(self, runs: list[range]) -> range:
+        """The run of layers without which the parent's KL on the scoring split is lowest."""
+        kl = []
+        with progress(f"remove {len(runs[0])} layers, run", len(runs)) as ticker:
+            for run in runs:
+                child = assemble(self.run, self.parent, self._whole.without(run), self.library)
+                kl.append(self._scoring.compare(child).kl_nats)
+                ticker.advance()
+        return min(zip(kl, runs, strict=True), key=lambda result: (math.isnan(result[0]), result[0]))[1]
 
     def scores_around(
         self, architecture: Architecture, choices: Iterable[Choice], on_layer: Callable[[], None] = lambda: None
@@ -62,7 +85,7 @@ class Trials:
         """
         choices = list(choices)
         child = assemble(self.run, self.parent, architecture, self.library)
-        walk = ReplacementWalk(self.parent, self.scoring_tokens, self.batch_tokens, child)
+        walk = ReplacementWalk(self.parent, self._scoring.tokens_ST, self.recipe.scoring.batch_tokens, child)
         present = float(walk.model_itself().kl_nats.double().mean())
         scores: dict[Choice, float] = {}
         for layer, block in enumerate(architecture.layers):
@@ -83,7 +106,7 @@ class Trials:
         return scores
 
 
-MAX_CHANGES = (4, 8, 16, 32)
+MAX_CHANGES = (2, 4, 8, 16)
 """How far from the best child so far the search may go: scores around it hold near it. Each is tried and measured."""
 
 
@@ -108,29 +131,50 @@ class Refinement:
         """
         if self._near is not None:
             return self._best_near(*self._near, limits)[1]
-        settings, found = self.settings, self.searches[0]
-        candidates: list[Architecture] = []
+        found = self.searches[0]
+        kinds = [self._by_sums(limits), *([child] for child in self._by_runs(limits))]
+        measured = self._measured(found, ["search", *["removed run"] * (len(kinds) - 1)], kinds)
+        leaders = sorted((min(kind, key=_kl) for kind in measured if kind), key=_kl)
+        best, rounds = leaders[0], min(self.settings.refine_rounds, len(leaders))
+        for number, (_, around) in enumerate(leaders[:rounds], start=1):
+            with progress(f"score around a child, round {number}/{rounds}, layer", len(around.layers)) as ticker:
+                scores = self.trials.scores_around(around, found.scores, ticker.advance)
+            near = replace(found, scores=scores), around
+            refined = self._best_near(*near, limits)
+            if self._near is None or refined[0] < best[0]:
+                self._near = near
+            best = min(best, refined, key=_kl)
+        return best[1]
+
+    def _by_sums(self, limits: dict[str, float]) -> list[Architecture]:
+        settings, candidates = self.settings, []
         for number, search in enumerate(self.searches[: settings.verify]):
             count = len(range(number, settings.verify, len(self.searches)))
             solutions = search.solve(limits, settings.gap, settings.time_limit_seconds, count, settings.min_different)
             candidates += [a for a in map(search.architecture, solutions) if a not in candidates]
-        kl, best = self._measured("search", found, candidates)
-        for number in range(1, settings.refine_rounds + 1):
-            layers = len(best.layers)
-            with progress(f"score around the child, round {number}/{settings.refine_rounds}, layer", layers) as ticker:
-                scores = self.trials.scores_around(best, found.scores, ticker.advance)
-            self._near = replace(found, scores=scores), best
-            refined_kl, refined = self._best_near(*self._near, limits)
-            if refined_kl >= kl:
-                break
-            kl, best = refined_kl, refined
-        return best
+        return candidates
+
+    def _by_runs(self, limits: dict[str, float]) -> list[Architecture]:
+        """Without as many neighbouring layers as would be enough alone; without half as many of these; and so on."""
+        found, candidates = self.searches[0], []
+        layers, removable = range(len(found.parent.layers)), found.removable_layers
+        length = next((n for n in layers[1:] if found.meets(limits, found.parent.without(range(n)))), 0)
+        while length and len(candidates) < self.settings.removed_runs:
+            runs = [range(first, first + length) for first in layers[: len(layers) - length + 1]]
+            if runs := [run for run in runs if removable.issuperset(run)]:
+                layers = self.trials.best_run(runs)
+                solutions = found.without(layers).solve(limits, self.settings.gap, self.settings.time_limit_seconds)
+                candidates += map(found.architecture, solutions)
+            length //= 2
+        return candidates
 
     def _best_near(
         self, near: ArchitectureSearch, around: Architecture, limits: dict[str, float]
     ) -> tuple[float, Architecture]:
         proposals = []
         for max_changes in (*MAX_CHANGES, len(near.scores)):
+            if proposals and max_changes > MAX_CHANGES[-1]:
+                break
             problem = near.problem(limits, around, max_changes)
             try:
                 (solution,) = solve(problem, self.settings.gap, self.settings.time_limit_seconds)
@@ -139,24 +183,40 @@ class Refinement:
                 continue
             if (proposal := near.architecture(solution)) not in proposals:
                 proposals.append(proposal)
-        return self._measured("refinement", near, proposals)
+        (measured,) = self._measured(near, ["refinement"], [proposals])
+        return min(measured, key=_kl)
 
     def _measured(
-        self, how: str, found: ArchitectureSearch, proposals: list[Architecture]
-    ) -> tuple[float, Architecture]:
-        measured = [(self.trials.kl_nats(architecture), architecture) for architecture in proposals]
-        results = [result for result in measured if math.isfinite(result[0])]
-        if len(results) < len(measured):
-            console.print(f"  {len(measured) - len(results)} assembled children left out: KL not finite.")
-        if not results:
+        self, found: ArchitectureSearch, found_by: Sequence[str], kinds: Sequence[Sequence[Architecture]]
+    ) -> list[list[Measured]]:
+        """KL of all children of each kind, those left out for which it is not finite."""
+        results: list[list[Measured]] = []
+        with progress("assemble, refit and measure, child", sum(map(len, kinds))) as ticker:
+            for how, architectures in zip(found_by, kinds, strict=True):
+                results.append([])
+                for architecture in architectures:
+                    if math.isfinite(kl := self.trials.kl_nats(architecture)):
+                        results[-1].append((kl, architecture))
+                        speedup = found.costs.mix_ms(found.parent) / found.costs.mix_ms(architecture)
+                        self.tried.append(
+                            {
+                                "found_by": how,
+                                "score_sum": found.score_of(architecture),
+                                "speedup_predicted": speedup,
+                                "selection_kl_nats": kl,
+                            }
+                        )
+                    ticker.advance()
+        if left_out := sum(map(len, kinds)) - sum(map(len, results)):
+            console.print(f"  {left_out} assembled children left out: KL not finite.")
+        if not any(results):
             raise InfeasibleError("Every child that meets the limits has a KL that is not finite; loosen a limit.")
-        self.tried += [
-            {
-                "found_by": how,
-                "score_sum": found.score_of(architecture),
-                "speedup_predicted": found.costs.mix_ms(found.parent) / found.costs.mix_ms(architecture),
-                "selection_kl_nats": kl,
-            }
-            for kl, architecture in results
-        ]
-        return min(results, key=lambda result: result[0])
+        return results
+
+
+Measured: TypeAlias = tuple[float, Architecture]
+"""KL in nats on the selection split, and whose."""
+
+
+def _kl(measured: Measured) -> float:
+    return measured[0]

@@ -135,7 +135,7 @@ def test_mistakes(tiny_run, tmp_path, uneven):
     check_refused("run", recipe, "scoring.metric=task", *to, contains=["scoring.task", "belong together"])
     check_refused("run", recipe, f"scoring.task={uneven}", *to, contains=["belong together"])
     both = ("scoring.metric=task", f"scoring.task={uneven}")
-    check_refused("run", recipe, *both, "search.verify=3", *to, contains=["choose by KL", "1 and 0"])
+    check_refused("run", recipe, *both, "search.verify=3", *to, contains=["choose by KL", "1, 0 and 0"])
     gone = ("scoring.metric=task", f"scoring.task={tmp_path}/gone.jsonl")
     check_refused("run", recipe, *gone, *to, contains=["no task file"])
     assert not (tmp_path / "r").exists()

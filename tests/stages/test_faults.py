@@ -170,7 +170,7 @@ def test_verify_says_what_is_fine_missing_changed_stale_and_unrecorded(copy, und
     damage(copy / "data/train.safetensors", "flipped", random.Random(1))
     (copy / "notes.txt").write_text("mine")
     recipe = copy.recipe.read_text()
-    copy.recipe.write_text(recipe.replace("ridge: 0.01", "ridge: 0.02"))
+    copy.recipe.write_text(recipe.replace("ridge_tokens: 6144", "ridge_tokens: 512"))
     before = {p: p.stat().st_mtime_ns for p in copy.path.rglob("*")}
     ended = puzzle("verify", copy)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
@@ -179,7 +179,7 @@ def test_verify_says_what_is_fine_missing_changed_stale_and_unrecorded(copy, und
     )
     assert re.search(r"^prepare-data +damaged .*\n  changed: data/train.safetensors$", ended.stdout, re.M)
     assert [line.split()[0] for line in ended.stdout.splitlines() if " stale " in f"{line} "[:27]] == [
-        *("refit", "distill-child", "evaluate-child", "report")
+        *("search", "assemble", "refit", "distill-child", "evaluate-child", "report")
     ]
     assert "unrecorded: notes.txt" in ended.stdout and f"puzzle prepare-data {copy} --again" in ended.stdout
     found = json.loads(puzzle("verify", copy, "--json").stdout)
@@ -187,7 +187,8 @@ def test_verify_says_what_is_fine_missing_changed_stale_and_unrecorded(copy, und
     assert {name: c["state"] for name, c in found["stages"].items() if c["state"] != "fine"} == {
         "prepare_data": "damaged",
         "distill_blocks": "damaged",
-        **dict.fromkeys(("refit_child", "distill_child", "evaluate_child", "write_report"), "stale"),
+        **dict.fromkeys(("search_architecture", "assemble_child", "refit_child"), "stale"),
+        **dict.fromkeys(("distill_child", "evaluate_child", "write_report"), "stale"),
     }
     assert {p: p.stat().st_mtime_ns for p in copy.path.rglob("*")} == before
 

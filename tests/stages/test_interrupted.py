@@ -116,6 +116,29 @@ def test_control_c_says_how_to_go_on(undisturbed, tmp_path):
 
 
 @dataclass
+class InterruptedWhereNothingIsRaised:
+    """Ctrl-C within a destructor, where Python drops exceptions."""
+
+    stage: str
+
+    def __call__(self, stage):
+        if stage == self.stage:
+            self.Dying()
+
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_control_c_that_python_drops_is_raised_again(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    fault = InterruptedWhereNothingIsRaised("distill_blocks")
+    ended = faults.puzzle("run", undisturbed.recipe, "--run-dir", run, fault=fault)
+    assert ended.returncode == 130 and ended.stderr.strip() == STOPPED
+    assert undisturbed.finish(run) == []
+
+
+@dataclass
 class NeverCleaningUp:
     """What follows the first Ctrl-C in a stage never ends."""
 

@@ -1,6 +1,7 @@
 """Scores around a child, against models assembled and measured by other means."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,16 @@ from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import load_parent
+from puzzle_nas.families.loading import shape_of
 from puzzle_nas.library import assemble
 from puzzle_nas.pipeline import open_run
-from puzzle_nas.recipe import parse_recipe
+from puzzle_nas.recipe import RefitSettings, SearchSettings, parse_recipe
 from puzzle_nas.stages import score_blocks
+from puzzle_nas.stages.search_architecture import TRIED_ON
 from puzzle_nas.training.refinement import Refinement, Trials
+from puzzle_nas.training.refitting import refit
+
+FOUND_BY = ("search", "removed run", "refinement")
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +39,13 @@ def found(run):
 
 
 @pytest.fixture(scope="module")
-def trials(run, parent):
-    return Trials(run, parent, load_tokens(run, "scoring"), load_tokens(run, "selection"), 256)
+def splits(run):
+    return {split: load_tokens(run, split) for split in TRIED_ON}
+
+
+@pytest.fixture(scope="module")
+def trials(run, parent, splits):
+    return Trials(run, parent, open_run(run), splits)
 
 
 def torch_kl(parent, child, tokens):
@@ -59,6 +70,42 @@ def test_around_a_child_they_are_differences_of_real_kl(run, parent, found, tria
     assert around[1, (NoOpFFN(),)] == around[3, (GroupedAttention(1),)] == 0
 
 
+def test_a_child_is_measured_refitted_where_that_helps(run, parent, splits, trials):
+    removed = Architecture.of_parent(shape_of(parent.config)).replaced(1, NoOpFFN())
+    child = assemble(run, parent, removed)
+    assembled = torch_kl(parent, child, splits["selection"])
+    refit(parent, child, splits["calibration"], 6144)
+    assert trials.kl_nats(removed) == pytest.approx(torch_kl(parent, child, splits["selection"]), rel=1e-3)
+    assert trials.kl_nats(removed) < 0.9 * assembled
+    off = open_run(run).model_copy(update={"refit": RefitSettings(enabled=False)})
+    assert Trials(run, parent, off, splits).kl_nats(removed) == pytest.approx(assembled, rel=1e-3)
+    # Solved for three tokens alone it is worse than before, which then counts.
+    harmful = open_run(run).model_copy(update={"refit": RefitSettings(ridge_tokens=0.001)})
+    few = {**splits, "calibration": splits["calibration"][:1, :3]}
+    assert Trials(run, parent, harmful, few).kl_nats(removed) == pytest.approx(assembled, rel=1e-3)
+
+
+def test_candidates_lack_the_run_of_layers_that_harms_least(run, parent, found, splits, trials):
+    recipe = parse_recipe("{parent: p, data: {sources: [{source: s}]}, search: {removed_runs: 5}}")
+    # Nothing less than two of the four layers is enough.
+    limits = {"parameters": found.costs.parameters(found.parent.without([0, 1]))}
+    refinement = Refinement((found,), recipe.search, trials)
+    refinement.best(limits)
+    assert [row["found_by"] for row in refinement.tried] == ["search", "removed run", "removed run"]
+    pairs = [found.parent.without([first, first + 1]) for first in range(3)]
+    kl = [torch_kl(parent, assemble(run, parent, pair), splits["scoring"]) for pair in pairs]
+    pair = pairs[kl.index(min(kl))]
+    half = [found.parent.without([layer]) for layer in range(4) if pair.layers[layer] != found.parent.layers[layer]]
+    kl = [torch_kl(parent, assemble(run, parent, one), splits["scoring"]) for one in half]
+    gone = next(i for i in range(4) if half[kl.index(min(kl))].layers[i] != found.parent.layers[i])
+    second = found.architecture(found.without([gone]).solve(limits, 1e-4, 60)[0])
+    assert second.layers[gone] == pair.layers[gone] and found.meets(limits, second)
+    assert [row["selection_kl_nats"] for row in refinement.tried[1:]] == [trials.kl_nats(a) for a in (pair, second)]
+    assert found.removable_layers == {0, 1, 2, 3}
+    kept = {c: s for c, s in found.scores.items() if c != (2, (NoOpFFN(),))}
+    assert replace(found, scores=kept).removable_layers == {0, 1, 3}
+
+
 def test_refinement_keeps_limits_and_never_ends_worse_than_the_search(found, trials):
     limits = {"parameters": 0.8 * found.costs.parameters(found.parent)}
     recipe = parse_recipe("{parent: p, data: {sources: [{source: s}]}, search: {verify: 3, refine_rounds: 2}}")
@@ -70,6 +117,25 @@ def test_refinement_keeps_limits_and_never_ends_worse_than_the_search(found, tri
     assert found.costs.parameters(best) <= limits["parameters"]
     tighter = {"parameters": 0.7 * found.costs.parameters(found.parent)}
     assert found.costs.parameters(refinement.best(tighter)) <= tighter["parameters"]
+
+
+def test_scores_are_taken_around_the_best_of_each_kind(run, parent, found, splits):
+    around = []
+
+    class Seen(Trials):
+        def scores_around(self, architecture, choices, on_layer=lambda: None):
+            around.append(architecture)
+            return super().scores_around(architecture, choices, on_layer)
+
+    trials = Seen(run, parent, open_run(run), splits)
+    search = {"verify": 2, "removed_runs": 2, "refine_rounds": 2}
+    limits = {"parameters": found.costs.parameters(found.parent.without([0, 1]))}
+    refinement = Refinement((found,), SearchSettings(**search), trials)
+    best = refinement.best(limits)
+    kl = {how: [r["selection_kl_nats"] for r in refinement.tried if r["found_by"] == how] for how in FOUND_BY}
+    leaders = sorted([min(kl["search"]), *kl["removed run"]])
+    assert [trials.kl_nats(a) for a in around] == leaders[:2]
+    assert trials.kl_nats(best) == min(leaders[0], *kl["refinement"])
 
 
 def test_candidates_come_from_sums_of_either_loss(run, found, trials):

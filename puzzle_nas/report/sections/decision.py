@@ -75,11 +75,11 @@ def _measured(summary: Mapping[str, Any]) -> list[Point]:
     """Children that were assembled to choose one, where the run noted how fast they were predicted to be."""
     return [
         Point(
-            f"child {number} of the {row['found_by']}",
+            f"child {number}, by {row['found_by']}",
             row["speedup_predicted"],
             row["selection_kl_nats"],
             "measured in the search",
-            "assembled, selection split",
+            "before GKD, selection split",
             named=False,
         )
         for number, row in enumerate(summary["search"]["children_measured"], start=1)
