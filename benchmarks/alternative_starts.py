@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from ffn_costs import NARROWEST, narrow_shares, with_widths
 
-from puzzle_nas.architecture import Architecture, GatedFFN, GroupedAttention, NoOpAttention, NoOpFFN
+from puzzle_nas.architecture import Architecture, GatedFFN, GroupedAttention
 from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder, write_bytes
 from puzzle_nas.data.batches import load_tokens
@@ -25,12 +25,11 @@ from puzzle_nas.recipe import Recipe
 from puzzle_nas.search import Limit
 from puzzle_nas.search.baselines import random_architecture
 from puzzle_nas.stages import build_library
-from puzzle_nas.stages.refit_child import refit
+from puzzle_nas.stages.search_architecture import TRIED_ON
 from puzzle_nas.training.comparison import ParentReference
 from puzzle_nas.training.refinement import Refinement, Trials
+from puzzle_nas.training.refitting import refit
 
-BASE = RunFolder("runs/quickstart")
-FOLDER = Path("runs/benchmark-alternatives")
 SPEEDUPS = (1.5, 1.25, 2.0)
 RANDOM_DRAWS = 5
 INFLUENCE_TOKENS = 8_192
@@ -38,13 +37,24 @@ CONTIGUOUS_TOKENS = 2_048
 WIDTH_MULTIPLE = 16
 
 
-def linked(path: Path) -> RunFolder:
-    """A run folder that shares the base run's parent and text."""
-    path.mkdir(parents=True, exist_ok=True)
-    for name in ("data", "parent", "parent.json"):
-        if not (path / name).exists():
-            (path / name).symlink_to((BASE / name).resolve())
-    return RunFolder(path)
+@dataclass(frozen=True)
+class Place:
+    """The run whose parent, text and library are used, and where what is made of them is kept."""
+
+    base: RunFolder
+
+    @property
+    def folder(self) -> Path:
+        """Of everything made."""
+        return Path("runs/benchmark-alternatives") / self.base.path.name
+
+    def linked(self, path: Path) -> RunFolder:
+        """A run folder that shares the base run's parent and text."""
+        path.mkdir(parents=True, exist_ok=True)
+        for name in ("data", "parent", "parent.json"):
+            if not (path / name).exists():
+                (path / name).symlink_to((self.base / name).resolve())
+        return RunFolder(path)
 
 
 @dataclass
@@ -59,30 +69,32 @@ class Start:
 class Starts:
     """One parent, its library, and every method as `method(speedup)`."""
 
-    def __init__(self) -> None:
-        self.recipe = open_run(BASE)
-        self.parent, self.shape = load_parent(BASE)
+    def __init__(self, place: Place) -> None:
+        self.place, self.base = place, place.base
+        self.recipe = open_run(self.base)
+        self.parent, self.shape = load_parent(self.base)
         self.threads = self.recipe.threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(self.threads)
-        self.found = ArchitectureSearch.load(self.recipe, BASE)
+        self.found = ArchitectureSearch.load(self.recipe, self.base)
         widths = list(range(NARROWEST, self.shape.intermediate_size, WIDTH_MULTIPLE))
         self.costs = with_widths(
-            self.found.costs, widths, narrow_shares(BASE, self.recipe, self.parent, FOLDER / "narrow.json")
+            self.found.costs,
+            widths,
+            narrow_shares(self.base, self.recipe, self.parent, place.folder / "narrow.json"),
         )
-        self.calibration = load_tokens(BASE, "calibration")
+        self.calibration = load_tokens(self.base, "calibration")
 
     @cached_property
     def trials(self) -> Trials:
-        splits = (load_tokens(BASE, split) for split in ("scoring", "selection"))
-        return Trials(BASE, self.parent, *splits, self.recipe.scoring.batch_tokens)
+        return Trials(self.base, self.parent, self.recipe, {s: load_tokens(self.base, s) for s in TRIED_ON})
 
     @cached_property
     def selection(self) -> ParentReference:
-        return ParentReference(self.parent, load_tokens(BASE, "selection"))
+        return ParentReference(self.parent, load_tokens(self.base, "selection"))
 
     @cached_property
     def validation(self) -> ParentReference:
-        return ParentReference(self.parent, load_tokens(BASE, "validation"))
+        return ParentReference(self.parent, load_tokens(self.base, "validation"))
 
     # speeds
     def speedup(self, architecture: Architecture) -> float:
@@ -91,12 +103,10 @@ class Starts:
 
     def without(self, layers: list[int], width: int | None = None) -> Architecture:
         """The parent without some layers, every remaining FFN `width` wide."""
-        gone = {"attention": NoOpAttention(), "ffn": NoOpFFN()}
-        kept = {
-            "attention": GroupedAttention(self.shape.num_key_value_heads),
-            "ffn": GatedFFN(width or self.shape.intermediate_size),
-        }
-        return Architecture(tuple(gone if i in layers else kept for i in range(self.shape.num_hidden_layers)))
+        narrowed = self.found.parent
+        for layer in range(self.shape.num_hidden_layers):
+            narrowed = narrowed.replaced(layer, GatedFFN(width or self.shape.intermediate_size))
+        return narrowed.without(layers)
 
     def speedup_of(self, removed: int, width: int) -> float:
         """Predicted, of the parent with so many layers fewer and FFNs so wide."""
@@ -142,12 +152,12 @@ class Starts:
         return sorted(sorted(range(len(self.influence)), key=self.influence.__getitem__)[:count])
 
     def puzzle(self, speedup: float) -> Start:
-        searches = self.found.by_either_loss(self.recipe, BASE)
+        searches = self.found.by_either_loss(self.recipe, self.base)
         refinement = Refinement(searches, self.recipe.search, self.trials)
         architecture = refinement.best({"speedup": self.target(speedup)})
-        child = assemble(BASE, self.parent, architecture)
+        child = assemble(self.base, self.parent, architecture)
         refitted = copy.deepcopy(child)
-        refit(self.parent, refitted, self.calibration, self.recipe.refit.ridge, lambda: None)
+        refit(self.parent, refitted, self.calibration, self.recipe.refit.ridge_tokens)
         kept = self.selection.compare(refitted).kl_nats < self.selection.compare(child).kl_nats
         facts = {"assembled_kl_nats": self.validation.compare(child).kl_nats, "refit_kept": kept}
         return Start(refitted if kept else child, architecture, facts)
@@ -176,10 +186,10 @@ class Starts:
 
     def contiguous(self, speedup: float) -> Start:
         count = self.removed_layers(speedup)
-        tokens = load_tokens(BASE, "selection")
+        tokens = load_tokens(self.base, "selection")
         reference = ParentReference(self.parent, tokens[: CONTIGUOUS_TOKENS // tokens.shape[1]])
         runs = [list(range(i, i + count)) for i in range(self.shape.num_hidden_layers - count + 1)]
-        children = (assemble(BASE, self.parent, self.without(layers)) for layers in runs)
+        children = (assemble(self.base, self.parent, self.without(layers)) for layers in runs)
         kl = [reference.compare(child).kl_nats for child in children]
         layers = runs[kl.index(min(kl))]
         return self._assembled(self.without(layers), {"removed_layers": layers, "selection_kl_nats_of_runs": kl})
@@ -192,7 +202,7 @@ class Starts:
 
     def _narrowed(self, initialisation: str, speedup: float) -> Start:
         widths = sorted({self.width_of(s)[1] for s in SPEEDUPS})
-        run = linked(FOLDER / f"library-{initialisation}")
+        run = self.place.linked(self.place.folder / f"library-{initialisation}")
         settings = self.recipe.model_dump(mode="json")
         settings["threads"] = self.threads
         settings["library"]["initialisation"] = initialisation
@@ -214,4 +224,4 @@ class Starts:
         return Start(assemble(run, self.parent, architecture), architecture, facts)
 
     def _assembled(self, architecture: Architecture, facts: dict | None = None) -> Start:
-        return Start(assemble(BASE, self.parent, architecture), architecture, facts or {})
+        return Start(assemble(self.base, self.parent, architecture), architecture, facts or {})

@@ -17,28 +17,30 @@ which need no library, get all three together as GKD. Chosen on selection, repor
 `width_pruned` are the better of their two ways on selection before GKD; with --both, each is distilled and the better
 one afterwards counts.
 
-Reads runs/quickstart; children are kept in runs/benchmark-alternatives, so a second call goes on where one stopped.
+Reads a run: RUN is `general` (text of many kinds: puzzle run benchmarks/general.yaml) or `quickstart` (library text).
+Children are kept in runs/benchmark-alternatives/RUN, so a second call goes on where one stopped; figures in
+results/alternatives.json and results/alternatives_quickstart.json.
 
-python benchmarks/alternatives.py [--both] [SPEEDUP ...]   make and evaluate children
-python benchmarks/alternatives.py --report   print what is there
-python benchmarks/alternatives.py --tasks   multiple-choice accuracy of the children, where the files are
-python benchmarks/alternatives.py --general   their KL on other kinds of text than the run's, where the files are
-python benchmarks/alternatives.py --measure   time them beside the parent: wants a quiet machine
+python benchmarks/alternatives.py RUN [--both] [SPEEDUP ...]   make and evaluate children
+python benchmarks/alternatives.py RUN --report   print what is there
+python benchmarks/alternatives.py RUN --tasks   multiple-choice accuracy of the children, where the files are
+python benchmarks/alternatives.py RUN --general   their KL on text of many kinds, where the files are
+python benchmarks/alternatives.py RUN --measure   time them beside the parent: wants a quiet machine
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from alternative_starts import BASE, FOLDER, SPEEDUPS, Starts, linked
-from continuations import READ_BY_RUN, TEXT
+from alternative_starts import SPEEDUPS, Place, Starts
+from general_text import general_reference
 from results import save
 from task_accuracy import USED, items_of, right_answers
 
@@ -48,29 +50,27 @@ from puzzle_nas.artifacts import RunFolder, complete_folder, fingerprint, read_j
 from puzzle_nas.engines import ENGINES, speedups
 from puzzle_nas.errors import InfeasibleError
 from puzzle_nas.evaluation.statistics import estimate
-from puzzle_nas.evaluation.text import domain_tokens
-from puzzle_nas.families import load_parent, load_tokenizer, save_model
+from puzzle_nas.families import load_model, load_parent, load_tokenizer, machine_of, save_model
 from puzzle_nas.families.loading import parent_checkpoint, probe_model
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.stages.distill_child import Training
-from puzzle_nas.training.comparison import ParentReference
 from puzzle_nas.training.parent_outputs import LiveParent
 
 OWN_TOKENS = 49_152
 """GKD of the methods that use the library."""
 EVALUATE_EVERY_STEPS = 16
 """Between points of GKD's curve, the best of which counts."""
+RESULTS = {"general": "alternatives", "quickstart": "alternatives_quickstart"}
+"""By run, where figures are kept."""
 FROM_LIBRARY = ("puzzle", "greedy", "random")
 PAIRS = {"depth_pruned": ("block_influence", "contiguous"), "width_pruned": ("width_refitted", "width")}
 TIMING_REPEATS = 5
-GENERAL_TOKENS = 1_024
-"""Of each kind of general text."""
 
 
 def started(starts: Starts, method: str, speedup: float) -> dict:
     """Make a child and evaluate it before GKD; the facts."""
-    run = linked(FOLDER / f"{speedup}x" / method)
+    run = starts.place.linked(starts.place.folder / f"{speedup}x" / method)
     if not (run / "start.json").exists():
         begin = time.process_time()
         start = getattr(starts, method)(speedup)
@@ -92,7 +92,7 @@ def started(starts: Starts, method: str, speedup: float) -> dict:
 
 def distilled(starts: Starts, method: str, speedup: float) -> dict:
     """Distil a child that has been started; all its facts."""
-    facts, run = started(starts, method, speedup), RunFolder(FOLDER / f"{speedup}x" / method)
+    facts, run = started(starts, method, speedup), RunFolder(starts.place.folder / f"{speedup}x" / method)
     if not (run / "result.json").exists():
         tokens = (
             OWN_TOKENS if method in FROM_LIBRARY else OWN_TOKENS + starts.recipe.bld.tokens + starts.calibration.numel()
@@ -101,13 +101,13 @@ def distilled(starts: Starts, method: str, speedup: float) -> dict:
         start = PuzzleForCausalLM.from_pretrained(run / "start", dtype=starts.parent.dtype).eval()
         begin = time.process_time()
         training = Training(starts.recipe.model_copy(update={"gkd": gkd}), run, LiveParent(starts.parent), start)
-        resumed_at = max((int(path.name[-8:]) for path in training.state_folder.glob("step_*")), default=0)
+        resumed_at = max((int(path.name[-8:]) for path in training.state_folder.glob("step_????????")), default=0)
         training.train()
         # A resumed distillation counts as if all its steps had taken what the last ones took.
         seconds = (time.process_time() - begin) * len(training.batches) / max(1, len(training.batches) - resumed_at)
         child = training.finish().eval()
         with complete_folder(run / "child") as partial:
-            save_model(child, load_tokenizer(parent_checkpoint(BASE)), partial)
+            save_model(child, load_tokenizer(parent_checkpoint(starts.base)), partial)
         after = {
             "gkd_tokens": tokens,
             "core_seconds_of_gkd": seconds,
@@ -125,9 +125,9 @@ def better(facts: dict[str, dict], ways: tuple[str, str], field: str) -> str:
     return min((way for way in ways if way in facts), key=lambda way: facts[way][field])
 
 
-def make(speedup_list: tuple[float, ...], both: bool) -> None:
+def make(place: Place, speedup_list: tuple[float, ...], both: bool) -> None:
     """Make, distil and evaluate; print a line for each child."""
-    starts = Starts()
+    starts = Starts(place)
     for speedup in speedup_list:
         found: dict[str, dict] = {}
         for method in (*FROM_LIBRARY, *PAIRS["depth_pruned"], *PAIRS["width_pruned"]):
@@ -154,11 +154,11 @@ def make(speedup_list: tuple[float, ...], both: bool) -> None:
             )
 
 
-def gathered() -> dict[float, dict[str, dict]]:
+def gathered(place: Place) -> dict[float, dict[str, dict]]:
     """All facts so far, by speed-up and method."""
     result: dict[float, dict[str, dict]] = {}
     for speedup in sorted(SPEEDUPS):
-        for path in sorted((FOLDER / f"{speedup}x").glob("*/start.json")):
+        for path in sorted((place.folder / f"{speedup}x").glob("*/start.json")):
             facts = read_json(path)
             for name in ("result.json", "measured.json", "general.json"):
                 if (path.parent / name).exists():
@@ -168,62 +168,54 @@ def gathered() -> dict[float, dict[str, dict]]:
     return result
 
 
-def measure() -> None:
+def measure(place: Place) -> None:
     """Time every distilled child beside the parent, on the run's engine."""
-    recipe = open_run(BASE)
-    parent, _ = load_parent(BASE)
+    recipe = open_run(place.base)
+    parent, _ = load_parent(place.base)
     engine = ENGINES[recipe.engine]
-    scenarios = ArchitectureSearch.load(recipe, BASE).costs.scenarios
-    for speedup, children in gathered().items():
+    scenarios = ArchitectureSearch.load(recipe, place.base).costs.scenarios
+    for speedup, children in gathered(place).items():
         for method, facts in children.items():
-            path = FOLDER / f"{speedup}x" / method / "measured.json"
+            path = place.folder / f"{speedup}x" / method / "measured.json"
             if "after_gkd" not in facts or path.exists():
                 continue
             probe = probe_model(parent, Architecture.from_list(facts["architecture"]))
-            with engine.loaded({"parent": parent, "child": probe}, FOLDER / "scratch") as loaded:
+            with engine.loaded({"parent": parent, "child": probe}, place.folder / "scratch") as loaded:
                 ratios = speedups(engine, loaded, scenarios, TIMING_REPEATS, recipe.costs.decode_steps_measured)
             write_json(path, {"speedup_measured": statistics.median(ratios), "speedup_by_repeat": sorted(ratios)})
             print(f"{speedup}x {method:16s} measured {statistics.median(ratios):.3f}x", flush=True)
 
 
-def distilled_folders() -> list[Path]:
+def distilled_folders(place: Place) -> list[Path]:
     """Of all children that are finished."""
-    return [path.parent for s in SPEEDUPS for path in sorted((FOLDER / f"{s}x").glob("*/result.json"))]
+    return [path.parent for s in SPEEDUPS for path in sorted((place.folder / f"{s}x").glob("*/result.json"))]
 
 
-def compare_generally() -> None:
+def compare_generally(place: Place) -> None:
     """KL of every distilled child on books, mail, speeches and the like, of each kind as many tokens."""
-    files = [str(path) for path in sorted(TEXT.glob("*.jsonl.gz")) if path.name.split(".")[0] not in READ_BY_RUN]
-    if not files:
-        raise SystemExit(f"{TEXT} is not here: nothing to compare on.")
-    recipe = open_run(BASE)
-    parent, _ = load_parent(BASE)
-    torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
-    tokenizer, length = load_tokenizer(parent_checkpoint(BASE)), recipe.data.sequence_length
-    kinds = [domain_tokens([file], tokenizer, length, GENERAL_TOKENS, recipe.seed) for file in files]
-    reference = ParentReference(parent, torch.cat(kinds))
-    for folder in distilled_folders():
+    reference, machine = general_reference(place.base), machine_of(open_run(place.base))
+    for folder in distilled_folders(place):
         if not (folder / "general.json").exists():
-            child = PuzzleForCausalLM.from_pretrained(folder / "child", dtype=parent.dtype).eval()
+            child = load_model(folder / "child", machine)
             found = reference.compare(child)
             write_json(folder / "general.json", {"general": found.to_dict()})
             print(f"{folder} general KL {found.kl_nats:.4f} +- {found.kl_nats_standard_error:.4f}", flush=True)
 
 
-def answer_tasks() -> None:
+def answer_tasks(place: Place) -> None:
     """Task accuracy of every distilled child and of the parent."""
-    parent, _ = load_parent(BASE)
+    parent, _ = load_parent(place.base)
     torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
-    tokenizer = load_tokenizer(parent_checkpoint(BASE))
+    tokenizer = load_tokenizer(parent_checkpoint(place.base))
     for task, limit in USED.items():
         items = items_of(task, limit)
         made_from = fingerprint([item.key.hex() for item in items])
-        for folder in (FOLDER, *distilled_folders()) if items else ():
+        for folder in (place.folder, *distilled_folders(place)) if items else ():
             path = folder / f"tasks/{task}.json"
             if path.exists() and read_json(path)["made_from"] == made_from:
                 continue
             child = folder / "child"
-            model = parent if folder == FOLDER else PuzzleForCausalLM.from_pretrained(child, dtype=parent.dtype)
+            model = parent if folder == place.folder else PuzzleForCausalLM.from_pretrained(child, dtype=parent.dtype)
             right = right_answers(model.eval(), tokenizer, items)
             write_json(path, {"made_from": made_from, "right": right})
             print(f"{path} {sum(right) / len(right):.3f}", flush=True)
@@ -234,10 +226,10 @@ def answered(folder: Path) -> dict[str, list[float]]:
     return {path.stem: read_json(path)["right"] for path in sorted((folder / "tasks").glob("*.json"))}
 
 
-def report() -> None:
+def report(place: Place) -> None:
     """Print the table of what is there, and keep it."""
     figures: dict[str, float | None] = {"gkd_tokens_of_library_methods": OWN_TOKENS}
-    rows = gathered()
+    rows = gathered(place)
     print(
         f"\n{'':6s}{'method':34s}{'pred.':>7s}{'meas.':>7s}{'KL before':>11s}{'KL':>8s}{'+-':>7s}{'ppl':>8s}"
         f"{'general KL':>12s}{'tokens':>8s}{'core s':>8s}  tasks"
@@ -287,29 +279,36 @@ def report() -> None:
                 )
         for method, facts in children.items():
             figures.setdefault(f"kl_{method}_before_gkd_{speedup}x", facts["before_gkd"]["kl_nats"])
-    for task, right in answered(FOLDER).items():
+    for task, right in answered(place.folder).items():
         parent = estimate(right)
         print(f"parent: {task} {parent['mean']:.3f} +- {parent['standard_error']:.3f}, {len(right)} items")
         figures |= {f"accuracy_{task}_parent": parent["mean"], f"items_{task}": len(right)}
-    library = BASE.seconds()
+    library = place.base.seconds()
     figures["wall_seconds_of_library"] = round(
         sum(library[stage] for stage in ("build_library", "distill_blocks", "score_blocks")), 1
     )
-    print("Written to", save("alternatives", figures))
+    print(
+        "Written to", save("alternatives" if place.base.path.name == "general" else "alternatives_quickstart", figures)
+    )
 
 
 def main() -> None:
     """See above."""
-    arguments = sys.argv[1:]
-    if "--measure" in arguments:
-        measure()
-    elif "--tasks" in arguments:
-        answer_tasks()
-    elif "--general" in arguments:
-        compare_generally()
-    elif "--report" not in arguments:
-        make(tuple(float(a) for a in arguments if a != "--both") or SPEEDUPS, "--both" in arguments)
-    report()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", choices=RESULTS)
+    parser.add_argument("speedups", nargs="*", type=float, default=SPEEDUPS)
+    parser.add_argument("--both", action="store_true")
+    what = {"report": lambda _: None, "tasks": answer_tasks, "general": compare_generally, "measure": measure}
+    for name in what:
+        parser.add_argument(f"--{name}", action="store_true")
+    asked = parser.parse_args()
+    place = Place(RunFolder(f"runs/{asked.run}"))
+    chosen = [name for name in what if getattr(asked, name)]
+    for name in chosen:
+        what[name](place)
+    if not chosen:
+        make(place, tuple(asked.speedups), asked.both)
+    report(place)
 
 
 if __name__ == "__main__":

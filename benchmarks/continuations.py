@@ -25,9 +25,9 @@ import os
 import random
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
+from general_text import LIBRARY_KINDS, TEXT
 from results import save
 from task_accuracy import CONTINUATIONS, right_answers
 
@@ -37,9 +37,7 @@ from puzzle_nas.data.task_items import TaskItem
 from puzzle_nas.families import load_parent, load_tokenizer
 from puzzle_nas.families.loading import parent_checkpoint
 
-TEXT = Path("../shared/data/validation")
 RUN = RunFolder("runs/quickstart")
-READ_BY_RUN = ("code", "docs-python")
 SPLITS = ("train", "calibration", "scoring", "selection")
 TRIED = ((24, 6), (32, 8), (48, 10))
 """Words of question and ending; the first are used."""
@@ -105,7 +103,7 @@ def main() -> None:
     for path in sorted(TEXT.glob("*.jsonl.gz")):
         with gzip.open(path, "rt") as file:
             kinds[path.name.split(".")[0]] = [json.loads(line)["text"].split() for line in file]
-    used = {kind: documents for kind, documents in kinds.items() if kind not in READ_BY_RUN}
+    used = {kind: documents for kind, documents in kinds.items() if kind not in LIBRARY_KINDS}
     items = {kind: items_of_kind(documents, TRIED[0], ITEMS_OF_A_KIND, read) for kind, documents in used.items()}
     lines = [json.dumps(vars(item), ensure_ascii=False) + "\n" for of_kind in items.values() for item in of_kind]
     write_bytes(CONTINUATIONS, "".join(lines).encode())

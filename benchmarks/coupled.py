@@ -32,7 +32,7 @@ def searched(name: str, overrides: list[str], base: RunFolder) -> RunFolder:
     if not folder.path.exists():
         ignored = shutil.ignore_patterns("child*", "baselines", "exports", "search", "scratch", "download")
         shutil.copytree(base.path, folder.path, ignore=ignored)
-    unverified = ["search.verify=1", "search.refine_rounds=0", "search.speed_attempts=0"]
+    unverified = [f"search.{name}" for name in ("verify=1", "removed_runs=0", "refine_rounds=0", "speed_attempts=0")]
     limits = f"search.limits={json.dumps({'speedup': SPEEDUP})}"
     recipe = load_recipe(Path("recipes/quickstart.yaml"), [limits, *unverified, *overrides])
     pipeline.run_stages(recipe, folder, last="search")

@@ -1,86 +1,51 @@
-"""What each source of distillation text does for general text.
+"""What the text of a run does to its child, on that text and on others: library text, text of many kinds, samples.
 
-GKD from the quickstart's refitted child on equally many tokens of each source, measured on the mix in
-../shared/data/validation (books, code, mail, documentation, ...). Of its code the Python library holds a part, of the
-rest next to nothing: continuations.py counts it.
-Needs a finished runs/quickstart and ../shared/data. python benchmarks/data_sources.py [TOKENS]
+Runs that differ in their text alone, from calibration to GKD, with as many tokens:
+
+    runs/quickstart  Python's library    puzzle run recipes/quickstart.yaml
+    runs/general     text of many kinds  puzzle run benchmarks/general.yaml
+    runs/half        half Python's library, half what the parent writes
+                     puzzle run benchmarks/general.yaml --run-dir runs/half data.sample_tokens=90000 \\
+                         'data.sources=[{source: python-stdlib}, {source: parent-samples}]'
+
+KL(parent || child) in nats of the child assembled, refitted and distilled, on the quickstart's validation split and on
+12,288 tokens of general text (../shared/data/validation). python benchmarks/data_sources.py
 """
 
 from __future__ import annotations
 
-import shutil
-import sys
-from pathlib import Path
-
-import torch
+from general_text import general_reference
 from results import save
 
-from puzzle_nas import pipeline
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import load_model, load_parent, machine_of
-from puzzle_nas.recipe import Recipe, parse_recipe
-from puzzle_nas.stages.distill_child import Training
+from puzzle_nas.pipeline import open_run
 from puzzle_nas.training.comparison import ParentReference
-from puzzle_nas.training.parent_outputs import LiveParent
 
-BASE = RunFolder("runs/quickstart")
-FOLDER = Path("runs/benchmark-data-sources")
-SHARED = Path("../shared/data")
-SOURCES = {
-    "python_stdlib": [("python-stdlib", 1.0)],
-    "parent_samples": [("parent-samples", 1.0)],
-    "stdlib_1_samples_1": [("python-stdlib", 1.0), ("parent-samples", 1.0)],
-    "general_text": [(f"{SHARED}/train/*.jsonl.gz", 1.0)],
-}
-SMALL = {"calibration_tokens": 256, "scoring_tokens": 256, "selection_tokens": 256, "validation_tokens": 256}
-
-
-def prepared(name: str, sources: list[tuple[str, float]], tokens: int, **sizes: int) -> tuple[Recipe, RunFolder]:
-    """A run folder that holds the text of some sources."""
-    run = RunFolder(FOLDER / name)
-    settings = pipeline.open_run(BASE).model_dump(mode="json")
-    settings["data"] |= SMALL | {"train_tokens": tokens} | sizes
-    settings["data"]["sources"] = [{"source": source, "weight": weight} for source, weight in sources]
-    settings["gkd"] |= {"tokens": tokens, "evaluate_every_steps": 10**6}
-    import yaml
-
-    recipe = parse_recipe(yaml.safe_dump(settings))
-    for part in (
-        "parent",
-        "parent.json",
-        "stages/prepare_parent.json",
-        "stages/prepare_parent.begun.json",
-        "data/sources",
-    ):
-        target = run / part
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
-            (shutil.copytree if (BASE / part).is_dir() else shutil.copy)(BASE / part, target)
-    pipeline.claim_run(recipe, run)
-    pipeline.run_stage(pipeline.stage_named("prepare-data"), recipe, run)
-    return recipe, run
+RUNS = {"python_stdlib": "quickstart", "general_text": "general", "stdlib_1_samples_1": "half"}
+CHILDREN = {"assembled": "child", "refitted": "child-refit", "distilled": "child-gkd"}
 
 
 def main() -> None:
-    """Print KL before and after for each source, and keep the figures."""
-    if not SHARED.is_dir():
-        raise SystemExit(f"This benchmark measures on {SHARED}, which is not here.")
-    tokens = int(sys.argv[1]) if len(sys.argv) > 1 else 24576
-    _, general = prepared("validation", [(f"{SHARED}/validation/*.jsonl.gz", 1.0)], 256, validation_tokens=16384)
-    parent, _ = load_parent(BASE)
-    start = load_model(BASE / "child-refit", machine_of(pipeline.open_run(BASE)))
-    reference = ParentReference(parent, load_tokens(general, "validation"))
-    figures: dict[str, float] = {"gkd_tokens": tokens, "general_kl_nats.before": reference.compare(start).kl_nats}
-    print(f"{'before':20s} {figures['general_kl_nats.before']:.4f}", flush=True)
-    for name, sources in SOURCES.items():
-        recipe, run = prepared(name, sources, tokens)
-        shutil.rmtree(run.scratch("distill_child"), ignore_errors=True)
-        training = Training(recipe, run, LiveParent(parent), start)
-        training.train()
-        child = training.child.to(torch.bfloat16 if parent.dtype == torch.bfloat16 else torch.float32)
-        figures[f"general_kl_nats.{name}"] = reference.compare(child).kl_nats
-        print(f"{name:20s} {figures[f'general_kl_nats.{name}']:.4f}", flush=True)
+    """Print KL of every child on both kinds of text, and keep the figures."""
+    library = RunFolder("runs/quickstart")
+    machine = machine_of(open_run(library))
+    references = {
+        "general": general_reference(library),
+        "library": ParentReference(load_parent(library)[0], load_tokens(library, "validation")),
+    }
+    figures: dict[str, float] = {}
+    print(f"{'text of the run':20s}{'child':12s}" + "".join(f"{f'KL, {kind} text':>24s}" for kind in references))
+    for name, run in RUNS.items():
+        for stage, folder in CHILDREN.items():
+            child = load_model(RunFolder(f"runs/{run}") / folder, machine)
+            found = {kind: reference.compare(child) for kind, reference in references.items()}
+            for kind, measured in found.items():
+                figures[f"{kind}_kl_nats.{name}.{stage}"] = measured.kl_nats
+                figures[f"{kind}_kl_standard_error.{name}.{stage}"] = measured.kl_nats_standard_error
+            cells = (f"{m.kl_nats:.3f} +- {m.kl_nats_standard_error:.3f}" for m in found.values())
+            print(f"{name:20s}{stage:12s}" + "".join(f"{cell:>24s}" for cell in cells), flush=True)
     print("Written to", save("data_sources", figures))
 
 

@@ -27,9 +27,10 @@ from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import load_parent
 from puzzle_nas.library import assemble
 from puzzle_nas.pipeline import open_run
-from puzzle_nas.recipe import Recipe, SearchSettings
+from puzzle_nas.recipe import Recipe, RefitSettings, SearchSettings
 from puzzle_nas.search import Limit, solve
 from puzzle_nas.stages import score_blocks
+from puzzle_nas.stages.search_architecture import TRIED_ON
 from puzzle_nas.training.comparison import ParentReference
 from puzzle_nas.training.refinement import Refinement, Trials
 
@@ -119,7 +120,9 @@ def main() -> None:
     recipe = open_run(run)
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
     found = ArchitectureSearch.load(recipe, run)
-    trials = Trials(run, parent, load_tokens(run, "scoring"), load_tokens(run, "selection"), 2048)
+    splits = {split: load_tokens(run, split) for split in TRIED_ON}
+    unrefitted = recipe.model_copy(update={"refit": RefitSettings(enabled=False)})
+    trials = Trials(run, parent, unrefitted, splits)
     figures = additivity(found, trials)
     for name, value in figures.items():
         print(f"{name:40s} {value:.3f}")

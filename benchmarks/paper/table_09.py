@@ -38,7 +38,7 @@ def scored_by_task(children: Children) -> ArchitectureSearch:
         unfinished.rename(run.path)
     settings = children.recipe.model_dump(mode="json")
     settings["scoring"] |= {"metric": "task", "task": str(TASK.resolve()), "task_items": SCORING_ITEMS}
-    settings["search"] |= {"verify": 1, "refine_rounds": 0}
+    settings["search"] |= {"verify": 1, "removed_runs": 0, "refine_rounds": 0}
     recipe = parse_recipe(json.dumps(settings))
     pipeline.run_stages(recipe, run, last="score-blocks")
     return replace(children.found, scores=ArchitectureSearch.load(recipe, run).scores)
