@@ -28,11 +28,13 @@ class LlamaCppEngine(ServingEngine):
         "float32": Tolerance(mean_nats=1e-4, max_nats=1e-3),
         "float16": Tolerance(mean_nats=2e-2, max_nats=2e-1),
         "bfloat16": Tolerance(mean_nats=0.15, max_nats=1.5),
-        "q8_0": Tolerance(mean_nats=0.1, max_nats=1.0),
-        "q6_k": Tolerance(mean_nats=0.15, max_nats=2.0),
-        "q5_k_m": Tolerance(mean_nats=0.5, max_nats=4.0),
-        "q4_k_m": Tolerance(mean_nats=0.5, max_nats=6.0),
-        "q4_0": Tolerance(mean_nats=0.8, max_nats=8.0),
+        # Only a damaged file goes beyond these: what quantisation costs is the model's own affair. SmolLM2-135M
+        # loses 0.07 nats on average to q8_0 and 0.6 to q4_0, children of it up to twice that.
+        "q8_0": Tolerance(mean_nats=0.5, max_nats=6.0),
+        "q6_k": Tolerance(mean_nats=0.5, max_nats=8.0),
+        "q5_k_m": Tolerance(mean_nats=2.0, max_nats=12.0),
+        "q4_k_m": Tolerance(mean_nats=2.0, max_nats=12.0),
+        "q4_0": Tolerance(mean_nats=3.0, max_nats=14.0),
     }
 
     def quantise(self, exported: Path, kind: str) -> None:
