@@ -31,7 +31,7 @@ def times(facts: Facts) -> str:
             for number, row in enumerate(checks, start=1)
         ]
         text += paragraph(
-            "What the search found was timed beside the parent, and the limit tightened if it fell short."
+            "What the search found was timed beside the parent, and the limit corrected accordingly."
         )
         text += table(("attempt", "predicted", "measured"), rows)
     if facts.costs is None or facts.shape is None:

@@ -1,0 +1,51 @@
+"""The stage's own part: limits hold as measured."""
+
+import shutil
+
+import pytest
+
+from puzzle_nas.artifacts import RunFolder, read_json
+from puzzle_nas.pipeline import open_run
+from puzzle_nas.recipe import SearchSettings
+from puzzle_nas.stages import search_architecture
+
+
+@pytest.fixture
+def searched(tiny_run, tmp_path, monkeypatch):
+    """The result of the tiny run's search, measured speed-ups being so many times what the costs predict."""
+    copy = RunFolder(shutil.copytree(tiny_run, tmp_path / "run"))
+
+    def search(measured_over_predicted, **settings):
+        monkeypatch.setattr(
+            search_architecture,
+            "_measured_speedup",
+            lambda *arguments: measured_over_predicted * arguments[-1]["speedup_predicted"],
+        )
+        recipe = open_run(copy)
+        search_architecture.run(recipe.model_copy(update={"search": SearchSettings(**settings)}), copy)
+        return read_json(copy.architecture())
+
+    return search
+
+
+@pytest.mark.parametrize("off", [0.9, 1.1])
+def test_the_limit_is_corrected_before_children_are_measured(searched, off):
+    result = searched(off, limits={"speedup": 1.3}, verify=3)
+    first, last = result["speed_checks"]
+    assert first["speedup_predicted"] >= 1.3 and last["speedup_measured"] >= 1.3
+    corrected = 1.3 * search_architecture.MARGIN / off
+    predicted = [child["speedup_predicted"] for child in result["children_measured"]]
+    assert min(predicted) >= corrected * (1 - 1e-6)
+    # A table that makes children slower than they are would otherwise cost quality.
+    assert off < 1 or min(predicted) < 1.3
+
+
+def test_the_limit_is_tightened_until_it_is_met_as_measured(searched):
+    result = searched(0.9, limits={"speedup": 1.3})
+    assert [check["speedup_measured"] >= 1.3 for check in result["speed_checks"]] == [False, True]
+
+
+def test_a_limit_out_of_reach_once_corrected_still_gives_a_child(searched):
+    fastest = searched(1.0, limits={"speedup": 1.3}, speed_attempts=0)
+    result = searched(0.2, limits={"speedup": 1.3}, verify=2, speed_attempts=1)
+    assert result["speedup_predicted"] >= 1.3 and fastest["speed_checks"] == []
