@@ -20,7 +20,6 @@ import torch
 
 from puzzle_nas.errors import DataError
 
-TEMPERATURE = 1.0
 TOP_P = 0.95
 TOP_K = 256
 """The nucleus is looked for among this many tokens."""
@@ -180,7 +179,7 @@ def _write_rows(
     for _ in range(1, sequence_length):
         output = model(input_ids=tokens_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
-        logits_BV = output.logits[:, -1].float() / TEMPERATURE
+        logits_BV = output.logits[:, -1].float()
         refused_BS = torch.tensor([[token not in row.allowed for token in special_S] for row in rows])
         logits_BV[:, columns_S] = logits_BV[:, columns_S].masked_fill(refused_BS.to(model.device), -torch.inf)
         chosen = _sample_nucleus(logits_BV, generator).tolist()
