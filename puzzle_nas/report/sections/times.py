@@ -30,9 +30,7 @@ def times(facts: Facts) -> str:
             (str(number), f"{row['speedup_predicted']:.3f}x", f"{row['speedup_measured']:.3f}x")
             for number, row in enumerate(checks, start=1)
         ]
-        text += paragraph(
-            "What the search found was timed beside the parent, and the limit corrected accordingly."
-        )
+        text += paragraph("What the search found was timed beside the parent, and the limit corrected accordingly.")
         text += table(("attempt", "predicted", "measured"), rows)
     if facts.costs is None or facts.shape is None:
         return text + paragraph("The run holds no cost table.")
