@@ -1,7 +1,8 @@
 """Distillation: what fraction of the machine is used, memory, processes, and what other ways would give.
 
-Reads runs/quickstart. Each part adds to benchmarks/results/distillation.json; `throughput` and `ranks` want a quiet
-machine. Muon's share of AdamW's tokens comes from benchmarks/gkd.py, killed runs from benchmarks/faults.py.
+Reads runs/quickstart. Each part adds to benchmarks/results/distillation.json, or to distillation_float32.json where
+bfloat16 is not fast; `throughput` and `ranks` want a quiet machine. Muon's share of AdamW's tokens comes from
+benchmarks/gkd.py, killed runs from benchmarks/faults.py.
 
 python benchmarks/distillation.py [PART...]   throughput, coupled, elastic, streaming, ranks; all if none is named
 """
@@ -16,7 +17,7 @@ import elastic
 import ranks
 import streaming
 import throughput
-from results import RESULTS, save
+from results import RESULTS, by_precision, save
 
 PARTS = {
     "throughput": throughput.figures,
@@ -38,9 +39,10 @@ def main() -> None:
     """Run the parts named, or all."""
     for part in sys.argv[1:] or PARTS:
         print(part, flush=True)
-        figures = kept("distillation") | {name: round(value, 5) for name, value in PARTS[part]().items()}
-        figures |= {key: value for key, value in kept("gkd").items() if key == FROM_GKD}
-        print("Written to", save("distillation", figures))
+        name = by_precision("distillation")
+        figures = kept(name) | {key: round(value, 5) for key, value in PARTS[part]().items()}
+        figures |= {key: value for key, value in kept(by_precision("gkd")).items() if key == FROM_GKD}
+        print("Written to", save(name, figures))
 
 
 if __name__ == "__main__":

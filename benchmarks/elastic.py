@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,6 @@ from puzzle_nas.data.batches import block_order, load_tokens
 from puzzle_nas.families import load_parent
 from puzzle_nas.library import read_variant
 from puzzle_nas.pipeline import open_run
-from puzzle_nas.progress import progress
 from puzzle_nas.subblocks import Weights, subblock_layer
 from puzzle_nas.training.activations import LayerActivations
 from puzzle_nas.training.block_distillation import BlockTask, Job, Trainee
@@ -62,6 +61,19 @@ class Elastic(nn.Module):
         """One width, as in the library."""
         trained = {GATE: self.gate[:width], UP: self.up[:width], DOWN: self.down(width)}
         return {name: trained.get(name, w).detach().to(w.dtype).contiguous() for name, w in start.items()}
+
+
+def visited(
+    layers: Sequence[int], parent: nn.Module, tokens: torch.Tensor, folder: Path, walk: ReplacementWalk
+) -> Iterator[tuple[int, LayerActivations]]:
+    """Each of some layers with the parent's activations there; `walk` stands at the same one."""
+    activations = LayerActivations(parent, tokens, folder)
+    for index in range(max(layers) + 1):
+        activations.climb_to(index)
+        if index in layers:
+            yield index, activations
+        walk.advance()
+    activations.delete()
 
 
 def timed(batches, step: Callable[[int, torch.Tensor], None]) -> float:
@@ -117,32 +129,24 @@ def figures() -> dict[str, float]:
     wanted = TOKENS // tokens.shape[1]
     tokens = tokens[:wanted]
     walk = ReplacementWalk(parent, load_tokens(run, "selection"), recipe.scoring.batch_tokens)
-    activations = LayerActivations(parent, tokens, run.scratch("benchmark"))
     kl: dict[str, list[float]] = {way: [] for way in WAYS}
     seconds = dict.fromkeys(WAYS, 0.0)
-    with progress("walk, layer", max(LAYERS) + 1) as ticker:
-        for index in range(max(LAYERS) + 1):
-            activations.compute(index)
-            layer = parent.model.layers[index]
-            if index in LAYERS:
-                task = BlockTask(activations, layer, recipe.bld.normalise, parent.dtype == torch.bfloat16)
-                starts = {w: read_variant(run.initial_variant(index, GatedFFN(w).id), "build-library") for w in widths}
-                batches = block_order(len(tokens), wanted, index).split(recipe.bld.batch_tokens // tokens.shape[1])
-                for way in WAYS:
-                    trained, taken = train(way, task, starts, parent, recipe.bld, batches)
-                    seconds[way] += taken
-                    blocks = [
-                        {"ffn": subblock_layer(parent.config, layer.layer_type, GatedFFN(width), weights)}
-                        for width, weights in trained.items()
-                    ]
-                    scores = [float(result.kl_nats.mean()) for result in walk.try_variants(blocks)]
-                    kl[way] += scores
-                    row = "".join(f"  w{w} {score:.4f}" for w, score in zip(trained, scores, strict=True))
-                    print(f"  layer {index:2d} {way:20s}{row}  {taken:6.1f} s", flush=True)
-            activations.advance()
-            walk.advance()
-            ticker.advance()
-    activations.delete()
+    for index, activations in visited(LAYERS, parent, tokens, run.scratch("benchmark"), walk):
+        layer = parent.model.layers[index]
+        task = BlockTask(activations, layer, recipe.bld.normalise, parent.dtype == torch.bfloat16)
+        starts = {w: read_variant(run.initial_variant(index, GatedFFN(w).id), "build-library") for w in widths}
+        batches = block_order(len(tokens), wanted, index).split(recipe.bld.batch_tokens // tokens.shape[1])
+        for way in WAYS:
+            trained, taken = train(way, task, starts, parent, recipe.bld, batches)
+            seconds[way] += taken
+            blocks = [
+                {"ffn": subblock_layer(parent.config, layer.layer_type, GatedFFN(width), weights)}
+                for width, weights in trained.items()
+            ]
+            scores = [float(result.kl_nats.mean()) for result in walk.try_variants(blocks)]
+            kl[way] += scores
+            row = "".join(f"  w{w} {score:.4f}" for w, score in zip(trained, scores, strict=True))
+            print(f"  layer {index:2d} {way:20s}{row}  {taken:6.1f} s", flush=True)
     mean = {way: statistics.mean(values) for way, values in kl.items()}
     result = {f"elastic_mean_kl_nats.{way}": value for way, value in mean.items()}
     for way in WAYS[2:]:

@@ -7,6 +7,7 @@ python benchmarks/gkd.py [NAME...]: those only, for pieces of a few minutes; wit
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -17,13 +18,20 @@ import sys
 import time
 from pathlib import Path
 
-from results import save
+import safetensors.torch
+import torch
+from results import by_precision, save
 
 from puzzle_nas import pipeline
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
-from puzzle_nas.families import load_model, machine_of
+from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.families import load_model, load_parent, machine_of
+from puzzle_nas.families.loading import architecture_of
 from puzzle_nas.recipe import parse_recipe
+from puzzle_nas.stages import distill_child
 from puzzle_nas.stages.distill_child import Training, parent_outputs
+from puzzle_nas.training.losses import cosine_loss
 
 BASE = RunFolder("runs/quickstart")
 FOLDER = Path("runs/benchmark-gkd")
@@ -39,6 +47,17 @@ VARIANTS = {
     "cosine_weight_1": {"cosine_weight": 1.0},
     "batch_256": {"batch_tokens": 256},
     "batch_1024": {"batch_tokens": 1024},
+    "constant_rate": {"final_learning_rate_fraction": 1.0},
+    "rate_to_zero": {"final_learning_rate_fraction": 0.0},
+    "no_warmup": {"warmup_fraction": 0.0},
+    "cosine_last_third": {"cosine_weight": 1.0},
+    "sequences_128": {},
+    "sequences_512": {},
+    "half_twice": {},
+    "in_order": {},
+    "embeddings_train": {"train_embeddings": True},
+    "replaced_alone_train": {},
+    "replaced_3x_rate": {},
     "lora_16_1e-3": {"lora_rank": 16, "learning_rate": 1e-3},
     "top_64": {"parent_top_k": 64},
     "long_adamw_1e-4": {"tokens": LONG},
@@ -58,6 +77,53 @@ VARIANTS = {
 }
 
 
+OTHER_DATA = ("sequences_128", "sequences_512", "half_twice")
+
+
+def other_data(name: str, run: RunFolder) -> None:
+    """The quickstart's data with its training text in sequences of another length, or half of it."""
+    shutil.copytree(BASE / "data", run / "data")
+    tokens, facts = load_tokens(BASE, "train"), read_json(run / "data/data.json")
+    if name == "half_twice":
+        tokens = tokens[: SHORT // 2 // tokens.shape[1]]
+    else:
+        length = int(name.removeprefix("sequences_"))
+        tokens = tokens.flatten()[: tokens.numel() // length * length].view(-1, length)
+    tokens = tokens.to(torch.int32).contiguous()
+    safetensors.torch.save_file({"tokens": tokens}, run.split("train"))
+    facts["splits"]["train"]["fingerprint"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    write_json(run / "data/data.json", facts)
+
+
+def change(name: str, training: Training) -> None:
+    """What no setting of a recipe does."""
+    if name == "cosine_last_third":
+        last = len(training.start.model.layers) // 3
+        distill_child.cosine_loss = lambda ours, theirs: cosine_loss(ours[-last:], theirs[-last:])
+    if name == "in_order":
+        first = SHORT // training.tokens.shape[1]
+        training.batches = torch.arange(first).split(len(training.batches[0]))
+    if name.startswith("replaced"):
+        parents = Architecture.of_parent(load_parent(BASE)[1]).layers[0]
+        prefixes = {"attention": ("self_attn", "input_layernorm"), "ffn": ("mlp", "post_attention_layernorm")}
+        kept = {
+            f"layers.{layer}.{part}."
+            for layer, slot, spec in architecture_of(training.start.config)
+            if spec == parents[slot]
+            for part in prefixes[slot]
+        }
+        parameters = training.optimiser.parameters
+        slow = {id(p) for n, p in parameters.items() if "layers." not in n or any(k in n for k in kept)}
+        print(f"{len(slow)} of {len(parameters)} parameters are in what the search kept")
+        (adamw,) = training.optimiser.inner
+        for group in list(adamw.param_groups):
+            fast = [p for p in group["params"] if id(p) not in slow]
+            group["params"] = [p for p in group["params"] if id(p) in slow]
+            group["lr_factor"] = 0.0 if name == "replaced_alone_train" else 1.0
+            if fast:
+                adamw.add_param_group({**group, "params": fast, "lr_factor": 3.0 if "3x" in name else 1.0})
+
+
 def measured(name: str) -> dict:
     """The curve of one variant."""
     run, settings = RunFolder(FOLDER / name), {**PLAIN, **VARIANTS[name]}
@@ -66,6 +132,8 @@ def measured(name: str) -> dict:
         recipe = pipeline.open_run(BASE).model_dump(mode="json")
         steps = settings["tokens"] // settings["batch_tokens"]
         recipe["gkd"] |= settings | {"evaluate_every_steps": max(1, steps // 4)}
+        if name in OTHER_DATA and not (run / "data").exists():
+            other_data(name, run)
         for part in ("parent", "parent.json", "data"):
             (run / part).parent.mkdir(parents=True, exist_ok=True)
             if not (run / part).exists():
@@ -74,6 +142,7 @@ def measured(name: str) -> dict:
         pipeline.claim_run(recipe, run)
         start = load_model(BASE / "child-refit", machine_of(recipe))
         training = Training(recipe, run, parent_outputs(recipe, run), start)
+        change(name, training)
         begin = None if training.state_folder.exists() else time.process_time()
         training.train()
         # Unknown where an earlier process did a part.
@@ -129,7 +198,7 @@ def main() -> None:
                 print(
                     f"Muon falls to the {figures[adamw]:.4f} of AdamW at 1e-4 on {share:.2f} of its {tokens:,} tokens"
                 )
-    print("Written to", save("gkd", figures))
+    print("Written to", save(by_precision("gkd"), figures))
 
 
 def _kl(curve: list[dict]) -> float:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+from puzzle_nas.families.loading import describe, this_machine
+
 RESULTS = Path(__file__).parent / "results"
+
+
+def by_precision(name: str) -> str:
+    """A name of its own for what is measured where bfloat16 is not fast: such figures do not go together."""
+    return name if this_machine().autocast else f"{name}_float32"
 
 
 def save(name: str, figures: dict[str, float], machine: dict | None = None, command: str | None = None) -> Path:
@@ -21,7 +27,7 @@ def save(name: str, figures: dict[str, float], machine: dict | None = None, comm
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "command": command or shlex.join(["python", *sys.argv]),
-        "machine": machine or {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": machine or describe(this_machine()) | {"cores": os.cpu_count()},
         "load_average_1_min": os.getloadavg()[0],
         "date": datetime.date.today().isoformat(),
         "commit": commit,

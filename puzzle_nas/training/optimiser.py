@@ -62,7 +62,8 @@ class Optimiser:
                 nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.gradient_clip, norm)
             for optimiser in self.inner:
                 for group in optimiser.param_groups:
-                    group["lr"] = scale * learning_rate_at(step, self.total_steps, self.settings)
+                    rate = scale * learning_rate_at(step, self.total_steps, self.settings)
+                    group["lr"] = group.get("lr_factor", 1.0) * rate
                 optimiser.step()
         self.clear()
         return finite
