@@ -4,6 +4,7 @@ import runpy
 
 import pytest
 
+from puzzle_nas.engines.llama_cpp import LlamaCppEngine
 from puzzle_nas.recipe import Recipe, settings_in
 
 
@@ -32,3 +33,13 @@ def test_every_setting_and_every_command_has_a_row(reference):
     for name in ("run", "search", "compare", "engine install"):
         assert f"\n## puzzle {name}\n" in commands
     assert "| `--limit NAME=VALUE` |" in commands and "| `--port PORT` | `8000` |" in commands
+
+
+def test_the_tolerances_that_serving_md_names_are_those_of_the_engine(pytestconfig):
+    lines = (pytestconfig.rootpath / "docs/serving.md").read_text().splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith("| llama.cpp | float32"))
+    kinds, _, means, mosts = ([cell.strip() for cell in line.split("|")[2:-1]] for line in lines[start : start + 4])
+    tolerances = LlamaCppEngine.tolerances
+    assert kinds == list(tolerances)
+    assert [float(cell) for cell in means] == [t.mean_nats for t in tolerances.values()]
+    assert [float(cell) for cell in mosts] == [t.max_nats for t in tolerances.values()]
