@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from puzzle_nas.errors import DataError
+from puzzle_nas.modeling import CACHE
 
 TOP_P = 0.95
 TOP_K = 256
@@ -177,8 +178,8 @@ def _write_rows(
     tokens_B1 = torch.tensor([row.tokens for row in rows], device=model.device)
     cache = None
     for _ in range(1, sequence_length):
-        output = model(input_ids=tokens_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+        output = model(input_ids=tokens_B1, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+        cache = getattr(output, CACHE)
         logits_BV = output.logits[:, -1].float()
         refused_BS = torch.tensor([[token not in row.allowed for token in special_S] for row in rows])
         logits_BV[:, columns_S] = logits_BV[:, columns_S].masked_fill(refused_BS.to(model.device), -torch.inf)

@@ -98,13 +98,13 @@ class TorchEngine(Engine[PuzzleForCausalLM]):
         prompt = self._tokens(model, scenario, scenario.prefill_tokens)
         cache = model.model.new_cache()
         with _Allocations() as allocations:
-            model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(prompt, cache=cache, use_cache=True, logits_to_keep=1)
         return max(0, allocations.most_bytes - sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
 
     def _request(self, model: PuzzleForCausalLM, scenario: Scenario) -> RequestTime:
         prompt = self._tokens(model, scenario, scenario.prefill_tokens)
         cache = model.model.new_cache()
-        prefill = self._clock(model, lambda: model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1))
+        prefill = self._clock(model, lambda: model(prompt, cache=cache, use_cache=True, logits_to_keep=1))
         steps = scenario.decode_steps
         decode = self._clock(model, lambda: self._decode(model, cache, scenario.batch_size, steps))
         return RequestTime(prefill, decode / max(1, steps))
@@ -113,7 +113,7 @@ class TorchEngine(Engine[PuzzleForCausalLM]):
     def _decode(model: PuzzleForCausalLM, cache: DynamicCache, batch_size: int, steps: int) -> None:
         token = torch.zeros(batch_size, 1, dtype=torch.long, device=model.device)
         for _ in range(steps):
-            logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(token, cache=cache, use_cache=True, logits_to_keep=1).logits
             token = logits[:, -1].argmax(-1, keepdim=True)
 
     @staticmethod

@@ -14,7 +14,7 @@ class PuzzleConfig(PreTrainedConfig):
     """
 
     model_type = "puzzle"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     vocab_size: int = 32000
     hidden_size: int = 4096

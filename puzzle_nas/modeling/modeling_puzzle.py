@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, D hidden, H query heads, K key-value heads, C head_dim, F FFN channels, V vocabulary.
 """
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,9 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .configuration_puzzle import PuzzleConfig
+
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What this transformers calls the KV cache: renamed in 5.24, the old name goes in 5.40. Models here take either."""
 
 
 class PuzzleAttention(nn.Module):
@@ -51,7 +55,7 @@ class PuzzleAttention(nn.Module):
             self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
-    def context(self, x_BTD, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def context(self, x_BTD, position_embeddings, attention_mask=None, cache=None, **kwargs):
         """What the output projection receives: the heads' outputs side by side, [B, T, H * C]."""
         shape = (*x_BTD.shape[:-1], -1, self.head_dim)
         q_BTHC, k_BTKC = self.q_proj(x_BTD).view(shape), self.k_proj(x_BTD).view(shape)
@@ -60,8 +64,8 @@ class PuzzleAttention(nn.Module):
         q_BHTC, k_BKTC = q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2)
         v_BKTC = self.v_proj(x_BTD).view(shape).transpose(1, 2)
         q_BHTC, k_BKTC = apply_rotary_pos_emb(q_BHTC, k_BKTC, *position_embeddings)
-        if past_key_values is not None:
-            k_BKTC, v_BKTC = past_key_values.update(k_BKTC, v_BKTC, self.cache_slot)
+        if cache is not None:
+            k_BKTC, v_BKTC = cache.update(k_BKTC, v_BKTC, self.cache_slot)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -78,8 +82,8 @@ class PuzzleAttention(nn.Module):
         )
         return out_BTHC.reshape(*x_BTD.shape[:-1], -1).contiguous(), weights
 
-    def forward(self, x_BTD, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
-        context, weights = self.context(x_BTD, position_embeddings, attention_mask, past_key_values, **kwargs)
+    def forward(self, x_BTD, position_embeddings, attention_mask=None, cache=None, **kwargs):
+        context, weights = self.context(x_BTD, position_embeddings, attention_mask, cache, **kwargs)
         return self.o_proj(context), weights
 
 
@@ -171,7 +175,7 @@ class PuzzlePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["PuzzleDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -218,17 +222,17 @@ class PuzzleModel(PuzzlePreTrainedModel):
         if len(cache.layers) == len(caching) and not all(caching):
             cache.layers = [kept for kept, used in zip(cache.layers, caching, strict=True) if used]
 
-    def layer_inputs(self, hidden_states, attention_mask=None, past_key_values=None, position_ids=None):
+    def layer_inputs(self, hidden_states, attention_mask=None, cache=None, position_ids=None):
         """What every layer receives besides the residual stream: masks by layer type, rotary positions, cache."""
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
         if not isinstance(attention_mask, dict):
             arguments = {
                 "config": self.config,
                 "inputs_embeds": hidden_states,
                 "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
+                CACHE: cache,
                 "position_ids": position_ids,
             }
             create = {
@@ -239,7 +243,7 @@ class PuzzleModel(PuzzlePreTrainedModel):
         return {
             "attention_mask": attention_mask,
             "position_embeddings": self.rotary_emb(hidden_states, position_ids=position_ids),
-            "past_key_values": past_key_values,
+            "cache": cache,
         }
 
     def forward(
@@ -251,6 +255,7 @@ class PuzzleModel(PuzzlePreTrainedModel):
         inputs_embeds=None,
         use_cache=None,
         output_hidden_states=None,
+        cache=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Shapes: input_ids [B, T]; last_hidden_state [B, T, D], after the final norm.
@@ -263,11 +268,12 @@ class PuzzleModel(PuzzlePreTrainedModel):
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache()
-        if past_key_values is not None:
-            self.drop_unused_cache_layers(past_key_values)
-        inputs = self.layer_inputs(hidden_BTD, attention_mask, past_key_values, position_ids)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = self.new_cache()
+        if cache is not None:
+            self.drop_unused_cache_layers(cache)
+        inputs = self.layer_inputs(hidden_BTD, attention_mask, cache, position_ids)
         every_hidden = [hidden_BTD]
         for layer in self.layers:
             hidden_BTD = layer(hidden_BTD, **inputs, **kwargs)
@@ -275,8 +281,8 @@ class PuzzleModel(PuzzlePreTrainedModel):
                 every_hidden.append(hidden_BTD)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_BTD),
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(every_hidden) if output_hidden_states else None,
+            **{CACHE: cache if use_cache else None},
         )
 
 
@@ -294,8 +300,8 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         wants_dynamic = generation_config.use_cache and generation_config.cache_implementation in (None, "dynamic")
-        if wants_dynamic and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self.model.new_cache()
+        if wants_dynamic and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = self.model.new_cache()
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
@@ -309,6 +315,7 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         labels=None,
         use_cache=None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache=None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Shapes: input_ids [B, T]; logits [B, T, V], or of the last `logits_to_keep` positions only."""
@@ -318,7 +325,7 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -335,9 +342,9 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: outputs.get(CACHE)},
         )
 
 
-__all__ = ["PuzzleForCausalLM", "PuzzleModel"]
+__all__ = ["CACHE", "PuzzleForCausalLM", "PuzzleModel"]

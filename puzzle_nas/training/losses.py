@@ -211,7 +211,7 @@ def error_weight(parent_output: torch.Tensor, normalise: str) -> torch.Tensor:
     `normalise="batch"` divides by the energy of the whole batch, as the paper does; `"token"` divides each token's
     error by its own energy, so that a few tokens of massive activations cannot own the loss.
     """
-    energy = torch.linalg.vecdot(parent_output.float(), parent_output.float())
+    energy = torch.linalg.vector_norm(parent_output.float(), dim=-1).square_()
     if normalise == "batch":
         return torch.ones_like(energy) / energy.sum()
     return 1 / (energy.numel() * energy.clamp_min(1e-12))
@@ -222,20 +222,21 @@ class _WeightedError(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, parents, *children):
-        error = None
-        for child, parent in zip(children, parents, strict=True):
-            # Differences are summed, not outputs, so that massive activations cost no precision.
-            difference = child.float() - parent
-            error = difference if error is None else error.add_(difference)
+        # Differences are summed, not outputs, so that massive activations cost no precision.
+        error, *others = (
+            child.to(torch.float32, copy=True).sub_(parent) for child, parent in zip(children, parents, strict=True)
+        )
+        for other in others:
+            error.add_(other)
         ctx.save_for_backward(weight, error)
         ctx.dtypes = [child.dtype for child in children]
-        return torch.vdot(weight.flatten(), torch.linalg.vecdot(error, error).flatten())
+        return torch.vdot(weight.flatten(), torch.linalg.vector_norm(error, dim=-1).square_().flatten())
 
     @staticmethod
     def backward(ctx, *grad_outputs):
         (grad_output,) = grad_outputs
         weight, error = ctx.saved_tensors
-        grad = error * (2 * grad_output * weight).unsqueeze(-1)
+        grad = error.mul_((2 * grad_output * weight).unsqueeze(-1))
         return None, None, *(grad.to(dtype) for dtype in ctx.dtypes)
 
 

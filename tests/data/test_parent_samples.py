@@ -17,6 +17,7 @@ from puzzle_nas.data.parent_samples import (
     special_ids,
 )
 from puzzle_nas.errors import DataError
+from puzzle_nas.modeling import CACHE
 from puzzle_nas.recipe import DataSettings, SourceSettings
 
 LENGTH = 96
@@ -148,7 +149,7 @@ def test_a_parent_that_only_repeats_itself(parent, base_tokenizer):
         def __call__(self, input_ids, **options):
             logits = torch.zeros(len(input_ids), 1, parent.config.vocab_size)
             logits[..., 5] = 100
-            return type("Output", (), {"logits": logits, "past_key_values": None})
+            return type("Output", (), {"logits": logits, CACHE: None})
 
     with pytest.raises(DataError, match="nothing but repeated tokens; take parent-samples out"):
         sample_documents(Stuck(), base_tokenizer, 500, 0, 32)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
-from puzzle_nas.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle_nas.modeling import CACHE, PuzzleConfig, PuzzleForCausalLM
 
 BASE = {
     "vocab_size": 97,
@@ -79,19 +79,20 @@ def test_left_padding_changes_nothing(name):
     assert torch.equal(together[1:, 11:], model.generate(long, **arguments)[:, 11:])
 
 
-def test_a_static_cache_given_by_the_user_works_step_by_step():
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_static_cache_given_by_the_user_works_step_by_step(name):
     model = child_of(EVERY_KIND)
     tokens = torch.randint(1, 97, (2, 12))
     cache = StaticCache(config=model.config, max_cache_len=20)
     with torch.no_grad():
-        steps = [model(tokens[:, :6], past_key_values=cache, use_cache=True).logits]
-        steps += [model(tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(6, 12)]
+        steps = [model(tokens[:, :6], use_cache=True, **{name: cache}).logits]
+        steps += [model(tokens[:, i : i + 1], use_cache=True, **{name: cache}).logits for i in range(6, 12)]
         torch.testing.assert_close(torch.cat(steps, 1), model(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_only_layers_with_attention_have_a_cache():
     model = child_of(EVERY_KIND)
-    cache = model(torch.randint(1, 97, (1, 7)), use_cache=True).past_key_values
+    cache = model(torch.randint(1, 97, (1, 7)), use_cache=True)[CACHE]
     assert [tuple(layer.keys.shape) for layer in cache.layers] == [(1, 2, 7, 8), (1, 1, 7, 8), (1, 4, 7, 8)]
 
 

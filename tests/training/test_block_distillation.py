@@ -65,8 +65,7 @@ def test_the_loss_is_the_formulas_and_falls_and_norms_stay(task, specs):
     x, attention, ffn = (tensor.float() for tensor in before)
     with torch.no_grad():
         layer = task.parent_layer.float()
-        inputs = {**task.activations.inputs, "past_key_values": None}
-        output = run_with(layer, dict(trainee.blocks.items()), x, inputs)
+        output = run_with(layer, dict(trainee.blocks.items()), x, task.activations.inputs)
     layer.to(task.activations.parent.dtype)
     parents = x + attention + ffn
     expected = ((output - parents).square().sum(-1) / parents.square().sum(-1)).mean().item()

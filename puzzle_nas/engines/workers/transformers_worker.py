@@ -34,17 +34,19 @@ class Transformers:
         """One batch, padded on the left."""
         tokens, mask = self._batch(prompts)
         size = self.chunk_tokens or tokens.shape[1]
-        cache, logits = None, []
+        cache, logits = {}, []
         for start in range(0, tokens.shape[1], size):
             chunk = tokens[:, start : start + size]
             output = self.model(
                 chunk,
                 attention_mask=mask[:, : start + size],
-                past_key_values=cache,
                 use_cache=True,
                 position_ids=(mask.cumsum(1) - 1).clamp_min(0)[:, start : start + size],
+                **cache,
             )
-            cache = output.past_key_values
+            # Renamed in transformers 5.24.
+            name = next(name for name in ("cache", "past_key_values") if name in output)
+            cache = {name: output[name]}
             logits.append(output.logits)
         logits = torch.cat(logits, 1)[:, :-1].float().log_softmax(-1)
         chosen = logits.gather(-1, tokens[:, 1:, None])[..., 0]
