@@ -35,7 +35,7 @@ from puzzle_nas.training.losses import cosine_loss
 
 BASE = RunFolder("runs/quickstart")
 FOLDER = Path("runs/benchmark-gkd")
-SHORT, LONG = 16_384, 49_152
+FEW, SHORT, LONG = 8_192, 16_384, 49_152
 PLAIN = {"optimiser": "adamw", "learning_rate": 1e-4, "batch_tokens": 512, "cosine_weight": 0.0, "tokens": SHORT}
 MUON = {"optimiser": "muon", "learning_rate": 3e-4}
 ONE_BATCH = {"tokens": 4096, "batch_tokens": 4096}
@@ -47,17 +47,6 @@ VARIANTS = {
     "cosine_weight_1": {"cosine_weight": 1.0},
     "batch_256": {"batch_tokens": 256},
     "batch_1024": {"batch_tokens": 1024},
-    "constant_rate": {"final_learning_rate_fraction": 1.0},
-    "rate_to_zero": {"final_learning_rate_fraction": 0.0},
-    "no_warmup": {"warmup_fraction": 0.0},
-    "cosine_last_third": {"cosine_weight": 1.0},
-    "sequences_128": {},
-    "sequences_512": {},
-    "half_twice": {},
-    "in_order": {},
-    "embeddings_train": {"train_embeddings": True},
-    "replaced_alone_train": {},
-    "replaced_3x_rate": {},
     "lora_16_1e-3": {"lora_rank": 16, "learning_rate": 1e-3},
     "top_64": {"parent_top_k": 64},
     "long_adamw_1e-4": {"tokens": LONG},
@@ -74,20 +63,38 @@ VARIANTS = {
         "lora_rank": 16,
         "parent_top_k": 64,
     },
+    **{
+        f"few_{name}": {"tokens": FEW, **settings}
+        for name, settings in {
+            "adamw_1e-4": {},
+            "constant_rate": {"final_learning_rate_fraction": 1.0},
+            "rate_to_zero": {"final_learning_rate_fraction": 0.0},
+            "no_warmup": {"warmup_fraction": 0.0},
+            "cosine_weight_1": {"cosine_weight": 1.0},
+            "cosine_last_third": {"cosine_weight": 1.0},
+            "sequences_128": {},
+            "sequences_512": {},
+            "half_twice": {},
+            "in_order": {},
+            "embeddings_train": {"train_embeddings": True},
+            "replaced_alone_train": {},
+            "replaced_3x_rate": {},
+        }.items()
+    },
 }
 
 
-OTHER_DATA = ("sequences_128", "sequences_512", "half_twice")
+OTHER_DATA = ("few_sequences_128", "few_sequences_512", "few_half_twice")
 
 
 def other_data(name: str, run: RunFolder) -> None:
     """The quickstart's data with its training text in sequences of another length, or half of it."""
     shutil.copytree(BASE / "data", run / "data")
     tokens, facts = load_tokens(BASE, "train"), read_json(run / "data/data.json")
-    if name == "half_twice":
-        tokens = tokens[: SHORT // 2 // tokens.shape[1]]
+    if name == "few_half_twice":
+        tokens = tokens[: FEW // 2 // tokens.shape[1]]
     else:
-        length = int(name.removeprefix("sequences_"))
+        length = int(name.removeprefix("few_sequences_"))
         tokens = tokens.flatten()[: tokens.numel() // length * length].view(-1, length)
     tokens = tokens.to(torch.int32).contiguous()
     safetensors.torch.save_file({"tokens": tokens}, run.split("train"))
@@ -97,13 +104,13 @@ def other_data(name: str, run: RunFolder) -> None:
 
 def change(name: str, training: Training) -> None:
     """What no setting of a recipe does."""
-    if name == "cosine_last_third":
+    if name == "few_cosine_last_third":
         last = len(training.start.model.layers) // 3
         distill_child.cosine_loss = lambda ours, theirs: cosine_loss(ours[-last:], theirs[-last:])
-    if name == "in_order":
-        first = SHORT // training.tokens.shape[1]
+    if name == "few_in_order":
+        first = FEW // training.tokens.shape[1]
         training.batches = torch.arange(first).split(len(training.batches[0]))
-    if name.startswith("replaced"):
+    if name.startswith("few_replaced"):
         parents = Architecture.of_parent(load_parent(BASE)[1]).layers[0]
         prefixes = {"attention": ("self_attn", "input_layernorm"), "ffn": ("mlp", "post_attention_layernorm")}
         kept = {
@@ -119,7 +126,7 @@ def change(name: str, training: Training) -> None:
         for group in list(adamw.param_groups):
             fast = [p for p in group["params"] if id(p) not in slow]
             group["params"] = [p for p in group["params"] if id(p) in slow]
-            group["lr_factor"] = 0.0 if name == "replaced_alone_train" else 1.0
+            group["lr_factor"] = 0.0 if name == "few_replaced_alone_train" else 1.0
             if fast:
                 adamw.add_param_group({**group, "params": fast, "lr_factor": 3.0 if "3x" in name else 1.0})
 
@@ -131,7 +138,8 @@ def measured(name: str) -> dict:
     if not result.exists():
         recipe = pipeline.open_run(BASE).model_dump(mode="json")
         steps = settings["tokens"] // settings["batch_tokens"]
-        recipe["gkd"] |= settings | {"evaluate_every_steps": max(1, steps // 4)}
+        points = 1 if name.startswith("few") else 4
+        recipe["gkd"] |= settings | {"evaluate_every_steps": max(1, steps // points)}
         if name in OTHER_DATA and not (run / "data").exists():
             other_data(name, run)
         for part in ("parent", "parent.json", "data"):
@@ -172,7 +180,7 @@ def main() -> None:
         for name in names:
             # A process of its own each: peak memory is counted by process.
             subprocess.run([sys.executable, __file__, name], check=True, stdout=subprocess.DEVNULL)
-    figures: dict[str, float] = {"tokens": SHORT, "long_tokens": LONG}
+    figures: dict[str, float] = {"few_tokens": FEW, "tokens": SHORT, "long_tokens": LONG}
     print(f"{'':22s}{'KL, nats':>10s}{'processor, s':>14s}{'peak, GB':>10s}")
     for name in VARIANTS:
         if not (FOLDER / name / "result.json").exists():
@@ -183,7 +191,7 @@ def main() -> None:
         figures[f"selection_kl_nats.{name}"] = kl
         print(f"{name:22s}{kl:10.4f}", end="")
         if seconds is not None:
-            figures[f"processor_seconds.{name}"] = seconds
+            figures[f"processor_seconds.{name}"] = round(seconds, 1)
         print(f"{'-' if seconds is None else round(seconds):>14}", end="")
         if name.startswith("memory"):
             figures[f"peak_memory_bytes.{name}"] = peak = result["peak_memory_bytes"]
