@@ -31,7 +31,7 @@ from puzzle_nas.report.figures.tradeoffs import Point, decision_figure
 from puzzle_nas.report.layout import packed_plotly
 from puzzle_nas.report.page import SECTIONS, render_page
 from puzzle_nas.report.summary import build_summary
-from puzzle_nas.report.tables import model_rows
+from puzzle_nas.report.tables import model_rows, speed_note
 
 LAYERS = 12
 SHAPE = ParentShape(LAYERS, 576, 1536, 9, 3, 64)
@@ -335,6 +335,14 @@ def test_markup_is_escaped(tmp_path):
     page = own_part(render_page(recipe, run, summary))
     assert "<script>alert" not in page
     assert "&lt;/script&gt;&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;&amp;" in page
+
+
+def test_repeats_that_differ_widely_are_said_not_to_be_relied_on(made):
+    summary = made[2]
+    measured = summary["child"]["speedup_measured"]
+    for spread, steady in ((0.02, True), (0.5, False)):
+        summary["child"]["speedup_measured_range"] = [measured * (1 - spread / 2), measured * (1 + spread / 2)]
+        assert ("evaluate-child RUN --again" in speed_note(summary)) != steady
 
 
 def test_same_run_gives_same_bytes(made):
