@@ -87,7 +87,8 @@ class OptimiserSettings(Settings):
     """An optimiser with linear warm-up and cosine decay."""
 
     optimiser: Literal["adamw", "muon"] = "adamw"
-    """AdamW, or Muon for the matrices inside blocks with AdamW for the rest."""
+    """AdamW, or Muon for the matrices inside blocks with AdamW for the rest. Muon multiplies in bfloat16: where that is
+    slow, it takes many times as long."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate."""
     final_learning_rate_fraction: float = Field(0.1, ge=0, le=1)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from puzzle_nas.families.loading import bfloat16_is_fast
+from puzzle_nas.progress import console
 from puzzle_nas.recipe import OptimiserSettings
-from puzzle_nas.training.parallel import whole_tensor
+from puzzle_nas.training import parallel
 
 
 def learning_rate_at(step: int, total_steps: int, settings: OptimiserSettings) -> float:
@@ -20,6 +23,13 @@ def learning_rate_at(step: int, total_steps: int, settings: OptimiserSettings) -
     progress = (step - warmup) / max(1, total_steps - warmup)
     final = settings.final_learning_rate_fraction
     return settings.learning_rate * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@functools.cache
+def _say_that_muon_is_slow() -> None:
+    console.print(
+        "  Muon multiplies in bfloat16, and this machine does so slowly: optimiser=adamw is many times as fast."
+    )
 
 
 class Optimiser:
@@ -46,6 +56,8 @@ class Optimiser:
         if groups:
             self.inner.append(torch.optim.AdamW(groups, betas=settings.betas, fused=True))
         if orthogonal:
+            if parallel.is_first() and not bfloat16_is_fast(orthogonal[0].device):
+                _say_that_muon_is_slow()
             self.inner.append(torch.optim.Muon(orthogonal, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
 
     def step(self, step: int, scale: float = 1.0) -> bool:
@@ -56,14 +68,15 @@ class Optimiser:
         """
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        finite = bool(whole_tensor(norm).isfinite())
+        finite = bool(parallel.whole_tensor(norm).isfinite())
         if finite:
-            if self.settings.gradient_clip is not None and bool(whole_tensor(norm) > self.settings.gradient_clip):
+            if self.settings.gradient_clip is not None and bool(
+                parallel.whole_tensor(norm) > self.settings.gradient_clip
+            ):
                 nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.gradient_clip, norm)
             for optimiser in self.inner:
                 for group in optimiser.param_groups:
-                    rate = scale * learning_rate_at(step, self.total_steps, self.settings)
-                    group["lr"] = group.get("lr_factor", 1.0) * rate
+                    group["lr"] = scale * learning_rate_at(step, self.total_steps, self.settings)
                 optimiser.step()
         self.clear()
         return finite

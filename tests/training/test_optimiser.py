@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from puzzle_nas.recipe import OptimiserSettings
+from puzzle_nas.training import optimiser
 from puzzle_nas.training.optimiser import Optimiser, learning_rate_at
 
 
@@ -68,3 +69,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     assert not optimiser.step(2)
     assert all(torch.equal(value, before[name]) for name, value in optimiser.state().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_muon_where_bfloat16_is_slow_is_said_once(monkeypatch, capsys):
+    optimiser._say_that_muon_is_slow.cache_clear()
+    for fast, said in ((True, 0), (False, 1)):
+        monkeypatch.setattr(optimiser, "bfloat16_is_fast", lambda device, fast=fast: fast)
+        for _ in range(2):
+            Optimiser(module(), OptimiserSettings(optimiser="muon"), 10)
+        assert capsys.readouterr().out.count("optimiser=adamw is many times as fast") == said
