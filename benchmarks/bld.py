@@ -29,7 +29,7 @@ from puzzle_nas.subblocks import subblock_layer
 from puzzle_nas.training.block_distillation import BlockTask, Job, Trainee
 from puzzle_nas.training.replacement import ReplacementWalk
 
-LAYERS = (2, 14, 22)
+LAYERS = (14, 22)
 HELD_OUT, KL_TOKENS = 8, 1_024
 """Sequences, tokens."""
 PLAIN = {"learning_rate": 1e-3, "batch_tokens": 512, "tokens": 8_192}
@@ -73,6 +73,7 @@ def main() -> None:
     space = search_space_of(recipe, shape)
     tokens = load_tokens(run, "train")
     length = tokens.shape[1]
+    tokens = tokens[: max(v.get("tokens", 0) for v in VARIANTS.values()) // length + HELD_OUT]
     held = torch.arange(len(tokens) - HELD_OUT, len(tokens))
     selection = load_tokens(run, "selection")[: KL_TOKENS // length]
     walk = ReplacementWalk(parent, selection, recipe.scoring.batch_tokens)

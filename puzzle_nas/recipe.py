@@ -106,6 +106,8 @@ class OptimiserSettings(Settings):
 class BLDSettings(OptimiserSettings):
     """Blockwise local distillation, each variant on its own (Puzzle, section 2: decoupled)."""
 
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate. The best of those tried on SmolLM2-135M; wider parents may want less."""
     tokens: int = Field(65_536, ge=0)
     """Training tokens for each variant; 0 skips BLD."""
     batch_tokens: int = Field(2_048, ge=1)

@@ -1,6 +1,6 @@
 """Puzzle, table 8: tokens of BLD. Reads benchmarks/results/bld.json.
 
-The paper has whole children after 0.25, 0.5 and 1 B tokens; ours has mean replace-1-block KL over the variants of three
+The paper has whole children after 0.25, 0.5 and 1 B tokens; ours has mean replace-1-block KL over the variants of two
 layers, from least squares, after amounts that double twice.
 """
 
