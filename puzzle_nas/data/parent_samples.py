@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.modeling_utils import PreTrainedModel
 
+from puzzle_nas.data.decoding import decoding
 from puzzle_nas.errors import DataError
 from puzzle_nas.modeling import CACHE
 
@@ -114,7 +116,7 @@ def plain_script(tokenizer: Any, conversation: Script | None) -> Script:
 
 
 def sample_documents(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: Any,
     num_tokens: int,
     seed: int,
@@ -165,7 +167,7 @@ def is_degenerate(document: list[int]) -> bool:
 
 @torch.inference_mode()
 def _write_rows(
-    model: Any,
+    model: PreTrainedModel,
     rows: list[_Row],
     special: set[int],
     sequence_length: int,
@@ -176,17 +178,15 @@ def _write_rows(
     special_S = sorted(token for token in special if token < model.config.vocab_size)
     columns_S = torch.tensor(special_S, dtype=torch.int64, device=model.device)
     tokens_B1 = torch.tensor([row.tokens for row in rows], device=model.device)
-    cache = None
-    for _ in range(1, sequence_length):
-        output = model(input_ids=tokens_B1, use_cache=True, logits_to_keep=1, **{CACHE: cache})
-        cache = getattr(output, CACHE)
-        logits_BV = output.logits[:, -1].float()
-        refused_BS = torch.tensor([[token not in row.allowed for token in special_S] for row in rows])
-        logits_BV[:, columns_S] = logits_BV[:, columns_S].masked_fill(refused_BS.to(model.device), -torch.inf)
-        chosen = _sample_nucleus(logits_BV, generator).tolist()
-        taken = [[row.add(token)] for row, token in zip(rows, chosen, strict=True)]
-        tokens_B1 = torch.tensor(taken, device=model.device)
-        on_progress(len(rows))
+    with decoding(model, sequence_length) as cache:
+        for _ in range(1, sequence_length):
+            logits_BV = model(input_ids=tokens_B1, use_cache=True, **{CACHE: cache}).logits[:, -1].float()
+            refused_BS = torch.tensor([[token not in row.allowed for token in special_S] for row in rows])
+            logits_BV[:, columns_S] = logits_BV[:, columns_S].masked_fill(refused_BS.to(model.device), -torch.inf)
+            chosen = _sample_nucleus(logits_BV, generator).tolist()
+            taken = [[row.add(token)] for row, token in zip(rows, chosen, strict=True)]
+            tokens_B1 = torch.tensor(taken, device=model.device)
+            on_progress(len(rows))
 
 
 def _sample_nucleus(logits_BV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from puzzle_nas.data import parent_samples
 from puzzle_nas.data.packing import TextSource, pack
@@ -17,7 +18,6 @@ from puzzle_nas.data.parent_samples import (
     special_ids,
 )
 from puzzle_nas.errors import DataError
-from puzzle_nas.modeling import CACHE
 from puzzle_nas.recipe import DataSettings, SourceSettings
 
 LENGTH = 96
@@ -142,14 +142,12 @@ def test_degenerate_documents():
     assert not is_degenerate(list(range(8)))
 
 
-def test_a_parent_that_only_repeats_itself(parent, base_tokenizer):
-    class Stuck:
-        config, device = parent.config, parent.device
+def test_a_parent_that_only_repeats_itself(parent, base_tokenizer, monkeypatch):
+    def stuck(input_ids, **options):
+        logits = torch.zeros(len(input_ids), 1, parent.config.vocab_size)
+        logits[..., 5] = 100
+        return CausalLMOutputWithPast(logits=logits)
 
-        def __call__(self, input_ids, **options):
-            logits = torch.zeros(len(input_ids), 1, parent.config.vocab_size)
-            logits[..., 5] = 100
-            return type("Output", (), {"logits": logits, CACHE: None})
-
+    monkeypatch.setattr(parent, "forward", stuck)
     with pytest.raises(DataError, match="nothing but repeated tokens; take parent-samples out"):
-        sample_documents(Stuck(), base_tokenizer, 500, 0, 32)
+        sample_documents(parent, base_tokenizer, 500, 0, 32)
