@@ -70,7 +70,16 @@ VARIANTS = {
             "adamw_3e-5": {},
             "adamw_1e-5": {"learning_rate": 1e-5},
             "lm_alone": {"kl_weight": 0.0, "lm_weight": 1.0},
-            "lm_and_kl": {"lm_weight": 1.0},
+            "cosine_weight_1": {"cosine_weight": 1.0},
+            "sequences_512": {},
+            "replaced_alone_train": {},
+            "replaced_3x_rate": {},
+        }.items()
+    },
+    **{
+        f"schedule_{name}": settings
+        for name, settings in {
+            "default": {},
             "constant_rate": {"final_learning_rate_fraction": 1.0},
             "rate_to_zero": {"final_learning_rate_fraction": 0.0},
             "no_warmup": {"warmup_fraction": 0.0},
@@ -81,24 +90,26 @@ VARIANTS = {
             "half_twice": {},
             "in_order": {},
             "embeddings_train": {"train_embeddings": True},
-            "replaced_alone_train": {},
-            "replaced_3x_rate": {},
         }.items()
     },
 }
+GROUPS = {"few": "gkd_few", "schedule": "gkd_schedule"}
+"""Figures of their own, by how names begin: these children are not those of the others, which are in gkd.json."""
 
 
-OTHER_DATA = ("few_sequences_128", "few_sequences_512", "few_half_twice")
+def group(name: str) -> str:
+    """The file of a variant's figures."""
+    return GROUPS.get(name.split("_")[0], "gkd")
 
 
 def other_data(name: str, run: RunFolder) -> None:
-    """The quickstart's data with its training text in sequences of another length, or half of it."""
+    """The quickstart's data with its training text in sequences of another length, or half as much as is read."""
     shutil.copytree(BASE / "data", run / "data")
     tokens, facts = load_tokens(BASE, "train"), read_json(run / "data/data.json")
-    if name == "few_half_twice":
-        tokens = tokens[: FEW // 2 // tokens.shape[1]]
+    if name.endswith("half_twice"):
+        tokens = tokens[: SHORT // 2 // tokens.shape[1]]
     else:
-        length = int(name.removeprefix("few_sequences_"))
+        length = int(name.rpartition("_")[2])
         tokens = tokens.flatten()[: tokens.numel() // length * length].view(-1, length)
     tokens = tokens.to(torch.int32).contiguous()
     safetensors.torch.save_file({"tokens": tokens}, run.split("train"))
@@ -108,11 +119,11 @@ def other_data(name: str, run: RunFolder) -> None:
 
 def change(name: str, training: Training) -> None:
     """What no setting of a recipe does."""
-    if name == "few_cosine_last_third":
+    if name.endswith("cosine_last_third"):
         last = len(training.start.model.layers) // 3
         distill_child.cosine_loss = lambda ours, theirs: cosine_loss(ours[-last:], theirs[-last:])
-    if name == "few_in_order":
-        first = FEW // training.tokens.shape[1]
+    if name.endswith("in_order"):
+        first = SHORT // training.tokens.shape[1]
         training.batches = torch.arange(first).split(len(training.batches[0]))
     if name.startswith("few_replaced"):
         parents = Architecture.of_parent(load_parent(BASE)[1]).layers[0]
@@ -150,7 +161,7 @@ def measured(name: str) -> dict:
         steps = settings["tokens"] // settings["batch_tokens"]
         points = 1 if name.startswith("few") else 4
         recipe["gkd"] |= settings | {"evaluate_every_steps": max(1, steps // points)}
-        if name in OTHER_DATA and not (run / "data").exists():
+        if ("sequences" in name or "half" in name) and not (run / "data").exists():
             other_data(name, run)
         for part in ("parent", "parent.json", "data"):
             (run / part).parent.mkdir(parents=True, exist_ok=True)
@@ -190,12 +201,13 @@ def main() -> None:
         for name in names:
             # A process of its own each: peak memory is counted by process.
             subprocess.run([sys.executable, __file__, name], check=True, stdout=subprocess.DEVNULL)
-    figures: dict[str, float] = {"few_tokens": FEW, "tokens": SHORT, "long_tokens": LONG}
+    results: dict[str, dict[str, float]] = {}
     print(f"{'':22s}{'KL, nats':>10s}{'processor, s':>14s}{'peak, GB':>10s}")
     for name in VARIANTS:
         if not (FOLDER / name / "result.json").exists():
             continue
         result = measured(name)
+        figures = results.setdefault(group(name), {"few_tokens": FEW, "tokens": SHORT, "long_tokens": LONG})
         kl, seconds = _kl(name, result["curve"]), result["processor_seconds"]
         figures["selection_kl_nats.before"] = result["curve"][0]["selection_kl_nats"]
         figures[f"selection_kl_nats.{name}"] = kl
@@ -207,6 +219,7 @@ def main() -> None:
             figures[f"peak_memory_bytes.{name}"] = peak = result["peak_memory_bytes"]
             print(f"{peak / 1e9:10.2f}", end="")
         print(flush=True)
+    figures = results.get("gkd", {})
     for length, tokens in (("", SHORT), ("long_", LONG)):
         adamw, muon = f"selection_kl_nats.{length}adamw_1e-4", f"{length}muon_3e-4"
         if adamw in figures and f"selection_kl_nats.{muon}" in figures:
@@ -216,7 +229,8 @@ def main() -> None:
                 print(
                     f"Muon falls to the {figures[adamw]:.4f} of AdamW at 1e-4 on {share:.2f} of its {tokens:,} tokens"
                 )
-    print("Written to", save(by_precision("gkd"), figures))
+    for file, figures in results.items():
+        print("Written to", save(by_precision(file), figures))
 
 
 def _kl(name: str, curve: list[dict]) -> float:

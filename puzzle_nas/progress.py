@@ -32,6 +32,12 @@ class Ticker:
         self.started = self.said = time.monotonic()
         self.task = bar.add_task(description, total=total, note="") if bar else None
 
+    def extend(self, units: int) -> None:
+        """There is more to do than was thought."""
+        self.total += units
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, total=self.total)
+
     def skip(self, units: int) -> None:
         """Units finished by an earlier run."""
         self.skipped += units

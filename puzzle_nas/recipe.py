@@ -141,7 +141,7 @@ class CostSettings(Settings):
     mixtures: int = Field(24, ge=1)
     """Random architectures that are timed besides the stacks of one variant. More of them predict better."""
     repeats: int = Field(3, ge=1)
-    """Interleaved repeats, of which the median counts."""
+    """Interleaved repeats, of which the median counts; up to four times as many while they differ too much."""
     decode_steps_measured: int = Field(8, ge=1)
     """Decode steps timed in one repeat, around the middle of the decode."""
 
@@ -251,7 +251,8 @@ class EvaluationSettings(Settings):
     """The final measurements."""
 
     timing_repeats: int = Field(7, ge=1)
-    """Interleaved whole request batches of parent and child, of which the median counts."""
+    """Interleaved whole request batches of parent and child, of which the median counts; up to four times as many
+    while they differ too much."""
 
 
 class ScenarioSettings(Settings):

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from puzzle_nas.architecture import Scenario
 from puzzle_nas.engines.base import Engine, RequestTime
+
+STEADY = 0.01
+"""Standard error of a median, over the median, up to which it is believed."""
+MOST_TIMES = 4
+"""How many times as many repeats as asked for are made at most, while their median is not to be believed."""
+
+
+def relative_standard_error(values: Sequence[float]) -> float:
+    """Of the median of repeats, over the median: from their median absolute deviation, as of a normal distribution."""
+    median = statistics.median(values)
+    deviation = statistics.median(abs(value - median) for value in values)
+    return 1.2533 * 1.4826 * deviation / (median * math.sqrt(len(values)))
+
+
+def _goes_on(made: int, repeats: int, series: Iterable[Sequence[float]]) -> bool:
+    """Whether another repeat is wanted after those `made`, whose values are in `series`."""
+    if made < repeats:
+        return True
+    return made < MOST_TIMES * repeats and statistics.median(map(relative_standard_error, series)) > STEADY
 
 
 def interleaved_medians(
@@ -17,21 +37,33 @@ def interleaved_medians(
     repeats: int,
     on_model: Callable[[], None] = lambda: None,
     beside: str | None = None,
+    on_more: Callable[[int], None] = lambda models: None,
 ) -> dict[str, dict[str, RequestTime]]:
     """Median times by model, then scenario; every repeat measures every model, so that drift hits all alike.
+
+    There are more repeats, up to MOST_TIMES as many, while most models' times differ too much from one to the next;
+    `on_more` is told how many models each adds.
 
     Where every repeat must load models anew, it takes so long that drift within it counts, and a model's first request
     of a kind is slow. Then each model does such a request, the model `beside`, which stays loaded, is timed, and then
     the model, so that either finds the caches as the other left them. The model's time is the median of `beside`
-    times the median of its ratios to it.
+    times the median of its ratios to it, and there are no more repeats than asked for.
     """
     samples: dict[tuple[str, str], list[RequestTime]] = {}
     ratios: dict[tuple[str, str], list[RequestTime]] = {}
-    for _ in range(repeats):
+    totals_ms: dict[str, list[float]] = {}
+    made = 0
+    while made < repeats or (beside is None and _goes_on(made, repeats, totals_ms.values())):
+        if made >= repeats:
+            on_more(len(models))
+        made += 1
         for model in models:
+            totals_ms.setdefault(model, []).append(0.0)
             for name, scenario in scenarios.items():
                 if beside is None or model == beside:
-                    samples.setdefault((model, name), []).append(measure(model, scenario))
+                    time = measure(model, scenario)
+                    samples.setdefault((model, name), []).append(time)
+                    totals_ms[model][-1] += time.total_ms(scenario)
                     continue
                 measure(model, scenario)
                 reference = measure(beside, scenario)
@@ -73,11 +105,11 @@ def speedups(
 ) -> list[float]:
     """`parent`'s time over `child`'s on the weighted mix of request batches, for each interleaved repeat.
 
-    Of the decode only some steps around its middle are timed, as for the cost table. `models` is what `engine.loaded`
-    gave.
+    There are more repeats, up to MOST_TIMES as many, while these differ too much. Of the decode only some steps around
+    its middle are timed, as for the cost table. `models` is what `engine.loaded` gave.
     """
-    ratios = []
-    for _ in range(repeats):
+    ratios: list[float] = []
+    while _goes_on(len(ratios), repeats, [ratios]):
         parent, child = (
             sum(s.weight * engine.time_parts(models[name], s, decode_steps_measured).total_ms(s) for s in scenarios)
             for name in ("parent", "child")

@@ -82,7 +82,7 @@ ROWS: dict[str, Callable[[Summary], str]] = {
     "asked for": lambda s: ", ".join(f"{name}={value:g}" for name, value in s["child"]["limits"].items()) or "-",
     "speed-up, predicted": lambda s: _optional(s["child"]["speedup_predicted"], ".3f", "x"),
     "speed-up, measured": lambda s: _optional(s["child"]["speedup_measured"], ".3f", "x"),
-    "repeats": lambda s: "{:.3f}-{:.3f}x".format(*s["child"]["speedup_measured_range"]),
+    "its standard error": lambda s: _optional(s["child"]["speedup_measured_standard_error"], ".3f", "x"),
     "KL, assembled": lambda s: _optional(s["child"]["validation_kl_nats_assembled"], ".4f"),
     "KL, distilled": lambda s: _optional(s["child"]["validation_kl_nats_distilled"], ".4f"),
     "standard error": lambda s: _optional(s["child"]["validation_kl_nats_standard_error"], ".4f"),

@@ -23,7 +23,6 @@ def build_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
     stages = {"assembled": "child", "refitted": "child-refit", "distilled": "child-gkd"}
     kl = {name: quality["child"].get(name, {}).get("kl_nats") for name in stages}
     distilled = quality["child"]["distilled"]
-    ratios = measured["speedup_by_repeat"]
     parent_ms = costs.mix_ms(parent)
     return {
         "parent": {
@@ -43,8 +42,9 @@ def build_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
             "limits": search["limits"],
             "speedup_asked": search["limits"].get("speedup"),
             "speedup_predicted": search["speedup_predicted"],
-            "speedup_measured": measured["mix_ms"]["parent"] / measured["mix_ms"]["child"],
-            "speedup_measured_range": [ratios[0], ratios[-1]],
+            "speedup_measured": measured["speedup"],
+            "speedup_measured_standard_error": measured["speedup_standard_error"],
+            "speedup_measured_repeats": len(measured["speedup_by_repeat"]),
             "runtime_ms_predicted": costs.mix_ms(architecture),
             "runtime_ms_measured": measured["mix_ms"]["child"],
             "score_sum_nats": search["score_sum"],

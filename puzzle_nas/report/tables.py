@@ -97,22 +97,22 @@ def _models(summary: dict[str, Any]) -> Table:
     return table
 
 
-STEADY = 0.2
-"""Range of repeated speed-ups over their median up to which they are believed; an idle machine has 0.05."""
+RELIABLE = 0.02
+"""Standard error of a measured speed-up, over it, up to which it is believed."""
 
 
 def speed_note(summary: dict[str, Any]) -> str:
     """What was asked for and what was measured."""
     child = summary["child"]
-    low, high = child["speedup_measured_range"]
+    error, repeats = child["speedup_measured_standard_error"], child["speedup_measured_repeats"]
     asked = ", ".join(f"{name}={value:g}" for name, value in child["limits"].items())
     note = (
-        f"Asked for {asked}. Measured {child['speedup_measured']:.3f}x (repeats {low:.3f}-{high:.3f}), "
+        f"Asked for {asked}. Measured {child['speedup_measured']:.3f}x +- {error:.3f} ({repeats} repeats), "
         f"parent and child side by side on {summary['engine']}."
     )
-    if high - low > STEADY * child["speedup_measured"]:
+    if error > RELIABLE * child["speedup_measured"]:
         note += (
-            " Repeats that differ so much mean that the machine had other work: do not rely on this speed-up, and "
+            " The repeats differ so much that the machine must have had other work: do not rely on this speed-up, and "
             "measure it again when the machine is idle (puzzle evaluate-child RUN --again)."
         )
     return note

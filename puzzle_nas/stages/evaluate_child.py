@@ -5,10 +5,12 @@ Files: evaluation.json (figures of quality, reproducible) and measured.json (tim
 
 from __future__ import annotations
 
+import statistics
+
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.costs import CostTable
 from puzzle_nas.data.batches import load_tokens
-from puzzle_nas.engines import ENGINES, interleaved_medians
+from puzzle_nas.engines import ENGINES, interleaved_medians, relative_standard_error
 from puzzle_nas.families import load_model, load_parent, machine_of
 from puzzle_nas.progress import progress
 from puzzle_nas.recipe import Recipe
@@ -58,12 +60,20 @@ def _measure_speed(recipe: Recipe, run: RunFolder, parent, child) -> dict:
         engine.loaded(models, run.scratch(NAME)) as loaded,
         progress(f"measure speed on {engine.name}, model", recipe.evaluation.timing_repeats * len(models)) as ticker,
     ):
-        times = interleaved_medians(list(models), scenarios, measure, recipe.evaluation.timing_repeats, ticker.advance)
+        times = interleaved_medians(
+            list(models),
+            scenarios,
+            measure,
+            recipe.evaluation.timing_repeats,
+            ticker.advance,
+            on_more=ticker.extend,
+        )
     count = len(scenarios)
     ratios = sorted(
         sum(totals["parent"][i : i + count]) / sum(totals["child"][i : i + count])
         for i in range(0, len(totals["parent"]), count)
     )
+    median = statistics.median(ratios)
     return {
         "scenarios": {
             name: {model: vars(times[model][name]) | {"request_ms": times[model][name].total_ms(s)} for model in models}
@@ -72,5 +82,7 @@ def _measure_speed(recipe: Recipe, run: RunFolder, parent, child) -> dict:
         "mix_ms": {
             model: sum(s.weight * times[model][name].total_ms(s) for name, s in scenarios.items()) for model in models
         },
+        "speedup": median,
+        "speedup_standard_error": median * relative_standard_error(ratios),
         "speedup_by_repeat": ratios,
     }

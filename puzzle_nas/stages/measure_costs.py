@@ -85,6 +85,7 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
             recipe.costs.repeats,
             ticker.advance,
             beside=None if engine.holds_all else "parent",
+            on_more=ticker.extend,
         )
         whole = interleaved_medians(["parent"], scenarios, lambda name, s: engine.time_request(loaded[name], s), 3)
     return {

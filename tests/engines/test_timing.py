@@ -1,10 +1,11 @@
 """Models timed in turns, and those of a serving engine loaded in turns."""
 
+import numpy as np
 import pytest
 import torch
 
 from puzzle_nas.architecture import Scenario
-from puzzle_nas.engines import RequestTime, interleaved_medians
+from puzzle_nas.engines import RequestTime, interleaved_medians, relative_standard_error
 from puzzle_nas.engines.llama_cpp import LlamaCppEngine
 from puzzle_nas.errors import ExportError
 from tests.exporters.children import EVERY_KIND, child_of
@@ -42,6 +43,25 @@ def test_a_model_timed_beside_every_other_divides_drift_out(scenario):
 def test_requests_without_decode_steps():
     times = interleaved_medians(list(TRUE_MS), SCENARIOS, on_a_machine_that_slows_down(0.0), 1, beside="parent")
     assert times["half"]["chat"].decode_step_ms == 0 < times["half"]["chat"].prefill_ms
+
+
+@pytest.mark.parametrize(("noise", "rounds"), [(0.001, 3), (0.3, 12)])
+def test_more_repeats_where_they_differ(noise, rounds):
+    rng, more = np.random.default_rng(0), []
+
+    def measure(model, scenario):
+        return RequestTime(TRUE_MS[model] * rng.uniform(1 - noise, 1 + noise), 1.0)
+
+    many = {"chat": Scenario("chat", 1, 8, 0)}
+    asked = interleaved_medians(list(TRUE_MS), many, measure, 3, on_more=more.append)
+    assert more == [3] * (rounds - 3)
+    assert asked["half"]["chat"].prefill_ms == pytest.approx(2.0, rel=noise)
+
+
+def test_standard_error_of_a_median_is_that_of_many_medians():
+    drawn = np.random.default_rng(0).normal(1.3, 0.05, (4000, 15))
+    estimated = np.mean([relative_standard_error(row) for row in drawn])
+    assert estimated == pytest.approx(np.median(drawn, axis=1).std() / 1.3, rel=0.1)
 
 
 class CountsLoads(LlamaCppEngine):
