@@ -1,7 +1,7 @@
 """Distillation: what fraction of the machine is used, memory, processes, and what other ways would give.
 
-Reads runs/quickstart. Each part adds to benchmarks/results/distillation.json, or to distillation_float32.json where
-bfloat16 is not fast; `throughput` and `ranks` want a quiet machine. Muon's share of AdamW's tokens comes from
+Reads runs/quickstart. Each part adds to benchmarks/results/distillation.json, without AMX to distillation_avx512.json
+or distillation_float32.json; `throughput` and `ranks` want a quiet machine. Muon's share of AdamW's tokens comes from
 benchmarks/gkd.py, killed runs from benchmarks/faults.py.
 
 python benchmarks/distillation.py [PART...]   throughput, coupled, elastic, streaming, ranks; all if none is named
@@ -17,7 +17,7 @@ import elastic
 import ranks
 import streaming
 import throughput
-from results import RESULTS, by_precision, save
+from results import RESULTS, by_arithmetic, save
 
 PARTS = {
     "throughput": throughput.figures,
@@ -39,9 +39,9 @@ def main() -> None:
     """Run the parts named, or all."""
     for part in sys.argv[1:] or PARTS:
         print(part, flush=True)
-        name = by_precision("distillation")
+        name = by_arithmetic("distillation")
         figures = kept(name) | {key: round(value, 5) for key, value in PARTS[part]().items()}
-        figures |= {key: value for key, value in kept(by_precision("gkd")).items() if key == FROM_GKD}
+        figures |= {key: value for key, value in kept(by_arithmetic("gkd")).items() if key == FROM_GKD}
         print("Written to", save(name, figures))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from results import by_precision, save
+from results import by_arithmetic, save
 
 from puzzle_nas import pipeline
 from puzzle_nas.architecture import Architecture
@@ -230,7 +230,7 @@ def main() -> None:
                     f"Muon falls to the {figures[adamw]:.4f} of AdamW at 1e-4 on {share:.2f} of its {tokens:,} tokens"
                 )
     for file, figures in results.items():
-        print("Written to", save(by_precision(file), figures))
+        print("Written to", save(by_arithmetic(file), figures))
 
 
 def _kl(name: str, curve: list[dict]) -> float:

@@ -10,14 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from puzzle_nas.families.loading import describe, this_machine
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def by_precision(name: str) -> str:
-    """A name of its own for what is measured where bfloat16 is not fast: such figures do not go together."""
-    return name if this_machine().autocast else f"{name}_float32"
+def by_arithmetic(name: str) -> str:
+    """A name of its own for what is measured without AMX: such figures do not go together with those of it."""
+    if not this_machine().autocast:
+        return f"{name}_float32"
+    capabilities = torch.cpu.get_capabilities()
+    return name if capabilities.get("amx_bf16") or not capabilities.get("avx512_bf16") else f"{name}_avx512"
 
 
 def save(name: str, figures: dict[str, float], machine: dict | None = None, command: str | None = None) -> Path:
