@@ -19,7 +19,7 @@ one afterwards counts.
 
 Reads a run: RUN is `general` (text of many kinds: puzzle run benchmarks/general.yaml) or `quickstart` (library text).
 Children are kept in runs/benchmark-alternatives/RUN, so a second call goes on where one stopped; figures in
-results/alternatives.json and results/alternatives_quickstart.json.
+results/alternatives.json and results/alternatives_quickstart.json, without AMX in files of their own.
 
 python benchmarks/alternatives.py RUN [--both] [SPEEDUP ...]   make and evaluate children
 python benchmarks/alternatives.py RUN --report   print what is there
@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from alternative_starts import SPEEDUPS, Place, Starts
 from general_text import general_reference
-from results import save
+from results import by_arithmetic, save
 from task_accuracy import USED, items_of, right_answers
 
 from puzzle_nas.architecture import Architecture
@@ -287,9 +287,7 @@ def report(place: Place) -> None:
     figures["wall_seconds_of_library"] = round(
         sum(library[stage] for stage in ("build_library", "distill_blocks", "score_blocks")), 1
     )
-    print(
-        "Written to", save("alternatives" if place.base.path.name == "general" else "alternatives_quickstart", figures)
-    )
+    print("Written to", save(by_arithmetic(RESULTS[place.base.path.name]), figures))
 
 
 def main() -> None:
