@@ -96,7 +96,8 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     for _ in range(attempts):
         if (measured := timed(result)) >= asked["speedup"]:
             break
-        limits = {**limits, "speedup": limits["speedup"] * MARGIN * asked["speedup"] / measured}
+        error = result["speedup_predicted"] / measured
+        limits = {**limits, "speedup": asked["speedup"] * MARGIN * error}
         try:
             result = _searched(found, settings, limits, refinement)
         except InfeasibleError:
