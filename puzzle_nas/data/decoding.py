@@ -1,7 +1,7 @@
 """Many rows written token by token: attention of one token each, and a cache that is not copied at every step.
 
-The fused attention kernels of CPUs are made for prompts. For one token of each row two batched products are 5 to 10
-times as fast, and a cache that grows by concatenation moves all of itself each time (benchmarks/decoding.py).
+The fused attention kernels of CPUs are made for prompts, and a cache that grows by concatenation moves all of itself at
+every step (benchmarks/decoding.py).
 """
 
 # B rows, H query heads, K key-value heads, G = H / K, T cached tokens, C head_dim

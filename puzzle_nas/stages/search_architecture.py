@@ -60,7 +60,7 @@ TRIED_ON = ("calibration", "scoring", "selection")
 """The splits that candidates are refitted and measured on."""
 SPEED_REPEATS = 15
 MARGIN = 1.005
-"""How much further than the shortfall a limit is tightened."""
+"""How much further a limit is corrected than what the costs got wrong of a child."""
 
 
 def run(recipe: Recipe, run: RunFolder) -> None:
@@ -76,13 +76,15 @@ def run(recipe: Recipe, run: RunFolder) -> None:
         console.print(f"  predicted {predicted:.3f}x, measured {measured:.3f}x")
         return measured
 
+    def corrected(result: dict[str, Any], measured: float) -> dict[str, float]:
+        return {**asked, "speedup": asked["speedup"] * MARGIN * result["speedup_predicted"] / measured}
+
     limits, refinement = asked, None
     if settings.measures_children:
         if attempts:
             # What the costs get wrong of such children, before any is assembled.
             first = search(found, asked, settings.gap, settings.time_limit_seconds)
-            error = first["speedup_predicted"] / timed(first)
-            limits = {**asked, "speedup": asked["speedup"] * MARGIN * error}
+            limits = corrected(first, timed(first))
         splits = {split: load_tokens(run, split) for split in TRIED_ON}
         trials = Trials(run, load_parent(run)[0], recipe, splits, found.library)
         refinement = Refinement(found.by_either_loss(recipe, run), settings, trials)
@@ -96,8 +98,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     for _ in range(attempts):
         if (measured := timed(result)) >= asked["speedup"]:
             break
-        error = result["speedup_predicted"] / measured
-        limits = {**limits, "speedup": asked["speedup"] * MARGIN * error}
+        limits = corrected(result, measured)
         try:
             result = _searched(found, settings, limits, refinement)
         except InfeasibleError:
