@@ -95,6 +95,22 @@ def read_json(path: Path, made_by: str | None = None) -> Any:
 
 
 @contextmanager
+def written_by_this_version(path: Path, made_by: str) -> Iterator[None]:
+    """Around what reads keys of a run's JSON.
+
+    Raises:
+        ArtifactError: a key is not there, as another version wrote the file.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise ArtifactError(
+            f"{path} has no {error.args[0]}: another version wrote it. "
+            f"Write it anew with: puzzle {made_by} {path.parent} --again"
+        ) from None
+
+
+@contextmanager
 def complete_folder(path: Path):
     """Yield a folder to fill; it gets its final name, replacing an older one, only if nothing was raised."""
     partial = path.with_name(path.name + ".partial")

@@ -28,13 +28,14 @@ class Ticker:
     def __init__(self, description: str, total: int, bar: Progress | None):
         self.description, self.total, self.bar = description, total, bar
         self.done, self.note = 0, ""
-        self.skipped = 0
+        self.skipped = self.added = 0
         self.started = self.said = time.monotonic()
         self.task = bar.add_task(description, total=total, note="") if bar else None
 
     def extend(self, units: int) -> None:
-        """There is more to do than was thought."""
+        """There is more to do than was thought; how much more, nobody knows yet."""
         self.total += units
+        self.added += units
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, total=self.total)
 
@@ -54,11 +55,9 @@ class Ticker:
             elapsed = self.said - self.started
             worked = max(1, self.done - self.skipped)
             remains = elapsed / worked * (self.total - self.done)
+            left = f"{self.added} more than planned" if self.added else f"{remains:.0f} s remain"
             note_text = f"  {self.note}" if self.note else ""
-            print(
-                f"  {self.description} {self.done}/{self.total}, {remains:.0f} s remain{note_text}",
-                flush=True,
-            )
+            print(f"  {self.description} {self.done}/{self.total}, {left}{note_text}", flush=True)
 
 
 @contextmanager

@@ -88,15 +88,18 @@ for _command, _text in (
 
 def print_summary(run_dir: Path, as_json: bool = False) -> None:
     """A run's child and its summary table."""
-    from puzzle_nas.artifacts import RunFolder, read_json
+    from puzzle_nas.artifacts import RunFolder, read_json, written_by_this_version
     from puzzle_nas.progress import console
     from puzzle_nas.report.tables import show
 
-    summary = read_json(RunFolder(run_dir).summary, "report")
+    path = RunFolder(run_dir).summary
+    summary = read_json(path, "report")
     if as_json:
         print(json.dumps(summary, indent=1))
-    else:
-        console.print(show(summary))
+        return
+    with written_by_this_version(path, "report"):
+        tables = show(summary)
+    console.print(tables)
 
 
 @app.command("recipe")

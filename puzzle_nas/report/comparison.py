@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from puzzle_nas.architecture import SLOTS
-from puzzle_nas.artifacts import RunFolder, read_json
-from puzzle_nas.errors import ArtifactError, RecipeError
+from puzzle_nas.artifacts import RunFolder, read_json, written_by_this_version
+from puzzle_nas.errors import RecipeError
 from puzzle_nas.report.facts import percent_of_parent
 from puzzle_nas.report.figures.common import SLOT_NAMES
 from puzzle_nas.report.figures.layers import runtimes_figure
@@ -56,14 +56,9 @@ def load_runs(folders: Sequence[RunFolder]) -> list[ComparedRun]:
 
 def _summary(folder: RunFolder) -> Summary:
     summary = read_json(folder.summary, "report")
-    try:
+    with written_by_this_version(folder.summary, "report"):
         for cell in ROWS.values():
             cell(summary)
-    except KeyError as error:
-        raise ArtifactError(
-            f"{folder.summary} has no {error.args[0]}: another version wrote it. "
-            f"Write it anew with: puzzle report {folder} --again"
-        ) from None
     return summary
 
 

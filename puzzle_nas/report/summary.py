@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from puzzle_nas.architecture import SLOTS, Architecture, ParentShape
-from puzzle_nas.artifacts import RunFolder, read_json
+from puzzle_nas.artifacts import RunFolder, read_json, written_by_this_version
 from puzzle_nas.costs import CostTable
 from puzzle_nas.recipe import Recipe
 
@@ -17,6 +17,12 @@ def build_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
     quality = read_json(run / "evaluation.json", "evaluate-child")
     measured = read_json(run / "measured.json", "evaluate-child")
     gkd, refit = read_json(run / "gkd.json", "distill-child"), read_json(run / "refit.json", "refit")
+    with written_by_this_version(run / "measured.json", "evaluate-child"):
+        speed = {
+            "speedup_measured": measured["speedup"],
+            "speedup_measured_standard_error": measured["speedup_standard_error"],
+            "speedup_measured_repeats": len(measured["speedup_by_repeat"]),
+        }
     costs = CostTable.load(run, recipe)
     architecture = Architecture.from_list(search["architecture"])
     parent = Architecture.of_parent(ParentShape(**facts["shape"]))
@@ -42,9 +48,7 @@ def build_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
             "limits": search["limits"],
             "speedup_asked": search["limits"].get("speedup"),
             "speedup_predicted": search["speedup_predicted"],
-            "speedup_measured": measured["speedup"],
-            "speedup_measured_standard_error": measured["speedup_standard_error"],
-            "speedup_measured_repeats": len(measured["speedup_by_repeat"]),
+            **speed,
             "runtime_ms_predicted": costs.mix_ms(architecture),
             "runtime_ms_measured": measured["mix_ms"]["child"],
             "score_sum_nats": search["score_sum"],

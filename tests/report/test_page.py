@@ -25,6 +25,7 @@ from puzzle_nas.architecture import (
 )
 from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder, write_bytes, write_json
+from puzzle_nas.errors import ArtifactError
 from puzzle_nas.recipe import Recipe, parse_recipe
 from puzzle_nas.report.figures.common import log_axis
 from puzzle_nas.report.figures.tradeoffs import Point, decision_figure
@@ -282,6 +283,15 @@ def test_fallen_variants_are_marked(made):
     assert not [trace for trace in drawn(page)["bld-attention"][0] if trace["name"] == "fell back"]
     row = next(line for line in page.splitlines() if "<td>ffn.linear</td>" in line and "paper" in line)
     assert "least_squares 11, paper 1" in row and '<td class="text">5</td>' in row
+
+
+def test_measured_speeds_of_an_older_version_are_refused(tmp_path):
+    recipe, run, _ = make_run(tmp_path)
+    measured = json.loads((run / "measured.json").read_text())
+    del measured["speedup_standard_error"]
+    write_json(run / "measured.json", measured)
+    with pytest.raises(ArtifactError, match=r"no speedup_standard_error: .* puzzle evaluate-child .* --again"):
+        build_summary(recipe, run)
 
 
 def test_absent_parts_are_said(tmp_path):

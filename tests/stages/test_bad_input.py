@@ -128,6 +128,14 @@ def test_no_run_folder(tmp_path):
     check_refused("score-blocks", tmp_path, contains=["is no run folder"])
 
 
+def test_a_summary_of_an_older_version(copy_of_run):
+    path = copy_of_run / "summary.json"
+    summary = json.loads(path.read_text())
+    del summary["child"]["speedup_measured_standard_error"]
+    path.write_text(json.dumps(summary))
+    check_refused("show", copy_of_run, contains=["no speedup_measured_standard_error", "puzzle report", "--again"])
+
+
 def test_a_stage_whose_input_is_missing(recipe, tmp_path):
     puzzle("run", recipe(), "--run-dir", tmp_path / "r", "--to", "prepare-data")
     check_refused("score-blocks", tmp_path / "r", contains=["no finished distill-blocks", "puzzle distill-blocks"])
