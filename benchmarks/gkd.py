@@ -28,10 +28,12 @@ from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import load_model, load_parent, machine_of
 from puzzle_nas.families.loading import architecture_of
-from puzzle_nas.recipe import parse_recipe
+from puzzle_nas.recipe import OptimiserSettings, parse_recipe
 from puzzle_nas.stages import distill_child
 from puzzle_nas.stages.distill_child import Training, parent_outputs
+from puzzle_nas.training import optimiser
 from puzzle_nas.training.losses import cosine_loss
+from puzzle_nas.training.optimiser import learning_rate_at
 
 BASE = RunFolder("runs/quickstart")
 FOLDER = Path("runs/benchmark-gkd")
@@ -90,6 +92,12 @@ VARIANTS = {
             "half_twice": {},
             "in_order": {},
             "embeddings_train": {"train_embeddings": True},
+            "decay_last_fifth": {},
+            "rate_2e-4": {"learning_rate": 2e-4},
+            "constant_rate_sequences_128": {"final_learning_rate_fraction": 1.0},
+            "long_default": {"tokens": LONG},
+            "long_constant_rate": {"tokens": LONG, "final_learning_rate_fraction": 1.0},
+            "long_decay_last_fifth": {"tokens": LONG},
         }.items()
     },
 }
@@ -117,11 +125,20 @@ def other_data(name: str, run: RunFolder) -> None:
     write_json(run / "data/data.json", facts)
 
 
+def constant_then_linear(step: int, total_steps: int, settings: OptimiserSettings) -> float:
+    """A linear warm-up, a constant rate, and in the last fifth a line to the final fraction (as MiniCPM has it)."""
+    left = (total_steps - step) / (total_steps / 5)
+    rate = learning_rate_at(step, total_steps, settings.model_copy(update={"final_learning_rate_fraction": 1.0}))
+    return rate * max(settings.final_learning_rate_fraction, min(1.0, left))
+
+
 def change(name: str, training: Training) -> None:
     """What no setting of a recipe does."""
     if name.endswith("cosine_last_third"):
         last = len(training.start.model.layers) // 3
         distill_child.cosine_loss = lambda ours, theirs: cosine_loss(ours[-last:], theirs[-last:])
+    if name.endswith("decay_last_fifth"):
+        optimiser.learning_rate_at = constant_then_linear
     if name.endswith("in_order"):
         first = SHORT // training.tokens.shape[1]
         training.batches = torch.arange(first).split(len(training.batches[0]))

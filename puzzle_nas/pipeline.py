@@ -190,13 +190,9 @@ def _begin(stage: ModuleType, recipe: Recipe, run: RunFolder, again: bool, label
 
 
 def _require_runnable(stage: ModuleType, recipe: Recipe) -> None:
-    """Raises: RecipeError: the recipe leaves the stage out, or what it asks for is not done by several processes."""
+    """Raises: RecipeError: the recipe leaves the stage out."""
     if why := why_left_out(stage, recipe):
         raise RecipeError(why)
-    if stage is distill_child and recipe.gkd.lora_rank and parallel.world_size() > 1:
-        raise RecipeError(
-            "gkd.lora_rank is for one process: leave out --nproc from distill-child on, or set gkd.lora_rank=null."
-        )
 
 
 def _peak_memory_bytes() -> int:
@@ -225,10 +221,7 @@ def _range(recipe: Recipe, every: Sequence[ModuleType], first: str | None, last:
     end = commands.index(stage_named(last).COMMAND) if last else len(every) - 1
     if begin > end:
         raise RecipeError(f"--from {first} comes after --to {last}; the order is {', '.join(commands)}.")
-    stages = every[begin : end + 1]
-    for stage in stages:
-        _require_runnable(stage, recipe)
-    if any("engine" in stage.SETTINGS for stage in stages) and not recipe.costs.force:
+    if any("engine" in stage.SETTINGS for stage in every[begin : end + 1]) and not recipe.costs.force:
         ENGINES[recipe.engine].python()
     if recipe.scoring.task is not None:
         half_of(read_task(recipe.scoring.task), True, recipe.scoring.task)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from puzzle_nas.training.parallel import whole_tensor
+
 
 def _add(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
     return output + inputs[0] @ module.adapter_in.T @ module.adapter_out.T
@@ -33,4 +35,5 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value, in float32, of each weight with its adapter added to it."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and hasattr(module, "adapter_in"):
-            yield f"{name}.weight", module.weight.float() + module.adapter_out @ module.adapter_in
+            weight_OI, outputs_OR, inputs_RI = map(whole_tensor, (module.weight, module.adapter_out, module.adapter_in))
+            yield f"{name}.weight", weight_OI.float() + outputs_OR @ inputs_RI
