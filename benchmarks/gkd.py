@@ -97,7 +97,6 @@ VARIANTS = {
             "constant_rate_sequences_128": {"final_learning_rate_fraction": 1.0},
             "long_default": {"tokens": LONG},
             "long_constant_rate": {"tokens": LONG, "final_learning_rate_fraction": 1.0},
-            "long_decay_last_fifth": {"tokens": LONG},
         }.items()
     },
 }
@@ -219,7 +218,7 @@ def main() -> None:
             # A process of its own each: peak memory is counted by process.
             subprocess.run([sys.executable, __file__, name], check=True, stdout=subprocess.DEVNULL)
     results: dict[str, dict[str, float]] = {}
-    print(f"{'':22s}{'KL, nats':>10s}{'processor, s':>14s}{'peak, GB':>10s}")
+    print(f"{'':36s}{'KL, nats':>10s}{'processor, s':>14s}{'peak, GB':>10s}")
     for name in VARIANTS:
         if not (FOLDER / name / "result.json").exists():
             continue
@@ -228,7 +227,7 @@ def main() -> None:
         kl, seconds = _kl(name, result["curve"]), result["processor_seconds"]
         figures["selection_kl_nats.before"] = result["curve"][0]["selection_kl_nats"]
         figures[f"selection_kl_nats.{name}"] = kl
-        print(f"{name:22s}{kl:10.4f}", end="")
+        print(f"{name:36s}{kl:10.4f}", end="")
         if seconds is not None:
             figures[f"processor_seconds.{name}"] = round(seconds, 1)
         print(f"{'-' if seconds is None else round(seconds):>14}", end="")
