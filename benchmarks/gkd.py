@@ -216,7 +216,7 @@ def main() -> None:
     else:
         for name in names:
             # A process of its own each: peak memory is counted by process.
-            subprocess.run([sys.executable, __file__, name], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([sys.executable, sys.argv[0], name], check=True, stdout=subprocess.DEVNULL)
     results: dict[str, dict[str, float]] = {}
     print(f"{'':36s}{'KL, nats':>10s}{'processor, s':>14s}{'peak, GB':>10s}")
     for name in VARIANTS:
