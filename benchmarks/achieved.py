@@ -33,7 +33,7 @@ class Products(TorchDispatchMode):
                 return result
         if func in PRODUCTS:
             left, right = args[-2:]
-            layout = [(tuple(t.shape), t.stride(), t.dtype) for t in (left, right)]
+            layout = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in (left, right)]
             self.shapes[tuple(layout)] += 1
         elif "scaled_dot_product" in func.__name__:
             backward = "backward" in func.__name__
@@ -53,16 +53,16 @@ class Products(TorchDispatchMode):
 
 
 def _flops(layout: tuple) -> float:
-    (left, _, _), (right, _, _) = layout
+    (left, *_), (right, *_) = layout
     return 2.0 * torch.Size(left).numel() * right[-1]
 
 
 def _seconds(layout: tuple) -> float:
     left, right = (
         torch.randn(1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)))
-        .to(dtype)
+        .to(device, dtype)
         .as_strided(shape, stride)
-        for shape, stride, dtype in layout
+        for shape, stride, dtype, device in layout
     )
     return min(_times({"product": lambda: torch.matmul(left, right)}, 2 * REPEATS)["product"])
 
@@ -72,12 +72,20 @@ def median_seconds(works: dict[str, Callable[[], object]], repeats: int = REPEAT
     return {name: statistics.median(values) for name, values in _times(works, repeats).items()}
 
 
+def synchronise() -> None:
+    """Wait for a GPU's work, where there is a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def _times(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats + 1):
         for name, work in works.items():
+            synchronise()
             start = time.perf_counter()
             work()
+            synchronise()
             times[name].append(time.perf_counter() - start)
     return {name: values[1:] for name, values in times.items()}
 

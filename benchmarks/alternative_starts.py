@@ -44,9 +44,14 @@ class Place:
     base: RunFolder
 
     @property
+    def name(self) -> str:
+        """Of the run."""
+        return self.base.path.name
+
+    @property
     def folder(self) -> Path:
         """Of everything made."""
-        return Path("runs/benchmark-alternatives") / self.base.path.name
+        return Path("runs/benchmark-alternatives") / self.name
 
     def linked(self, path: Path) -> RunFolder:
         """A run folder that shares the base run's parent and text."""
@@ -144,7 +149,7 @@ class Starts:
                 states = self.parent.model(batch, use_cache=False, output_hidden_states=True).hidden_states
                 for i in range(len(sums)):
                     cosine = torch.nn.functional.cosine_similarity(states[i].float(), states[i + 1].float(), dim=-1)
-                    sums[i] += (1 - cosine).sum()
+                    sums[i] += (1 - cosine).sum().cpu()
                 count += batch.numel()
         return (sums / count).tolist()
 

@@ -12,16 +12,18 @@ Whole layers reach only some speeds; the one nearest to 1.25x, 1.5x and 2x is th
 are costed on straight lines between those of the cost table and a timed width of 32. Where no FFN width is fast enough,
 the fewest whole layers that leave a quarter of the width go as well, by block influence.
 
-Text: `puzzle`, `greedy` and `random` get OWN_TOKENS of GKD beside the library's calibration and BLD text; the others,
-which need no library, get all three together as GKD. Chosen on selection, reported on validation. `depth_pruned` and
-`width_pruned` are the better of their two ways on selection before GKD; with --both, each is distilled and the better
-one afterwards counts.
+Text: `puzzle`, `greedy` and `random` get their own tokens of GKD beside the library's calibration and BLD text; the
+others, which need no library, get all three together as GKD. Chosen on selection, reported on validation.
+`depth_pruned` and `width_pruned` are the better of their two ways on selection before GKD; with --both, each is
+distilled and the better one afterwards counts.
 
-Reads a run: RUN is `general` (text of many kinds: puzzle run benchmarks/general.yaml) or `quickstart` (library text).
-Children are kept in runs/benchmark-alternatives/RUN, so a second call goes on where one stopped; figures in
-results/alternatives.json and results/alternatives_quickstart.json, without AMX in files of their own.
+Reads a run: RUN is `general` (text of many kinds: puzzle run benchmarks/general.yaml), `quickstart` (library text) or
+`general_gpu` (a hundred times the tokens of `general`, on a GPU: benchmarks/general_gpu.yaml; the costs are those of
+runs/quickstart). Children are kept in runs/benchmark-alternatives/RUN, so a second call goes on where one stopped;
+figures in results/alternatives.json, alternatives_quickstart.json and alternatives_gpu.json, without AMX in files of
+their own.
 
-python benchmarks/alternatives.py RUN [--both] [SPEEDUP ...]   make and evaluate children
+python benchmarks/alternatives.py RUN [--both] [--only METHOD] [SPEEDUP ...]   make and evaluate children
 python benchmarks/alternatives.py RUN --report   print what is there
 python benchmarks/alternatives.py RUN --tasks   multiple-choice accuracy of the children, where the files are
 python benchmarks/alternatives.py RUN --general   their KL on text of many kinds, where the files are
@@ -35,6 +37,7 @@ import os
 import shutil
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,12 +60,30 @@ from puzzle_nas.pipeline import open_run
 from puzzle_nas.stages.distill_child import Training
 from puzzle_nas.training.parent_outputs import LiveParent
 
-OWN_TOKENS = 49_152
-"""GKD of the methods that use the library."""
-EVALUATE_EVERY_STEPS = 16
-"""Between points of GKD's curve, the best of which counts."""
-RESULTS = {"general": "alternatives", "quickstart": "alternatives_quickstart"}
-"""By run, where figures are kept."""
+
+@dataclass(frozen=True)
+class Budget:
+    """Of one run."""
+
+    results: str
+    """Where figures are kept."""
+    own_tokens: int = 49_152
+    """GKD of the methods that use the library."""
+    evaluate_every_steps: int = 16
+    """Between points of GKD's curve, the best of which counts."""
+    task: str = "continuations"
+    """On whose items accuracy is measured."""
+    rates: tuple[float, ...] = ()
+    """Learning rates that each method tries; none: the recipe's."""
+    trial_tokens: int = 0
+    """On which; the rate that ends lowest on selection is used. They count for no method."""
+
+
+BUDGETS = {
+    "general": Budget("alternatives"),
+    "quickstart": Budget("alternatives_quickstart"),
+    "general_gpu": Budget("alternatives_gpu", 6_291_456, 128, "continuations_unread", (3e-4, 1e-3), 786_432),
+}
 FROM_LIBRARY = ("puzzle", "greedy", "random")
 PAIRS = {"depth_pruned": ("block_influence", "contiguous"), "width_pruned": ("width_refitted", "width")}
 TIMING_REPEATS = 5
@@ -90,17 +111,35 @@ def started(starts: Starts, method: str, speedup: float) -> dict:
     return read_json(run / "start.json")
 
 
+def gkd(starts: Starts, folder: Path, run: RunFolder, **settings) -> Training:
+    """GKD of the child that has been started in `run`, ready to train.
+
+    Args:
+        folder: for what it keeps meanwhile.
+        settings: that differ from the recipe's.
+    """
+    recipe = starts.recipe.model_copy(update={"gkd": starts.recipe.gkd.model_copy(update=settings)})
+    start = PuzzleForCausalLM.from_pretrained(run / "start", dtype=starts.parent.dtype).eval()
+    return Training(recipe, starts.place.linked(folder), LiveParent(starts.parent), start.to(starts.parent.device))
+
+
 def distilled(starts: Starts, method: str, speedup: float) -> dict:
     """Distil a child that has been started; all its facts."""
     facts, run = started(starts, method, speedup), RunFolder(starts.place.folder / f"{speedup}x" / method)
     if not (run / "result.json").exists():
-        tokens = (
-            OWN_TOKENS if method in FROM_LIBRARY else OWN_TOKENS + starts.recipe.bld.tokens + starts.calibration.numel()
-        )
-        gkd = starts.recipe.gkd.model_copy(update={"tokens": tokens, "evaluate_every_steps": EVALUATE_EVERY_STEPS})
-        start = PuzzleForCausalLM.from_pretrained(run / "start", dtype=starts.parent.dtype).eval()
+        budget = BUDGETS[starts.place.name]
+        tokens = budget.own_tokens
+        if method not in FROM_LIBRARY:
+            tokens += starts.recipe.bld.tokens + starts.calibration.numel()
+        ends: dict[float, float] = {}
+        for rate in budget.rates:
+            trial = gkd(starts, run / f"scratch/rate_{rate}", run, tokens=budget.trial_tokens, learning_rate=rate)
+            trial.train()
+            ends[rate] = trial.curve[-1]["selection_kl_nats"]
+        rate = min(ends, key=ends.__getitem__) if ends else starts.recipe.gkd.learning_rate
         begin = time.process_time()
-        training = Training(starts.recipe.model_copy(update={"gkd": gkd}), run, LiveParent(starts.parent), start)
+        every = budget.evaluate_every_steps
+        training = gkd(starts, run.path, run, tokens=tokens, learning_rate=rate, evaluate_every_steps=every)
         resumed_at = max((int(path.name[-8:]) for path in training.state_folder.glob("step_????????")), default=0)
         training.train()
         # A resumed distillation counts as if all its steps had taken what the last ones took.
@@ -110,6 +149,8 @@ def distilled(starts: Starts, method: str, speedup: float) -> dict:
             save_model(child, load_tokenizer(parent_checkpoint(starts.base)), partial)
         after = {
             "gkd_tokens": tokens,
+            "learning_rate": rate,
+            "selection_kl_nats_by_learning_rate_tried": ends,
             "core_seconds_of_gkd": seconds,
             "selection_kl_nats": training.best["selection_kl_nats"],
             "curve": training.curve,
@@ -125,12 +166,14 @@ def better(facts: dict[str, dict], ways: tuple[str, str], field: str) -> str:
     return min((way for way in ways if way in facts), key=lambda way: facts[way][field])
 
 
-def make(place: Place, speedup_list: tuple[float, ...], both: bool) -> None:
+def make(place: Place, speedup_list: tuple[float, ...], both: bool, only: str | None) -> None:
     """Make, distil and evaluate; print a line for each child."""
     starts = Starts(place)
+    methods = [m for m in FROM_LIBRARY if only in (None, m)]
+    pairs = {label: ways for label, ways in PAIRS.items() if only in (None, label)}
     for speedup in speedup_list:
         found: dict[str, dict] = {}
-        for method in (*FROM_LIBRARY, *PAIRS["depth_pruned"], *PAIRS["width_pruned"]):
+        for method in (*methods, *(way for ways in pairs.values() for way in ways)):
             try:
                 found[method] = started(starts, method, speedup)
             except InfeasibleError as error:
@@ -141,8 +184,8 @@ def make(place: Place, speedup_list: tuple[float, ...], both: bool) -> None:
                 f"KL before GKD {found[method]['before_gkd']['kl_nats']:.4f}",
                 flush=True,
             )
-        chosen = [m for m in FROM_LIBRARY if m in found]
-        for ways in PAIRS.values():
+        chosen = [m for m in methods if m in found]
+        for ways in pairs.values():
             first = better(found, ways, "selection_kl_nats_before_gkd")
             chosen += ways if both else (first,)
         for method in chosen:
@@ -205,18 +248,19 @@ def compare_generally(place: Place) -> None:
 def answer_tasks(place: Place) -> None:
     """Task accuracy of every distilled child and of the parent."""
     parent, _ = load_parent(place.base)
+    machine = machine_of(open_run(place.base))
     torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
     tokenizer = load_tokenizer(parent_checkpoint(place.base))
-    for task, limit in USED.items():
-        items = items_of(task, limit)
+    task = BUDGETS[place.name].task
+    if items := items_of(task, USED["continuations"]):
         made_from = fingerprint([item.key.hex() for item in items])
-        for folder in (place.folder, *distilled_folders(place)) if items else ():
+        for folder in (place.folder, *distilled_folders(place)):
             path = folder / f"tasks/{task}.json"
             if path.exists() and read_json(path)["made_from"] == made_from:
                 continue
             child = folder / "child"
-            model = parent if folder == place.folder else PuzzleForCausalLM.from_pretrained(child, dtype=parent.dtype)
-            right = right_answers(model.eval(), tokenizer, items)
+            model = parent if folder == place.folder else load_model(child, machine)
+            right = right_answers(model, tokenizer, items)
             write_json(path, {"made_from": made_from, "right": right})
             print(f"{path} {sum(right) / len(right):.3f}", flush=True)
 
@@ -228,7 +272,8 @@ def answered(folder: Path) -> dict[str, list[float]]:
 
 def report(place: Place) -> None:
     """Print the table of what is there, and keep it."""
-    figures: dict[str, float | None] = {"gkd_tokens_of_library_methods": OWN_TOKENS}
+    budget = BUDGETS[place.name]
+    figures: dict[str, float | None] = {"gkd_tokens_of_library_methods": budget.own_tokens}
     rows = gathered(place)
     print(
         f"\n{'':6s}{'method':34s}{'pred.':>7s}{'meas.':>7s}{'KL before':>11s}{'KL':>8s}{'+-':>7s}{'ppl':>8s}"
@@ -287,15 +332,16 @@ def report(place: Place) -> None:
     figures["wall_seconds_of_library"] = round(
         sum(library[stage] for stage in ("build_library", "distill_blocks", "score_blocks")), 1
     )
-    print("Written to", save(by_arithmetic(RESULTS[place.base.path.name]), figures))
+    print("Written to", save(by_arithmetic(budget.results), figures))
 
 
 def main() -> None:
     """See above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", choices=RESULTS)
+    parser.add_argument("run", choices=BUDGETS)
     parser.add_argument("speedups", nargs="*", type=float, default=SPEEDUPS)
     parser.add_argument("--both", action="store_true")
+    parser.add_argument("--only", choices=(*FROM_LIBRARY, *PAIRS), metavar="METHOD")
     what = {"report": lambda _: None, "tasks": answer_tasks, "general": compare_generally, "measure": measure}
     for name in what:
         parser.add_argument(f"--{name}", action="store_true")
@@ -305,7 +351,7 @@ def main() -> None:
     for name in chosen:
         what[name](place)
     if not chosen:
-        make(place, tuple(asked.speedups), asked.both)
+        make(place, tuple(asked.speedups), asked.both, asked.only)
     report(place)
 
 

@@ -15,6 +15,8 @@ question.
 python benchmarks/continuations.py: writes runs/benchmark-tasks/continuations.jsonl, a file for `puzzle evaluate
 --tasks` and `scoring.task`; then counts, by kind of text, the passages that the run has read, and measures the parent's
 accuracy. About five minutes on one core
+python benchmarks/continuations.py --unread: writes runs/benchmark-tasks/continuations_unread.jsonl, the items of which
+no passage has SHARED_WORDS words in a row with ../shared/data/train
 """
 
 from __future__ import annotations
@@ -24,16 +26,18 @@ import json
 import os
 import random
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from general_text import LIBRARY_KINDS, TEXT
 from results import save
-from task_accuracy import CONTINUATIONS, right_answers
+from task_accuracy import CONTINUATIONS, UNREAD_CONTINUATIONS, right_answers
 
 from puzzle_nas.artifacts import RunFolder, write_bytes
 from puzzle_nas.data.batches import load_tokens
-from puzzle_nas.data.task_items import TaskItem
+from puzzle_nas.data.task_items import TaskItem, read_task
 from puzzle_nas.families import load_parent, load_tokenizer
 from puzzle_nas.families.loading import parent_checkpoint
 
@@ -59,10 +63,10 @@ def passages(words: list[str], lengths: tuple[int, int]) -> list[Passage]:
     return [(" ".join(part[: lengths[0]]), " ".join(part[lengths[0] :])) for part in parts]
 
 
-def word_rows(text: str) -> set[tuple[str, ...]]:
-    """All SHARED_WORDS words in a row, without case and punctuation."""
+def word_rows(text: str) -> Iterator[tuple[str, ...]]:
+    """Each SHARED_WORDS words in a row, without case and punctuation."""
     words = re.findall(r"\w+", text.lower())
-    return {tuple(words[i : i + SHARED_WORDS]) for i in range(len(words) - SHARED_WORDS + 1)}
+    return (tuple(words[i : i + SHARED_WORDS]) for i in range(len(words) - SHARED_WORDS + 1))
 
 
 def item_of(passage: Passage, endings: Sequence[str], rng: random.Random) -> TaskItem | None:
@@ -86,34 +90,60 @@ def items_of_kind(documents: Documents, lengths: tuple[int, int], number: int, r
         own = [ending for _, ending in document]
         for passage in document:
             item = item_of(passage, own if len(set(own)) >= CHOICES else every, rng)
-            if item is not None and not word_rows(" ".join(passage)) & read:
+            if item is not None and read.isdisjoint(word_rows(" ".join(passage))):
                 found.append(item)
     return rng.sample(found, number)
+
+
+def documents_of(folder: Path) -> dict[str, list[str]]:
+    """By kind of text."""
+    kinds: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*.jsonl.gz")):
+        with gzip.open(path, "rt") as file:
+            kinds[path.name.split(".")[0]] = [json.loads(line)["text"] for line in file]
+    return kinds
+
+
+def write_items(path: Path, items: Sequence[TaskItem]) -> None:
+    """As JSON lines."""
+    lines = [json.dumps(vars(item), ensure_ascii=False) + "\n" for item in items]
+    write_bytes(path, "".join(lines).encode())
+
+
+def keep_unread() -> None:
+    """Leave out items that share words with the text for training."""
+    items = read_task(CONTINUATIONS)
+    rows = [{row for c in item.choices for row in word_rows(f"{item.question} {c}")} for item in items]
+    asked = set().union(*rows)
+    texts = (text for documents in documents_of(TEXT.with_name("train")).values() for text in documents)
+    read = {row for text in texts for row in word_rows(text) if row in asked}
+    unread = [item for item, of_item in zip(items, rows, strict=True) if read.isdisjoint(of_item)]
+    write_items(UNREAD_CONTINUATIONS, unread)
+    print(f"{len(unread)} of {len(items)} items written to {UNREAD_CONTINUATIONS}")
 
 
 def main() -> None:
     """See above."""
     if not TEXT.is_dir():
         raise SystemExit(f"{TEXT} is not here: nothing to make items of.")
+    if sys.argv[1:] == ["--unread"]:
+        keep_unread()
+        return
     parent, _ = load_parent(RUN)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     tokenizer = load_tokenizer(parent_checkpoint(RUN))
     read = set().union(*(word_rows(tokenizer.decode(row)) for split in SPLITS for row in load_tokens(RUN, split)))
-    kinds: dict[str, Documents] = {}
-    for path in sorted(TEXT.glob("*.jsonl.gz")):
-        with gzip.open(path, "rt") as file:
-            kinds[path.name.split(".")[0]] = [json.loads(line)["text"].split() for line in file]
+    kinds: dict[str, Documents] = {kind: [t.split() for t in texts] for kind, texts in documents_of(TEXT).items()}
     used = {kind: documents for kind, documents in kinds.items() if kind not in LIBRARY_KINDS}
     items = {kind: items_of_kind(documents, TRIED[0], ITEMS_OF_A_KIND, read) for kind, documents in used.items()}
-    lines = [json.dumps(vars(item), ensure_ascii=False) + "\n" for of_kind in items.values() for item in of_kind]
-    write_bytes(CONTINUATIONS, "".join(lines).encode())
+    write_items(CONTINUATIONS, [item for of_kind in items.values() for item in of_kind])
 
     figures: dict[str, float] = {}
     for kind, documents in kinds.items():
         cut = [" ".join(passage) for words in documents for passage in passages(words, TRIED[0])]
         figures |= {
             f"passages_{kind}": len(cut),
-            f"passages_read_by_run_{kind}": sum(bool(word_rows(passage) & read) for passage in cut),
+            f"passages_read_by_run_{kind}": sum(not read.isdisjoint(word_rows(passage)) for passage in cut),
         }
     for lengths in TRIED:
         few = [i for documents in used.values() for i in items_of_kind(documents, lengths, TRIED_ITEMS_OF_A_KIND, read)]

@@ -19,6 +19,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def by_arithmetic(name: str) -> str:
     """A name of its own for what is measured without AMX: such figures do not go together with those of it."""
+    if torch.cuda.is_available():
+        return name
     if not this_machine().autocast:
         return f"{name}_float32"
     capabilities = torch.cpu.get_capabilities()

@@ -19,9 +19,12 @@ from puzzle_nas.training.likelihood import encode_pair, log_likelihoods
 
 CONTINUATIONS = Path("runs/benchmark-tasks/continuations.jsonl")
 """Written by continuations.py."""
+UNREAD_CONTINUATIONS = CONTINUATIONS.with_name("continuations_unread.jsonl")
+"""Those of which nothing stands in ../shared/data/train, for children that have read all of it."""
 FILES = {
     **{path.name.split(".")[0]: path for path in sorted(Path("../shared/data/benchmarks").glob("*.jsonl.gz"))},
     "continuations": CONTINUATIONS,
+    "continuations_unread": UNREAD_CONTINUATIONS,
 }
 USED = {"continuations": 800}
 """Items of the tasks that children are compared on. On the others the parent is at chance (evaluation.py)."""

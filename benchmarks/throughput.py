@@ -53,7 +53,7 @@ def bld(first: FirstVersion, run: RunFolder, parent: nn.Module, space, recipe) -
     activations.x.tensor.copy_(x)
     activations.compute(LAYER)
     specs = [s for options in space.options[LAYER].values() for s in options]
-    starts = {s: read_variant(run.initial_variant(LAYER, s.id), "build-library") for s in specs if _trained(run, s)}
+    starts = {s: read_variant(run.initial_variant(LAYER, s.id), "build-library") for s in specs if trained(run, s)}
     figures: dict[str, float] = {}
     for size in BATCH_TOKENS:
         count = size // tokens.shape[1]
@@ -116,14 +116,15 @@ def _quality(first: FirstVersion, task: BlockTask, starts, parent, settings, num
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
-def _trained(run: RunFolder, spec) -> bool:
+def trained(run: RunFolder, spec) -> bool:
+    """Whether a spec of the layer is a variant with weights."""
     path = run.initial_variant(LAYER, spec.id)
     return path.exists() and bool(read_variant(path, "build-library"))
 
 
-def scoring(run: RunFolder, parent: nn.Module, space, recipe) -> Callable[[], object]:
+def scoring(run: RunFolder, parent: nn.Module, space, recipe, sequences: int) -> Callable[[], object]:
     """All variants of one layer."""
-    walk = ReplacementWalk(parent, load_tokens(run, "scoring")[:SCORING_SEQUENCES], recipe.scoring.batch_tokens)
+    walk = ReplacementWalk(parent, load_tokens(run, "scoring")[:sequences], recipe.scoring.batch_tokens)
     for _ in range(LAYER):
         walk.advance()
     specs = [s for options in space.options[LAYER].values() for s in options]
@@ -132,13 +133,15 @@ def scoring(run: RunFolder, parent: nn.Module, space, recipe) -> Callable[[], ob
     return lambda: walk.try_variants(blocks)
 
 
-def gkd(run: RunFolder, parent: nn.Module, recipe) -> Callable[[], object]:
-    """Steps of the quickstart's settings."""
-    child = load_model(run / "child", machine_of(recipe)).float()
+def gkd(run: RunFolder, parent: nn.Module, recipe, checkpoint: Path, compiled: bool = False) -> Callable[[], object]:
+    """Steps of a child, with the recipe's settings; `compiled`: its layers and the parent's, each on its own."""
+    child = load_model(checkpoint, machine_of(recipe)).float()
     child.model.layers.requires_grad_(True)
     child.train()
+    for layer in (*parent.model.layers, *child.model.layers) if compiled else ():
+        layer.compile()
     optimiser = Optimiser(child.model.layers, recipe.gkd, STEPS)
-    tokens = load_tokens(run, "train")[: _gkd_sequences(recipe)]
+    tokens = load_tokens(run, "train")[: _gkd_sequences(recipe)].to(parent.device)
     outputs, blocks = LiveParent(parent), torch.arange(len(tokens))
 
     def step() -> None:
@@ -170,7 +173,10 @@ def figures() -> dict[str, float]:
     )
     space = search_space_of(recipe, shape)
     result = bld(first, run, parent, space, recipe)
-    for name, work in (("scoring", scoring(run, parent, space, recipe)), ("gkd", gkd(run, parent, recipe))):
+    for name, work in (
+        ("scoring", scoring(run, parent, space, recipe, SCORING_SEQUENCES)),
+        ("gkd", gkd(run, parent, recipe, run / "child")),
+    ):
         done = achieved(work, repeats=1)
         seconds = median_seconds({"now": work, "first": lambda name=name: first.does(name)})
         key = "scoring_fraction_of_floor" if name == "scoring" else "gkd_fraction_of_matmul_rate"

@@ -115,6 +115,14 @@ def this_machine() -> Machine:
     return Machine(device, torch.bfloat16 if bfloat16_is_fast(device) else torch.float32)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process could still take, a GPU's own where that is the device."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def find_checkpoint(parent: str, download_dir: Path) -> Path | str:
     """Where the parent lies: a checkpoint folder, a .gguf file, or a hub id.
 

@@ -23,7 +23,7 @@ from puzzle_nas.costs import CostTable
 from puzzle_nas.engines import ENGINES, RequestTime, TorchEngine, interleaved_medians
 from puzzle_nas.errors import ArtifactError, RecipeError
 from puzzle_nas.families import load_parent
-from puzzle_nas.families.loading import machine_of, probe_model, shape_of
+from puzzle_nas.families.loading import free_bytes, machine_of, probe_model, shape_of
 from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe, search_space_of
@@ -111,8 +111,7 @@ def _measurable(recipe: Recipe, parent: PuzzleForCausalLM) -> dict[str, Scenario
     Raises:
         RecipeError: of a sweep nothing fits.
     """
-    on_gpu = parent.device.type == "cuda"
-    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    free = free_bytes(parent.device)
     own = shape_of(parent.config).parent_spec("attention")
     per_token = variant_of(own).kv_bytes_per_token(own, parent.config, parent.dtype.itemsize)
     token_bytes = per_token * parent.config.num_hidden_layers

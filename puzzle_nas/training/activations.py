@@ -1,4 +1,4 @@
-"""The parent's activations of one layer over many tokens, in memory-mapped files.
+"""The parent's activations of one layer over many tokens, in memory-mapped files or in a GPU's memory.
 
 Shapes: S sequences, T tokens, D hidden.
 """
@@ -39,6 +39,18 @@ class ActivationFile:
         self.path.unlink(missing_ok=True)
 
 
+class GPUActivations:
+    """The same in a GPU's memory."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device):
+        self.shape = shape
+        self.tensor = torch.empty(shape, dtype=dtype, device=device)
+
+    def delete(self) -> None:
+        """Free the memory."""
+        del self.tensor
+
+
 class LayerActivations:
     """Walks the parent upwards over fixed tokens and keeps what the present layer (-1: none yet) receives and adds.
 
@@ -53,8 +65,14 @@ class LayerActivations:
         self.parent, self.folder, self.first = parent, folder, first
         self.layer = first - 1
         shape = (*tokens_ST.shape, parent.config.hidden_size)
+        names = ("x", "attention", "ffn")
+        needed = len(names) * math.prod(shape) * parent.dtype.itemsize
+        on_gpu = parent.device.type == "cuda" and needed < parallel.share_of_memory(parent.device) / 2
         self.x, self.attention, self.ffn = (
-            ActivationFile(folder / f"{name}.bin", shape, parent.dtype) for name in ("x", "attention", "ffn")
+            GPUActivations(shape, parent.dtype, parent.device)
+            if on_gpu
+            else ActivationFile(folder / f"{name}.bin", shape, parent.dtype)
+            for name in names
         )
         self.step = max(1, BATCH_TOKENS // tokens_ST.shape[1])
         with torch.inference_mode():
@@ -106,10 +124,10 @@ class LayerActivations:
             block = self.parent.model.layers[index]
             for x in stream.split(self.step):
                 attention, ffn = self._added(block, x)
-                x.copy_((x + attention.cpu()) + ffn.cpu())
+                x.copy_((x + attention.to(x.device)) + ffn.to(x.device))
         parallel.pass_up(stream.split(self.step))
 
     def delete(self) -> None:
-        """Free the disk."""
+        """Free disk or memory."""
         for file in (self.x, self.attention, self.ffn):
             file.delete()

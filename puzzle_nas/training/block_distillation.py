@@ -1,8 +1,9 @@
 """Blockwise local distillation, decoupled and coupled (Puzzle, section 2).
 
-Layer by layer: the parent's activations of layer i lie in memory-mapped files, everything of layer i trains on them,
-then layer i + 1. Each parent layer sees each token once; a layer that is done is done for good. Where the disk does not
-hold the activations of all tokens, they come in shards, and every job waits on disk for its next one.
+Layer by layer: the parent's activations of layer i lie in memory-mapped files, or in a GPU's memory, everything of
+layer i trains on them, then layer i + 1. Each parent layer sees each token once; a layer that is done is done for good.
+Where the disk does not hold the activations of all tokens, they come in shards, and every job waits on disk for its
+next one.
 
 Of several ranks, each trains contiguous layers. It first climbs through them without training, so that the next rank
 has what its own first layer receives, and then begins again below them: two passes through the parent in all.
@@ -19,7 +20,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from puzzle_nas.architecture import Spec, choice_id
@@ -263,7 +263,7 @@ def distill_blocks(
             task = BlockTask(activations, parent_layer, settings.normalise, parent.dtype == torch.bfloat16)
             batches = shard.batches(order, recipe.seed + layer)
             held = torch.arange(shard.end - shard.begin, shard.end - shard.begin + held_out)
-            for group in _groups(training[layer], one_by_one=recipe.memory != "all"):
+            for group in _groups(training[layer], task.device, one_by_one=recipe.memory != "all"):
                 problems += _distil(task, layer, group, settings, shard, batches, held, total_steps)
             ticker.advance()
     for problem in parallel.gathered(problems):
@@ -296,10 +296,11 @@ def _activations(
         activations.delete()
 
 
-def _groups(jobs: Mapping[Path, Job], one_by_one: bool) -> Iterator[list[tuple[Path, Job, Weights]]]:
+def _groups(
+    jobs: Mapping[Path, Job], device: torch.device, one_by_one: bool
+) -> Iterator[list[tuple[Path, Job, Weights]]]:
     """Jobs that train together, with their start: as many as fit in half of this process's part of the free memory."""
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    most = 0.0 if one_by_one else free / parallel.ranks_here() / 2
+    most = 0.0 if one_by_one else parallel.share_of_memory(device) / 2
     group: list[tuple[Path, Job, Weights]] = []
     taken = 0.0
     for path, job in jobs.items():

@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import functools
 import logging
+import math
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from puzzle_nas.errors import PuzzleError, RankError, RecipeError
+from puzzle_nas.families.loading import free_bytes
 from puzzle_nas.modeling import PuzzleForCausalLM
 
 if TYPE_CHECKING:
@@ -200,6 +202,17 @@ def divide_threads() -> None:
 def ranks_here() -> int:
     """How many processes share this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
+
+
+def share_of_memory(device: torch.device) -> float:
+    """Bytes that this process may count on, of the machine's memory or a GPU's: its part of what is free.
+
+    On a GPU that several processes share, others may have taken theirs already.
+    """
+    if device.type == "cpu":
+        return free_bytes(device) / ranks_here()
+    sharing = math.ceil(ranks_here() / torch.cuda.device_count())
+    return min(free_bytes(device), torch.cuda.get_device_properties(device).total_memory / sharing)
 
 
 def stop(error: PuzzleError) -> NoReturn:
