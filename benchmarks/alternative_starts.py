@@ -145,7 +145,7 @@ class Starts:
         tokens = self.calibration[: INFLUENCE_TOKENS // self.calibration.shape[1]]
         sums, count = torch.zeros(self.shape.num_hidden_layers), 0
         with torch.inference_mode():
-            for batch in tokens.split(8):
+            for batch in tokens.to(self.parent.device).split(8):
                 states = self.parent.model(batch, use_cache=False, output_hidden_states=True).hidden_states
                 for i in range(len(sums)):
                     cosine = torch.nn.functional.cosine_similarity(states[i].float(), states[i + 1].float(), dim=-1)
