@@ -1,37 +1,48 @@
-"""Tokens per second of BLD, scoring and GKD on one GPU, each beside the rate of its matrix products alone.
+"""One GPU: what fraction of it BLD, scoring and GKD use, what compiling gains, and GKD in shards through NCCL.
 
-Reads a run that was made there (benchmarks/general_gpu.yaml) and a child of it.
-python benchmarks/gpu.py RUN CHILD [--compiled]: with it, GKD alone, with torch.compile on every layer
+Reads a run that was made there (benchmarks/general_gpu.yaml) and a child of it. Each part has a file of its own,
+results/gpu_PART.json. python benchmarks/gpu.py PART RUN CHILD
+
+    rates      tokens/s of BLD, scoring and GKD, each over the rate of its matrix products alone
+    compiled   GKD with torch.compile on every layer
+    shards     GKD whole, and with parent and child in shards (FSDP2) of one rank: KL on selection, seconds
 """
 
 from __future__ import annotations
 
 import itertools
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from achieved import achieved, median_seconds
 from results import save
 from throughput import LAYER, STEPS, gkd, scoring, trained
+from torch.distributed.device_mesh import init_device_mesh
 
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.data.batches import load_tokens
-from puzzle_nas.families import load_parent
+from puzzle_nas.families import load_model, load_parent, machine_of
 from puzzle_nas.families.loading import shape_of
 from puzzle_nas.library import read_variant
 from puzzle_nas.pipeline import open_run
-from puzzle_nas.recipe import search_space_of
+from puzzle_nas.recipe import Recipe, search_space_of
+from puzzle_nas.stages.distill_child import Training
+from puzzle_nas.training import parallel
 from puzzle_nas.training.activations import LayerActivations
 from puzzle_nas.training.block_distillation import BlockTask, Job, Trainee
+from puzzle_nas.training.parent_outputs import LiveParent
 
-BLD_BATCH_TOKENS = (2_048, 8_192, 32_768)
+BATCH_TOKENS = (2_048, 8_192, 32_768)
 BLD_BATCHES = 4
-GKD_BATCH_TOKENS = (2_048, 8_192, 32_768)
+SHARD_STEPS = 16
 
 
-def bld(run: RunFolder, parent: torch.nn.Module, recipe, batch_tokens: int, figures: dict[str, float]) -> None:
+def bld(run: RunFolder, parent: torch.nn.Module, recipe: Recipe, batch_tokens: int) -> dict[str, float]:
     """A step of every trained variant of one layer."""
     length = recipe.data.sequence_length
     tokens = load_tokens(run, "train")[: BLD_BATCHES * batch_tokens // length]
@@ -59,49 +70,113 @@ def bld(run: RunFolder, parent: torch.nn.Module, recipe, batch_tokens: int, figu
             trainee.optimiser.step(0)
 
     done = achieved(step)
-    figures[f"bld_fraction_of_matmul_rate_{batch_tokens}_tokens_a_step"] = done.fraction
-    figures[f"bld_variant_tokens_per_second_{batch_tokens}_tokens_a_step"] = batch_tokens * len(trainees) / done.seconds
-    figures[f"bld_milliseconds_a_variant_{batch_tokens}_tokens_a_step"] = 1e3 * done.seconds / len(trainees)
     activations.delete()
+    name = f"_{batch_tokens}_tokens_a_step"
+    return {
+        "bld_fraction_of_matmul_rate" + name: done.fraction,
+        "bld_variant_tokens_per_second" + name: batch_tokens * len(trainees) / done.seconds,
+        "bld_milliseconds_a_variant" + name: 1e3 * done.seconds / len(trainees),
+    }
 
 
-def main() -> None:
-    """Measure, print, keep."""
-    run = RunFolder(Path(sys.argv[1]))
-    recipe = open_run(run)
-    parent, shape = load_parent(run)
-    checkpoint = Path(sys.argv[2])
+def with_batches(recipe: Recipe, batch_tokens: int) -> Recipe:
+    """The same, with so many tokens in a step of GKD."""
+    return recipe.model_copy(update={"gkd": recipe.gkd.model_copy(update={"batch_tokens": batch_tokens})})
 
-    def gkd_step(batch_tokens: int, compiled: bool = False):
-        settings = recipe.model_copy(update={"gkd": recipe.gkd.model_copy(update={"batch_tokens": batch_tokens})})
-        return gkd(run, parent, settings, checkpoint, compiled)
 
-    if "--compiled" in sys.argv:
-        torch._dynamo.config.recompile_limit = 64
-        largest = max(GKD_BATCH_TOKENS)
-        begin = time.perf_counter()
-        work = gkd_step(largest, compiled=True)
-        work()
-        print(f"  compiled in {time.perf_counter() - begin:.0f} s")
-        seconds = median_seconds({"step": work})["step"]
-        print("Written to", save("gpu_compiled", {f"gkd_tokens_per_second_{largest}_tokens_a_step": largest / seconds}))
-        print(largest / seconds)
-        return
+def rates(run: RunFolder, child: Path) -> dict[str, float]:
+    """See above."""
+    recipe, (parent, shape) = open_run(run), load_parent(run)
     figures: dict[str, float] = {}
-    for batch_tokens in BLD_BATCH_TOKENS:
-        bld(run, parent, recipe, batch_tokens, figures)
+    for batch_tokens in BATCH_TOKENS:
+        figures |= bld(run, parent, recipe, batch_tokens)
     sequences = recipe.scoring.batch_tokens // recipe.data.sequence_length
     done = achieved(scoring(run, parent, search_space_of(recipe, shape), recipe, sequences))
     figures["scoring_fraction_of_matmul_rate"] = done.fraction
     figures["scoring_teraflops_per_second"] = done.flops / done.seconds / 1e12
-    for batch_tokens in GKD_BATCH_TOKENS:
-        done = achieved(gkd_step(batch_tokens))
-        figures[f"gkd_fraction_of_matmul_rate_{batch_tokens}_tokens_a_step"] = done.fraction
-        figures[f"gkd_tokens_per_second_{batch_tokens}_tokens_a_step"] = batch_tokens / done.seconds
-        figures[f"gkd_matmul_teraflops_per_second_{batch_tokens}_tokens_a_step"] = done.matmul_flops_per_second / 1e12
+    for batch_tokens in BATCH_TOKENS:
+        done = achieved(gkd(run, parent, with_batches(recipe, batch_tokens), child))
+        name = f"_{batch_tokens}_tokens_a_step"
+        figures["gkd_fraction_of_matmul_rate" + name] = done.fraction
+        figures["gkd_tokens_per_second" + name] = batch_tokens / done.seconds
+        figures["gkd_matmul_teraflops_per_second" + name] = done.matmul_flops_per_second / 1e12
+    return figures
+
+
+def compiled(run: RunFolder, child: Path) -> dict[str, float]:
+    """See above; the largest batch."""
+    batch_tokens = max(BATCH_TOKENS)
+    begin = time.perf_counter()
+    work = gkd(run, load_parent(run)[0], with_batches(open_run(run), batch_tokens), child, compiled=True)
+    work()
+    figures = {"gkd_seconds_to_compile": time.perf_counter() - begin}
+    seconds = median_seconds({"step": work})["step"]
+    return figures | {f"gkd_tokens_per_second_compiled_{batch_tokens}_tokens_a_step": batch_tokens / seconds}
+
+
+def shards(run: RunFolder, child: Path) -> dict[str, float]:
+    """See above. One rank would not divide anything by itself, so it is told that there were two."""
+    recipe = open_run(run)
+    settings = {
+        "tokens": SHARD_STEPS * recipe.gkd.batch_tokens,
+        "evaluate_every_steps": SHARD_STEPS // 2,
+        "learning_rate": 3e-4,
+    }
+    recipe = recipe.model_copy(update={"gkd": recipe.gkd.model_copy(update=settings)})
+    figures: dict[str, float] = {}
+
+    def train(name: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for kept in ("data", "parent", "parent.json"):
+                (Path(folder) / kept).symlink_to((run / kept).resolve())
+
+            def training() -> Training:
+                parent = LiveParent(load_parent(run)[0])
+                return Training(recipe, RunFolder(folder), parent, load_model(child, machine_of(recipe)))
+
+            first = training()
+            begin = time.perf_counter()
+            first.train()
+            figures[f"seconds_{name}"] = time.perf_counter() - begin
+            figures[f"selection_kl_nats_{name}"] = first.curve[-1]["selection_kl_nats"]
+            figures[f"resumes_at_step_{name}"] = training().load()
+
+    train("whole")
+    train("whole_again")
+    on_gpu = torch.cuda.is_available()
+    with tempfile.NamedTemporaryFile() as store:
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=dist.FileStore(store.name, 1), rank=0, world_size=1)
+        for place, name in ((parallel, "shard_layers"), (parallel.ShardedLoss, "__init__")):
+            setattr(place, name, _as_if_two(getattr(place, name)))
+        parallel._mesh = lambda device: init_device_mesh(device, (1,))
+        train("shards")
+        dist.destroy_process_group()
+    return figures
+
+
+def _as_if_two(function):
+    def told(*arguments) -> None:
+        real, parallel.world_size = parallel.world_size, lambda: 2
+        function(*arguments)
+        parallel.world_size = real
+
+    return told
+
+
+PARTS = {"rates": rates, "compiled": compiled, "shards": shards}
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    if len(sys.argv) != 4 or sys.argv[1] not in PARTS:
+        raise SystemExit(__doc__)
+    part, run = sys.argv[1], RunFolder(Path(sys.argv[2]))
+    figures = PARTS[part](run, Path(sys.argv[3]))
+    shutil.rmtree(run.scratch("benchmark"), ignore_errors=True)
     for name, value in figures.items():
         print(f"  {name:75s} {value:14.3f}")
-    print("Written to", save("gpu_rates", figures))
+    print("Written to", save(f"gpu_{part}", figures))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from puzzle_nas.recipe import search_space_of
 from puzzle_nas.stages.distill_child import gkd_loss
 from puzzle_nas.training.activations import LayerActivations
 from puzzle_nas.training.block_distillation import BlockTask, Job, Trainee
+from puzzle_nas.training.compilation import compile_layers
 from puzzle_nas.training.optimiser import Optimiser
 from puzzle_nas.training.parent_outputs import LiveParent
 from puzzle_nas.training.replacement import ReplacementWalk
@@ -138,8 +139,8 @@ def gkd(run: RunFolder, parent: nn.Module, recipe, checkpoint: Path, compiled: b
     child = load_model(checkpoint, machine_of(recipe)).float()
     child.model.layers.requires_grad_(True)
     child.train()
-    for layer in (*parent.model.layers, *child.model.layers) if compiled else ():
-        layer.compile()
+    for model in (parent, child) if compiled else ():
+        compile_layers(model)
     optimiser = Optimiser(child.model.layers, recipe.gkd, STEPS)
     tokens = load_tokens(run, "train")[: _gkd_sequences(recipe)].to(parent.device)
     outputs, blocks = LiveParent(parent), torch.arange(len(tokens))

@@ -24,6 +24,7 @@ from puzzle_nas.report.model_card import model_card
 from puzzle_nas.training import parallel
 from puzzle_nas.training.adapters import add_adapters, merged_weights
 from puzzle_nas.training.checkpoints import read_checkpoint, read_shards, write_checkpoint, write_shards
+from puzzle_nas.training.compilation import compile_layers
 from puzzle_nas.training.losses import cosine_loss, distillation_loss
 from puzzle_nas.training.optimiser import Optimiser
 from puzzle_nas.training.parent_outputs import LiveParent, ParentOutputs, StoredParent
@@ -83,7 +84,7 @@ class Training:
         self.batches = order.split(batch_sequences) if len(order) else ()
         self.micro_sequences = max(1, (settings.micro_batch_tokens or settings.batch_tokens) // tokens.shape[1])
         self.reference = parent.reference(load_tokens(run, "selection"))
-        parent.shard()
+        parent.prepare(settings.compile)
         self.curve: list[dict[str, float]] = []
         self.setbacks = 0
         self.state_folder = run.scratch(NAME) / "state"
@@ -104,6 +105,8 @@ class Training:
                 self.child.lm_head.requires_grad_(False)
         if settings.gradient_checkpointing:
             self.child.activation_checkpointing_enable()
+        if settings.compile:
+            compile_layers(self.child)
         self.child.train()
         self.loss = parallel.ShardedLoss(
             self.child, lambda tokens, blocks: gkd_loss(self.parent, self.child, tokens, blocks, settings)

@@ -20,6 +20,7 @@ from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.progress import progress
 from puzzle_nas.training import parallel
 from puzzle_nas.training.comparison import ParentReference
+from puzzle_nas.training.compilation import compile_layers
 from puzzle_nas.training.losses import MATMUL_ROWS, ParentLogits, ParentTopK
 
 FILE_SEQUENCES = 64
@@ -44,8 +45,11 @@ class ParentOutputs(Protocol):
         """To measure children by."""
         ...
 
-    def shard(self) -> None:
-        """Divide among the processes what of the parent is in memory; to be called once, after `reference`."""
+    def prepare(self, compiled: bool) -> None:
+        """Compile what of the parent is in memory, if asked, and divide it among the processes.
+
+        To be called once, after `reference`.
+        """
         ...
 
 
@@ -68,8 +72,10 @@ class LiveParent:
         """See `ParentOutputs`."""
         return ParentReference(self.parent, selection_ST)
 
-    def shard(self) -> None:
+    def prepare(self, compiled: bool) -> None:
         """See `ParentOutputs`."""
+        if compiled:
+            compile_layers(self.parent)
         parallel.shard_layers(self.parent)
 
 
@@ -137,7 +143,7 @@ class StoredParent:
         """See `ParentOutputs`."""
         return ParentReference(self._head, selection_ST, self._final)
 
-    def shard(self) -> None:
+    def prepare(self, compiled: bool) -> None:
         """See `ParentOutputs`; each process reads of the files what it needs."""
 
 

@@ -10,6 +10,7 @@ import torch
 from puzzle_nas.architecture import Architecture, GatedFFN
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.errors import RecipeError
 from puzzle_nas.families import load_parent
 from puzzle_nas.library import assemble
 from puzzle_nas.pipeline import open_run
@@ -75,6 +76,23 @@ def test_gradient_checkpointing_runs_blocks_twice(run):
     job = training(run, gradient_checkpointing=True)
     job.child.model.layers[1].mlp.register_forward_pre_hook(lambda *_: seen.append(1))
     assert job.step(0) and len(seen) == 2
+
+
+def test_compiled_layers_give_the_same_gradients(run):
+    stats = torch._dynamo.utils.counters["stats"]
+    plain, before = gradients(training(run)), stats["unique_graphs"]
+    compiled = gradients(training(run, compile=True))
+    assert stats["unique_graphs"] > before
+    assert plain.keys() == compiled.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_without_a_compiler_compiling_is_refused(run, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(RecipeError, match="needs a C\\+\\+ compiler"):
+        training(run, compile=True)
 
 
 def stored(run, k, load=None):

@@ -1,0 +1,29 @@
+"""torch.compile for GKD, layer by layer: layers that are alike share their kernels, so that few are compiled."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+
+from puzzle_nas.errors import RecipeError
+from puzzle_nas.modeling import PuzzleForCausalLM
+
+COMPILERS = ("g++", "clang++")
+MOST_KINDS = 4096
+"""Of layers that torch may compile before it gives up and runs the rest as they are: more than any model has."""
+
+
+def compile_layers(model: PuzzleForCausalLM) -> None:
+    """Have every layer compiled when it first runs.
+
+    Raises:
+        RecipeError: there is no C++ compiler, which torch needs for it.
+    """
+    if not (os.environ.get("CXX") or any(map(shutil.which, COMPILERS))):
+        raise RecipeError("gkd.compile needs a C++ compiler, and there is none here; install g++ or leave compile out.")
+    limits = torch._dynamo.config
+    limits.recompile_limit = limits.accumulated_recompile_limit = MOST_KINDS
+    for layer in model.model.layers:
+        layer.compile()
