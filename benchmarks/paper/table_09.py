@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def scored_by_task(children: Children) -> ArchitectureSearch:
     recipe = parse_recipe(json.dumps(settings))
     pipeline.run_stages(recipe, run, last="score-blocks")
     return replace(children.found, scores=ArchitectureSearch.load(recipe, run).scores)
+
+
+def certainty(run: RunFolder, metric: str, field: str) -> float:
+    """Median over all variants of how many standard errors their score is from zero."""
+    found = [read_json(path)[field] for path in sorted((run / f"scores/main/{metric}").glob("*.json"))]
+    return statistics.median(abs(score["mean"]) / score["standard_error"] for score in found)
 
 
 def measure(budget: Budget) -> Measured:
@@ -85,12 +92,13 @@ def measure(budget: Budget) -> Measured:
         f"margin (log-likelihood of the right choice less the likeliest wrong one). Paired differences with standard "
         f"errors: {'; '.join(differences)}."
     )
-    right, gains = parent.accuracy.mean().item(), [score < 0 for score in by_task.scores.values()]
-    if 100 * right < chance:
-        remark += (
-            f" The parent itself is at chance, so there is nothing to lose: {100 * sum(gains) / len(gains):.0f} % of "
-            "the variants score as a gain, and the search takes them wherever it may, asked or not."
-        )
+    gains = 100 * sum(score < 0 for score in by_task.scores.values()) / len(by_task.scores)
+    task_run = RunFolder(Path(f"runs/benchmark-paper/{budget.name}-task"))
+    by_items, by_kl = certainty(task_run, "task", "task_loss"), certainty(children.run, "kl", "kl_nats")
+    remark += (
+        f" So few items say little: the median variant's score is {by_items:.1f} of its standard errors from zero, "
+        f"by KL {by_kl:.1f}; {gains:.0f} % score as gains."
+    )
     return Measured(columns, claims, remark)
 
 
