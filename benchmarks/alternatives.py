@@ -82,7 +82,14 @@ class Budget:
 BUDGETS = {
     "general": Budget("alternatives"),
     "quickstart": Budget("alternatives_quickstart"),
-    "general_gpu": Budget("alternatives_gpu", 6_291_456, 128, "continuations_unread", (3e-4, 1e-3), 786_432),
+    "general_gpu": Budget(
+        "alternatives_gpu",
+        own_tokens=6_291_456,
+        evaluate_every_steps=128,
+        task="continuations_unread",
+        rates=(3e-4, 1e-3),
+        trial_tokens=786_432,
+    ),
 }
 FROM_LIBRARY = ("puzzle", "greedy", "random")
 PAIRS = {"depth_pruned": ("block_influence", "contiguous"), "width_pruned": ("width_refitted", "width")}
