@@ -144,7 +144,7 @@ class StoredParent:
         return ParentReference(self._head, selection_ST, self._final)
 
     def prepare(self, compiled: bool) -> None:
-        """See `ParentOutputs`; nothing of the parent is in memory, and each process reads of the files what it needs."""
+        """See `ParentOutputs`; of a parent that is not in memory each process reads what it needs."""
 
 
 @torch.no_grad()
