@@ -143,6 +143,8 @@ def distilled(starts: Starts, method: str, speedup: float) -> dict:
             trial = gkd(starts, run / f"scratch/rate_{rate}", run, tokens=budget.trial_tokens, learning_rate=rate)
             trial.train()
             ends[rate] = trial.curve[-1]["selection_kl_nats"]
+            # Its memory is wanted.
+            del trial
         rate = min(ends, key=ends.__getitem__) if ends else starts.recipe.gkd.learning_rate
         begin = time.process_time()
         every = budget.evaluate_every_steps

@@ -26,7 +26,7 @@ from puzzle_nas.library import read_variant
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.recipe import BLDSettings, search_space_of
 from puzzle_nas.subblocks import subblock_layer
-from puzzle_nas.training.block_distillation import BlockTask, Job, Trainee
+from puzzle_nas.training.block_steps import BlockTask, Job, Trainee
 from puzzle_nas.training.replacement import ReplacementWalk
 
 LAYERS = (14, 22)
@@ -53,8 +53,7 @@ def trained(trainees: list[Trainee], task: BlockTask, batches) -> None:
     for number, sequences in enumerate(batches):
         batch = task.fetch(sequences)
         for trainee in trainees:
-            task.loss(trainee, batch).backward()
-            trainee.optimiser.step(number)
+            task.update(trainee, batch, trainee.optimiser.rate_at(number))
 
 
 @torch.no_grad()

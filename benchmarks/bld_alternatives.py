@@ -13,7 +13,7 @@ import torch
 from achieved import median_seconds
 from torch.nn import functional as F
 
-from puzzle_nas.training.block_distillation import BlockTask, Job, Trainee
+from puzzle_nas.training.block_steps import BlockTask, Job, Trainee
 
 
 def alternatives(task: BlockTask, starts, parent, settings, sequences: torch.Tensor) -> dict[str, float]:
@@ -24,8 +24,7 @@ def alternatives(task: BlockTask, starts, parent, settings, sequences: torch.Ten
         return [Trainee(job_of[s], start, parent, task.parent_layer, settings, 1000) for s, start in starts.items()]
 
     def train(trainee: Trainee, batch) -> None:
-        task.loss(trainee, batch).backward()
-        trainee.optimiser.step(0)
+        task.update(trainee, batch, trainee.optimiser.rate_at(0))
 
     def step_of(trainees: list[Trainee]):
         def step() -> None:

@@ -24,7 +24,7 @@ from puzzle_nas.library import read_variant
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.subblocks import Weights, subblock_layer
 from puzzle_nas.training.activations import LayerActivations
-from puzzle_nas.training.block_distillation import BlockTask, Job, Trainee
+from puzzle_nas.training.block_steps import BlockTask, Job, Trainee
 from puzzle_nas.training.losses import block_loss
 from puzzle_nas.training.optimiser import Optimiser
 from puzzle_nas.training.replacement import ReplacementWalk
@@ -99,8 +99,7 @@ def train(way: str, task: BlockTask, starts: dict[int, Weights], parent, setting
         def step(number, sequences):
             batch = task.fetch(sequences)
             for trainee in trainees.values():
-                task.loss(trainee, batch).backward()
-                trainee.optimiser.step(number)
+                task.update(trainee, batch, trainee.optimiser.rate_at(number))
 
         seconds = timed(batches, step)
         return {width: t.weights(parent.dtype) for width, t in trainees.items()}, seconds

@@ -1,10 +1,10 @@
-"""One GPU: what fraction of it BLD, scoring and GKD use, what compiling gains, and GKD in shards through NCCL.
+"""One GPU: what fraction of it BLD, scoring and GKD use, what capturing and compiling gain; GKD in shards by NCCL.
 
 Reads a run that was made there (benchmarks/general_gpu.yaml) and a child of it. Each part has a file of its own,
 results/gpu_PART.json. python benchmarks/gpu.py PART RUN CHILD
 
-    rates      tokens/s of BLD, scoring and GKD, each over the rate of its matrix products alone
-    compiled   GKD with torch.compile on every layer
+    rates      tokens/s of BLD, scoring and GKD, each over the rate of its matrix products alone; BLD also without
+               CUDA graphs, GKD also with gkd.compile
     shards     GKD whole, and with parent and child in shards (FSDP2) of one rank: KL on selection, seconds
 """
 
@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.stages.distill_child import Training
 from puzzle_nas.training import parallel
 from puzzle_nas.training.activations import LayerActivations
-from puzzle_nas.training.block_distillation import BlockTask, Job, Trainee
+from puzzle_nas.training.block_steps import BlockTask, Job, Steps, Trainee
 from puzzle_nas.training.parent_outputs import LiveParent
 
 BATCH_TOKENS = (2_048, 8_192, 32_768)
@@ -43,7 +44,7 @@ SHARD_STEPS = 16
 
 
 def bld(run: RunFolder, parent: torch.nn.Module, recipe: Recipe, batch_tokens: int) -> dict[str, float]:
-    """A step of every trained variant of one layer."""
+    """A step of every trained variant of one layer: captured, as in a run, and started kernel by kernel."""
     length = recipe.data.sequence_length
     tokens = load_tokens(run, "train")[: BLD_BATCHES * batch_tokens // length]
     activations = LayerActivations(parent, tokens, run.scratch("benchmark"))
@@ -55,33 +56,34 @@ def bld(run: RunFolder, parent: torch.nn.Module, recipe: Recipe, batch_tokens: i
         for layer, _, spec in search_space_of(recipe, shape_of(parent.config))
         if layer == LAYER and trained(run, spec)
     }
-    trainees = [
-        Trainee(Job((spec,), Path(), dict, {}), start, parent, block, recipe.bld, STEPS)
-        for spec, start in starts.items()
-    ]
-    batches = itertools.cycle(torch.arange(len(tokens)).split(batch_tokens // length))
+    batches = itertools.cycle(torch.arange(len(tokens), device=activations.device).split(batch_tokens // length))
 
-    def step() -> None:
-        batch = task.fetch(next(batches))
-        for trainee in trainees:
-            loss = task.loss(trainee, batch)
-            loss.item()
-            loss.backward()
-            trainee.optimiser.step(0)
+    def steps() -> tuple[Steps, Callable[[], object]]:
+        trainees = [
+            Trainee(Job((spec,), Path(), dict, {}), start, parent, block, recipe.bld, STEPS)
+            for spec, start in starts.items()
+        ]
+        taken = Steps(task, trainees, batch_tokens // length)
+        return taken, lambda: taken.take(0, next(batches), trainees)
 
-    done = achieved(step)
+    (_, captured), (one_by_one, work) = steps(), steps()
+    one_by_one.can_capture = False
+    # The first step of either is not captured, so that its products can be counted.
+    done, before = achieved(captured), median_seconds({"step": work})["step"]
     activations.delete()
     name = f"_{batch_tokens}_tokens_a_step"
     return {
         "bld_fraction_of_matmul_rate" + name: done.fraction,
-        "bld_variant_tokens_per_second" + name: batch_tokens * len(trainees) / done.seconds,
-        "bld_milliseconds_a_variant" + name: 1e3 * done.seconds / len(trainees),
+        "bld_fraction_of_matmul_rate_not_captured" + name: done.fraction * done.seconds / before,
+        "bld_variant_tokens_per_second" + name: batch_tokens * len(starts) / done.seconds,
+        "bld_milliseconds_a_variant" + name: 1e3 * done.seconds / len(starts),
+        "bld_milliseconds_a_variant_not_captured" + name: 1e3 * before / len(starts),
     }
 
 
-def with_batches(recipe: Recipe, batch_tokens: int) -> Recipe:
-    """The same, with so many tokens in a step of GKD."""
-    return recipe.model_copy(update={"gkd": recipe.gkd.model_copy(update={"batch_tokens": batch_tokens})})
+def with_gkd(recipe: Recipe, **settings) -> Recipe:
+    """The same, with other settings of GKD."""
+    return recipe.model_copy(update={"gkd": recipe.gkd.model_copy(update=settings)})
 
 
 def rates(run: RunFolder, child: Path) -> dict[str, float]:
@@ -95,23 +97,22 @@ def rates(run: RunFolder, child: Path) -> dict[str, float]:
     figures["scoring_fraction_of_matmul_rate"] = done.fraction
     figures["scoring_teraflops_per_second"] = done.flops / done.seconds / 1e12
     for batch_tokens in BATCH_TOKENS:
-        done = achieved(gkd(run, parent, with_batches(recipe, batch_tokens), child))
+        plain, compiled = (with_gkd(recipe, batch_tokens=batch_tokens, compile=value) for value in (False, True))
+        done = achieved(gkd(run, parent, plain, child))
+        begin = time.perf_counter()
+        # A parent of its own: layers stay compiled.
+        work = gkd(run, load_parent(run)[0], compiled, child)
+        work()
+        compiling = time.perf_counter() - begin
+        seconds = median_seconds({"step": work})["step"]
         name = f"_{batch_tokens}_tokens_a_step"
         figures["gkd_fraction_of_matmul_rate" + name] = done.fraction
+        figures["gkd_fraction_of_matmul_rate_compiled" + name] = done.fraction * done.seconds / seconds
         figures["gkd_tokens_per_second" + name] = batch_tokens / done.seconds
+        figures["gkd_tokens_per_second_compiled" + name] = batch_tokens / seconds
+        figures["gkd_seconds_to_compile" + name] = compiling
         figures["gkd_matmul_teraflops_per_second" + name] = done.matmul_flops_per_second / 1e12
     return figures
-
-
-def compiled(run: RunFolder, child: Path) -> dict[str, float]:
-    """See above; the largest batch."""
-    batch_tokens = max(BATCH_TOKENS)
-    begin = time.perf_counter()
-    work = gkd(run, load_parent(run)[0], with_batches(open_run(run), batch_tokens), child, compiled=True)
-    work()
-    figures = {"gkd_seconds_to_compile": time.perf_counter() - begin}
-    seconds = median_seconds({"step": work})["step"]
-    return figures | {f"gkd_tokens_per_second_compiled_{batch_tokens}_tokens_a_step": batch_tokens / seconds}
 
 
 def shards(run: RunFolder, child: Path) -> dict[str, float]:
@@ -122,7 +123,7 @@ def shards(run: RunFolder, child: Path) -> dict[str, float]:
         "evaluate_every_steps": SHARD_STEPS // 2,
         "learning_rate": 3e-4,
     }
-    recipe = recipe.model_copy(update={"gkd": recipe.gkd.model_copy(update=settings)})
+    recipe = with_gkd(recipe, **settings)
     figures: dict[str, float] = {}
 
     def train(name: str) -> None:
@@ -164,7 +165,7 @@ def _as_if_two(function):
     return told
 
 
-PARTS = {"rates": rates, "compiled": compiled, "shards": shards}
+PARTS = {"rates": rates, "shards": shards}
 
 
 def main() -> None:

@@ -24,11 +24,9 @@ from puzzle_nas.families import load_model, load_parent, machine_of
 from puzzle_nas.library import block_layers, read_variant
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.recipe import search_space_of
-from puzzle_nas.stages.distill_child import gkd_loss
+from puzzle_nas.stages.distill_child import Training
 from puzzle_nas.training.activations import LayerActivations
-from puzzle_nas.training.block_distillation import BlockTask, Job, Trainee
-from puzzle_nas.training.compilation import compile_layers
-from puzzle_nas.training.optimiser import Optimiser
+from puzzle_nas.training.block_steps import BlockTask, Job, Trainee
 from puzzle_nas.training.parent_outputs import LiveParent
 from puzzle_nas.training.replacement import ReplacementWalk
 
@@ -67,8 +65,7 @@ def bld(first: FirstVersion, run: RunFolder, parent: nn.Module, space, recipe) -
         def step(trainees=trainees, turns=turns) -> None:
             batch = task.fetch(next(turns))
             for trainee in trainees:
-                task.loss(trainee, batch).backward()
-                trainee.optimiser.step(0)
+                task.update(trainee, batch, trainee.optimiser.rate_at(0))
 
         def turn(step=step) -> None:
             for _ in range(STEPS_A_TURN):
@@ -108,8 +105,7 @@ def _quality(first: FirstVersion, task: BlockTask, starts, parent, settings, num
     for spec, start in starts.items():
         now = Trainee(Job((spec,), Path(), dict, {}), start, parent, task.parent_layer, settings, len(batches))
         for number, sequences in enumerate(batches):
-            task.loss(now, task.fetch(sequences)).backward()
-            now.optimiser.step(number)
+            task.update(now, task.fetch(sequences), now.optimiser.rate_at(number))
         with torch.no_grad():
             loss = task.loss(now, task.fetch(held)).item()
         ratios.append(loss / before[spec.id])
@@ -134,26 +130,10 @@ def scoring(run: RunFolder, parent: nn.Module, space, recipe, sequences: int) ->
     return lambda: walk.try_variants(blocks)
 
 
-def gkd(run: RunFolder, parent: nn.Module, recipe, checkpoint: Path, compiled: bool = False) -> Callable[[], object]:
-    """Steps of a child, with the recipe's settings; `compiled`: its layers and the parent's, each on its own."""
-    child = load_model(checkpoint, machine_of(recipe)).float()
-    child.model.layers.requires_grad_(True)
-    child.train()
-    for model in (parent, child) if compiled else ():
-        compile_layers(model)
-    optimiser = Optimiser(child.model.layers, recipe.gkd, STEPS)
-    tokens = load_tokens(run, "train")[: _gkd_sequences(recipe)].to(parent.device)
-    outputs, blocks = LiveParent(parent), torch.arange(len(tokens))
-
-    def step() -> None:
-        gkd_loss(outputs, child, tokens, blocks, recipe.gkd).backward()
-        optimiser.step(0)
-
-    return step
-
-
-def _gkd_sequences(recipe) -> int:
-    return recipe.gkd.batch_tokens // recipe.data.sequence_length
+def gkd(run: RunFolder, parent: nn.Module, recipe, checkpoint: Path) -> Callable[[], object]:
+    """Steps of a child, with the recipe's settings."""
+    training = Training(recipe, run, LiveParent(parent), load_model(checkpoint, machine_of(recipe)))
+    return lambda: training.step(0)
 
 
 def figures() -> dict[str, float]:
@@ -169,7 +149,7 @@ def figures() -> dict[str, float]:
         threads=threads,
         train=TRAIN_SEQUENCES,
         scoring=SCORING_SEQUENCES,
-        gkd=_gkd_sequences(recipe),
+        gkd=recipe.gkd.batch_tokens // recipe.data.sequence_length,
         settings={"bld": recipe.bld.model_dump(), "gkd": recipe.gkd.model_dump()},
     )
     space = search_space_of(recipe, shape)

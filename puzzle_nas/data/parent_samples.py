@@ -5,7 +5,7 @@ where a document or a turn ends, the next one begins. Documents are tokens, not 
 conversation stay what they are.
 """
 
-# B rows, K kept tokens, S special tokens, V vocabulary
+# B rows, C choices of special tokens that may come, K kept tokens, S special tokens, V vocabulary
 
 from __future__ import annotations
 
@@ -177,12 +177,15 @@ def _write_rows(
     """Write rows, which hold one token each, to their full length."""
     special_S = sorted(token for token in special if token < model.config.vocab_size)
     columns_S = torch.tensor(special_S, dtype=torch.int64, device=model.device)
+    choices = [frozenset(), *{turn.ends for row in rows for turn in row.script.turns}]
+    refused_CS = torch.tensor([[token not in allowed for token in special_S] for allowed in choices])
+    refused_CS = refused_CS.to(model.device)
     tokens_B1 = torch.tensor([row.tokens for row in rows], device=model.device)
     with decoding(model, sequence_length) as cache:
         for _ in range(1, sequence_length):
             logits_BV = model(input_ids=tokens_B1, use_cache=True, **{CACHE: cache}).logits[:, -1].float()
-            refused_BS = torch.tensor([[token not in row.allowed for token in special_S] for row in rows])
-            logits_BV[:, columns_S] = logits_BV[:, columns_S].masked_fill(refused_BS.to(model.device), -torch.inf)
+            refused_BS = refused_CS[[choices.index(row.allowed) for row in rows]]
+            logits_BV[:, columns_S] = logits_BV[:, columns_S].masked_fill(refused_BS, -torch.inf)
             chosen = _sample_nucleus(logits_BV, generator).tolist()
             taken = [[row.add(token)] for row, token in zip(rows, chosen, strict=True)]
             tokens_B1 = torch.tensor(taken, device=model.device)

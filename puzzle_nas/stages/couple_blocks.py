@@ -20,7 +20,8 @@ from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.progress import console
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.training import parallel
-from puzzle_nas.training.block_distillation import Job, distill_blocks
+from puzzle_nas.training.block_distillation import distill_blocks
+from puzzle_nas.training.block_steps import Job
 
 NAME = "couple_blocks"
 COMMAND = "couple-blocks"

@@ -9,7 +9,8 @@ from puzzle_nas.families import load_parent
 from puzzle_nas.library import facts_path, read_variant, write_variant
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.training import parallel
-from puzzle_nas.training.block_distillation import Job, distill_blocks
+from puzzle_nas.training.block_distillation import distill_blocks
+from puzzle_nas.training.block_steps import Job
 
 NAME = "distill_blocks"
 COMMAND = "distill-blocks"

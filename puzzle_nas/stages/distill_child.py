@@ -6,7 +6,9 @@ Shapes: S sequences, B of them in a batch, T tokens, N = B * T, D hidden.
 from __future__ import annotations
 
 import copy
+import functools
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -27,8 +29,9 @@ from puzzle_nas.training.checkpoints import read_checkpoint, read_shards, write_
 from puzzle_nas.training.compilation import compile_layers
 from puzzle_nas.training.losses import cosine_loss, distillation_loss
 from puzzle_nas.training.optimiser import Optimiser
-from puzzle_nas.training.parent_outputs import LiveParent, ParentOutputs, StoredParent
+from puzzle_nas.training.parent_outputs import LiveParent, ParentOutputs, StoredParent, causal_masks
 from puzzle_nas.training.replacement import next_tokens
+from puzzle_nas.training.step_graph import StepGraph
 
 NAME = "distill_child"
 COMMAND = "distill-child"
@@ -49,15 +52,21 @@ def gkd_loss(
     tokens_BT: torch.Tensor,
     blocks_B: torch.Tensor,
     settings: GKDSettings,
+    masks: Mapping[str, torch.Tensor | None],
 ) -> torch.Tensor:
-    """Weighted sum of cosine loss on hidden states, KL and LM loss on logits, scalar. `blocks_B` of the split."""
+    """Weighted sum of cosine loss on hidden states, KL and LM loss on logits, scalar.
+
+    Args:
+        blocks_B: where the tokens lie in the split.
+        masks: `causal_masks` of the child.
+    """
     cosine = bool(settings.cosine_weight)
     theirs, their_states = parent.outputs(tokens_BT, blocks_B, cosine)
     with torch.autocast(parent.device.type, dtype=torch.bfloat16, enabled=parent.dtype == torch.bfloat16):
-        mine = child.model(tokens_BT, use_cache=False, output_hidden_states=cosine)
+        mine = child.model(tokens_BT, attention_mask=masks, use_cache=False, output_hidden_states=cosine)
     loss = torch.zeros((), device=parent.device)
     if cosine:
-        loss = loss + settings.cosine_weight * cosine_loss(mine.hidden_states[1:], their_states)
+        loss = loss + settings.cosine_weight * cosine_loss(mine.hidden_states[1:], their_states, settings.compile)
     if settings.kl_weight or settings.lm_weight:
         loss = loss + distillation_loss(
             mine.last_hidden_state.flatten(0, 1),
@@ -67,6 +76,7 @@ def gkd_loss(
             settings.kl_weight,
             settings.lm_weight,
             parent.dtype,
+            settings.compile,
         )
     return loss
 
@@ -78,10 +88,10 @@ class Training:
         self.recipe, self.run, self.parent, self.start = recipe, run, parent, start
         settings = recipe.gkd
         tokens = load_tokens(run, "train")
-        batch_sequences = max(1, settings.batch_tokens // tokens.shape[1])
+        self.batch_sequences = max(1, settings.batch_tokens // tokens.shape[1])
         order = _order(recipe, tokens)
         self.tokens = tokens
-        self.batches = order.split(batch_sequences) if len(order) else ()
+        self.batches = order.split(self.batch_sequences) if len(order) else ()
         self.micro_sequences = max(1, (settings.micro_batch_tokens or settings.batch_tokens) // tokens.shape[1])
         self.reference = parent.reference(load_tokens(run, "selection"))
         parent.prepare(settings.compile)
@@ -108,10 +118,13 @@ class Training:
         if settings.compile:
             compile_layers(self.child)
         self.child.train()
+        masks = causal_masks(self.child, self.tokens.shape[1])
         self.loss = parallel.ShardedLoss(
-            self.child, lambda tokens, blocks: gkd_loss(self.parent, self.child, tokens, blocks, settings)
+            self.child, lambda tokens, blocks: gkd_loss(self.parent, self.child, tokens, blocks, settings, masks)
         )
         self.optimiser = Optimiser(self.child, settings, len(self.batches))
+        self.graph: StepGraph | None = None
+        self.is_warm = False
         self.curve = self.curve[:1]
         self.losses: list[float] = []
 
@@ -172,18 +185,40 @@ class Training:
         self.losses, self.curve = losses, curve
         self.setbacks = max(self.setbacks, int(tensors.pop("setbacks")))
         self.optimiser.load(tensors)
+        # It knows the old moments.
+        self.graph = None
         return step
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether steps may become a CUDA graph: nothing in them waits for a disk or another rank."""
+        on_gpu = self.child.device.type == "cuda" and isinstance(self.parent, LiveParent)
+        settings = self.recipe.gkd
+        return settings.compile and on_gpu and settings.optimiser == "adamw" and parallel.world_size() == 1
 
     def step(self, step: int) -> bool:
         """One update; False if its loss or gradient is not finite: then nothing changed."""
-        total = self.loss.backward(self.tokens, self.batches[step], self.micro_sequences)
-        if not math.isfinite(total):
-            self.optimiser.clear()
-            return False
-        updated = self.optimiser.step(step, 0.5**self.setbacks)
+        blocks = self.batches[step]
+        tokens = self.tokens[blocks]
+        rate = 0.5**self.setbacks * self.optimiser.rate_at(step)
+        is_whole = len(blocks) == self.batch_sequences
+        if is_whole and self.can_capture and self.is_warm:
+            if self.graph is None:
+                update = functools.partial(self._update, blocks=blocks)
+                self.graph = StepGraph(update, [tokens.to(self.child.device)])
+            done = self.graph.step(rate, [tokens])
+        else:
+            done = self._update(rate, tokens, blocks)
+            self.is_warm = is_whole
+        loss, updated = done.tolist()
         if updated:
-            self.losses.append(total)
-        return updated
+            self.losses.append(loss)
+        return bool(updated)
+
+    def _update(self, rate: float | torch.Tensor, tokens: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """The loss, and whether it led to an update, [2]."""
+        loss = self.loss.backward(tokens, blocks, self.micro_sequences)
+        return torch.stack([loss, self.optimiser.update(rate, loss)])
 
     def set_back(self, step: int, what: str) -> int:
         """Return to the last checkpoint with half the learning rate; the step to continue with."""

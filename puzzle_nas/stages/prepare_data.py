@@ -22,6 +22,7 @@ from puzzle_nas.families import load_parent
 from puzzle_nas.families.loading import load_tokenizer, parent_checkpoint
 from puzzle_nas.progress import progress
 from puzzle_nas.recipe import Recipe
+from puzzle_nas.training import parallel
 
 NAME = "prepare_data"
 COMMAND = "prepare-data"
@@ -29,9 +30,12 @@ NEEDS = ("prepare_parent",)
 SETTINGS = ("data", "seed")
 OUTPUTS = ("data/*.safetensors", "data/data.json", "data/sources/*")
 
-SAMPLING_BATCH = 128
-"""Rows that the parent writes together, where their KV cache fits into `SAMPLING_CACHE_BYTES`."""
-SAMPLING_CACHE_BYTES = 1 << 30
+SAMPLING_ROWS = {"cpu": 128, "cuda": 4096}
+"""Rows that the parent writes together at most."""
+SAMPLING_BYTES = 1 << 30
+"""Of memory that their KV cache and logits may take; half of what is free on a GPU."""
+LOGIT_BYTES = 16
+"""In bfloat16, in float32, and what sampling makes of them."""
 
 
 def run(recipe: Recipe, run: RunFolder) -> None:
@@ -151,7 +155,9 @@ def _parent_samples(recipe: Recipe, run: RunFolder, parent: dict[str, Any], toke
         return kept
     model, shape = load_parent(run)
     bytes_per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * model.dtype.itemsize
-    batch_size = max(1, min(SAMPLING_BATCH, SAMPLING_CACHE_BYTES // (bytes_per_token * length)))
+    bytes_per_row = bytes_per_token * length + LOGIT_BYTES * parent["vocab_size"]
+    room = SAMPLING_BYTES if model.device.type == "cpu" else parallel.share_of_memory(model.device) / 2
+    batch_size = max(1, min(SAMPLING_ROWS[model.device.type], int(room // bytes_per_row)))
     with progress("parent writes, tokens", num_tokens) as ticker:
         samples = sample_documents(
             model,

@@ -74,6 +74,8 @@ class LayerActivations:
             else ActivationFile(folder / f"{name}.bin", shape, parent.dtype)
             for name in names
         )
+        self.device = self.x.tensor.device
+        """Where they lie."""
         self.step = max(1, BATCH_TOKENS // tokens_ST.shape[1])
         with torch.inference_mode():
             if first:

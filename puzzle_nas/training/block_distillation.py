@@ -16,118 +16,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from puzzle_nas.architecture import Spec, choice_id
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.errors import ArtifactError
 from puzzle_nas.library import variant_is_stored, write_variant
 from puzzle_nas.modeling import PuzzleForCausalLM
-from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import BLDSettings, Recipe
-from puzzle_nas.subblocks import Weights, subblock_layer, weights_of_slot
+from puzzle_nas.subblocks import Weights
 from puzzle_nas.training import parallel
 from puzzle_nas.training.activations import LayerActivations
+from puzzle_nas.training.block_steps import BlockTask, Job, Steps, Trainee
 from puzzle_nas.training.checkpoints import read_checkpoint, write_checkpoint
-from puzzle_nas.training.losses import block_loss, error_weight
-from puzzle_nas.training.optimiser import Optimiser
 
 CURVE_POINTS = 40
 TRAINING_BYTES_PER_PARAMETER = 24
 """Master weight, gradient, two moments, a bfloat16 copy, and slack."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is trained in one layer: a variant beside the parent's frozen other sub-block, or a pair of both slots."""
-
-    specs: tuple[Spec, ...]
-    path: Path
-    """Where it goes."""
-    start: Callable[[], Weights]
-    """Reads the weights to start from; none at all for what has none."""
-    facts: Mapping[str, Any]
-    """What is written beside the weights, before BLD adds to it."""
-
-    @property
-    def id(self) -> str:
-        """`ffn.w384`, or `attention.kv1+ffn.w384`."""
-        return choice_id(self.specs)
-
-
-NORMS = {"attention": "input_layernorm", "ffn": "post_attention_layernorm"}
-
-
-class Trainee:
-    """One job in training: its sub-blocks in float32, by slot, their optimiser, the losses.
-
-    Norms stay as they are: their weights only scale columns of the matrices behind them, which train. So everything
-    that reads the parent's norm shares one input, into which no gradient needs to flow.
-    """
-
-    def __init__(
-        self,
-        job: Job,
-        start: Weights,
-        parent: PuzzleForCausalLM,
-        layer: PuzzleDecoderLayer,
-        settings: BLDSettings,
-        steps: int,
-    ):
-        self.job = job
-        self.start = start
-        master = {n: w.to(device=parent.device, dtype=torch.float32, copy=True) for n, w in start.items()}
-        self.blocks = torch.nn.ModuleDict()
-        self.reads_parents_norm: dict[str, bool] = {}
-        for spec in job.specs:
-            own = weights_of_slot(master, spec.slot)
-            block = subblock_layer(parent.config, layer.layer_type, spec, own).requires_grad_(True)
-            self.blocks[spec.slot] = block
-            if (norm := getattr(block, NORMS[spec.slot])) is not None:
-                norm.requires_grad_(False)
-                parents = getattr(layer, NORMS[spec.slot]).weight
-                self.reads_parents_norm[spec.slot] = torch.equal(norm.weight, parents.float())
-        self.optimiser = Optimiser(self.blocks, settings, steps)
-        self.losses: list[float] = []
-
-    def weights(self, dtype: torch.dtype) -> Weights:
-        """As trained, named as in the library."""
-        parameters = self.blocks.named_parameters()
-        return {name.split(".", 1)[1]: parameter.detach().to(dtype) for name, parameter in parameters}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What all of a layer's jobs share in one step."""
-
-    layer: PuzzleDecoderLayer
-    """The parent's."""
-    x: torch.Tensor
-    attention: torch.Tensor
-    ffn: torch.Tensor
-    """See `LayerActivations`; each [B, T, D]."""
-    weight: torch.Tensor
-    """What a squared error counts in the loss, [B, T]."""
-
-    @cached_property
-    def middle(self) -> torch.Tensor:
-        """The residual stream after the parent's attention."""
-        return self.x + self.attention
-
-    @cached_property
-    def attention_in(self) -> torch.Tensor:
-        """What the parent's attention reads."""
-        return self.layer.input_layernorm(self.x)
-
-    @cached_property
-    def ffn_in(self) -> torch.Tensor:
-        """What the parent's FFN reads."""
-        return self.layer.post_attention_layernorm(self.middle)
 
 
 Order = Callable[[int, int, int], torch.Tensor]
@@ -164,51 +71,6 @@ def shards_of(trained: int, wanted: int, batch_sequences: int, most: int | None)
         share = wanted * (number + 1) // count - wanted * number // count
         shards.append(Shard(begin, end, share, batch_sequences, shards[-1].end_step if shards else 0))
     return shards
-
-
-class BlockTask:
-    """One layer's training data and loss."""
-
-    def __init__(self, activations: LayerActivations, parent_layer: PuzzleDecoderLayer, normalise: str, autocast: bool):
-        self.activations, self.parent_layer, self.normalise = activations, parent_layer, normalise
-        self.device = activations.parent.device
-        masks = activations.inputs["attention_mask"].get(parent_layer.layer_type)
-        self.inputs = {**activations.inputs, "attention_mask": masks}
-        self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast)
-
-    def fetch(self, sequences: torch.Tensor) -> Batch:
-        """The activations of some sequences."""
-        files = (self.activations.x, self.activations.attention, self.activations.ffn)
-        x, attention, ffn = (file.tensor[sequences].to(self.device) for file in files)
-        output = x.to(torch.float32, copy=True).add_(attention).add_(ffn)
-        return Batch(self.parent_layer, x, attention, ffn, error_weight(output, self.normalise))
-
-    def loss(self, trainee: Trainee, batch: Batch) -> torch.Tensor:
-        """Normalised error of the whole block's output; a slot that is not trained is the parent's, frozen."""
-        with self.autocast:
-            if "attention" in trainee.blocks:
-                attention = self._attention(trainee, batch)
-                children = {"attention": attention, "ffn": self._ffn(trainee, batch, batch.x + attention)}
-            else:
-                children = {"ffn": self._ffn(trainee, batch, None)}
-        return block_loss(batch.weight, list(children.values()), [getattr(batch, slot) for slot in children])
-
-    def _attention(self, trainee: Trainee, batch: Batch) -> torch.Tensor:
-        """What attention adds to the residual stream."""
-        block = trainee.blocks["attention"]
-        if block.self_attn is None:
-            return torch.zeros_like(batch.x)
-        shared = trainee.reads_parents_norm["attention"]
-        return block.self_attn(batch.attention_in if shared else block.input_layernorm(batch.x), **self.inputs)[0]
-
-    def _ffn(self, trainee: Trainee, batch: Batch, middle: torch.Tensor | None) -> torch.Tensor:
-        """What the FFN adds to the residual stream; `middle` is None where that is the parent's."""
-        block = trainee.blocks["ffn"] if "ffn" in trainee.blocks else self.parent_layer  # noqa: SIM401
-        if block.mlp is None:
-            return torch.zeros_like(batch.x)
-        if middle is None and trainee.reads_parents_norm["ffn"]:
-            return block.mlp(batch.ffn_in)
-        return block.mlp(block.post_attention_layernorm(batch.middle if middle is None else middle))
 
 
 def distill_blocks(
@@ -355,24 +217,20 @@ def _train(
     begins = [_load_checkpoint(path, trainee) for path, trainee in zip(paths, trainees, strict=True)]
     if min(begins) < shard.first_step:
         raise ArtifactError(f"A checkpoint in {paths[0].parent} is gone. Run the same command again; it starts anew.")
+    steps = Steps(task, trainees, len(batches[0]))
+    batches = [sequences.to(task.activations.device) for sequences in batches]
     for step in range(min(begins), shard.end_step):
-        batch = task.fetch(batches[step - shard.first_step])
         # One that was written just before a kill is ahead of the others.
-        for path, trainee, begin in zip(paths, trainees, begins, strict=True):
-            if step < begin:
-                continue
-            loss = task.loss(trainee, batch)
-            trainee.losses.append(loss.item())
-            if math.isfinite(trainee.losses[-1]):
-                loss.backward()
-                trainee.optimiser.step(step)
-            is_due = (step + 1) % every == 0 or step + 1 == shard.end_step
-            if is_due and step + 1 < total_steps:
+        pending = {path: t for path, t, begin in zip(paths, trainees, begins, strict=True) if step >= begin}
+        steps.take(step, batches[step - shard.first_step], list(pending.values()))
+        is_due = (step + 1) % every == 0 or step + 1 == shard.end_step
+        if is_due and step + 1 < total_steps:
+            for path, trainee in pending.items():
                 _save_checkpoint(path, trainee, step + 1)
 
 
 def _save_checkpoint(path: Path, trainee: Trainee, step: int) -> None:
-    tensors = trainee.optimiser.state() | {"losses": torch.tensor(trainee.losses, dtype=torch.float64)}
+    tensors = trainee.optimiser.state() | {"losses": torch.tensor(trainee.read_losses(), dtype=torch.float64)}
     write_checkpoint(path, tensors, step)
 
 
@@ -403,11 +261,9 @@ def _keep(
 ) -> str | None:
     """Store what was trained, or its start if that was better; the sentence to print when BLD had trouble."""
     job, fell_back = trainee.job, not (math.isfinite(end) and end <= start)
-    stride = max(1, math.ceil(len(trainee.losses) / CURVE_POINTS))
-    curve = [
-        sum(trainee.losses[i : i + stride]) / len(trainee.losses[i : i + stride])
-        for i in range(0, len(trainee.losses), stride)
-    ]
+    losses = trainee.read_losses()
+    stride = max(1, math.ceil(len(losses) / CURVE_POINTS))
+    curve = [sum(losses[i : i + stride]) / len(losses[i : i + stride]) for i in range(0, len(losses), stride)]
     facts = {
         **job.facts,
         "tokens": settings.tokens,
@@ -418,10 +274,10 @@ def _keep(
     }
     write_variant(job.path, job.specs, trainee.start if fell_back else trainee.weights(dtype), facts)
     if not fell_back:
-        left_out = sum(not math.isfinite(loss) for loss in trainee.losses)
+        left_out = sum(not math.isfinite(loss) for loss in losses)
         if not left_out:
             return None
-        steps = f"{left_out} of {len(trainee.losses)} steps of BLD"
+        steps = f"{left_out} of {len(losses)} steps of BLD"
         return f"Layer {layer}, {job.id}: the loss was not finite in {steps}; they were left out."
     how = f"rose from {start:.4g} to {end:.4g}" if math.isfinite(end) else "became NaN"
     return f"Layer {layer}, {job.id}: the loss {how} in BLD; its initialisation is kept."

@@ -1,9 +1,12 @@
-"""torch.compile for GKD, layer by layer: layers that are alike share their kernels, so that few are compiled."""
+"""torch.compile for GKD: its losses, and the layers one by one, so that those that are alike share kernels."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -27,3 +30,9 @@ def compile_layers(model: PuzzleForCausalLM) -> None:
     limits.recompile_limit = limits.accumulated_recompile_limit = MOST_KINDS
     for layer in model.model.layers:
         layer.compile()
+
+
+@functools.cache
+def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function as compiled; asked for again, the same one."""
+    return torch.compile(function)

@@ -5,12 +5,14 @@ Shapes: N tokens, D hidden, V vocabulary. Hidden states are after the final norm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from puzzle_nas.training.compilation import compiled_once
 
 MATMUL_ROWS = 512
 """Tokens in one product with the LM head, which is brought into the product's order for each anew."""
@@ -132,6 +134,28 @@ class ParentTopK:
         return torch.linalg.vecdot(parent_p, parent_log - child_log).sum(), grad
 
 
+def _loss_of_rows(
+    divergence: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    parents: tuple[torch.Tensor, ...],
+    child_logits_RV: torch.Tensor,
+    labels_R: torch.Tensor,
+    kl_weight: float,
+    lm_weight: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What R tokens add to the loss, scalar, and its gradient in the child's logits [R, V]."""
+    child_log = log_softmax(child_logits_RV)
+    kl, grad = divergence(parents, child_log)
+    loss = kl_weight * kl
+    grad *= kl_weight
+    if lm_weight is not None:
+        is_known = (labels_R >= 0).float().unsqueeze(1)
+        target = labels_R.clamp_min(0).unsqueeze(1)
+        loss = loss - lm_weight * (child_log.gather(1, target) * is_known).sum()
+        grad += lm_weight * is_known * child_log.exp()
+        grad.scatter_add_(1, target, -lm_weight * is_known)
+    return loss, grad.to(child_logits_RV.dtype)
+
+
 class _ChunkedDistillation(torch.autograd.Function):
     """Mean over tokens of kl_weight * KL(parent || child) + lm_weight * cross-entropy.
 
@@ -140,7 +164,7 @@ class _ChunkedDistillation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, child_ND, child_weight, parent, labels_N, kl_weight, lm_weight, precision):
+    def forward(ctx, child_ND, child_weight, parent, labels_N, kl_weight, lm_weight, precision, loss_of_rows):
         tokens = child_ND.shape[0]
         known = (labels_N >= 0).sum().clamp_min(1)
         hidden, weight = child_ND.to(precision), child_weight.to(precision)
@@ -154,17 +178,12 @@ class _ChunkedDistillation(torch.autograd.Function):
             chunk = parent.chunk(rows)
             for offset in range(0, child_logits.shape[0], at_once):
                 part = slice(offset, offset + at_once)
-                child_log = log_softmax(child_logits[part])
-                kl, grad = parent.divergence(tuple(tensor[part] for tensor in chunk), child_log)
-                total += kl_weight / tokens * kl
-                grad *= kl_weight / tokens
-                if lm_weight:
-                    labels = labels_N[rows][part]
-                    is_known = (labels >= 0).float().unsqueeze(1)
-                    target = labels.clamp_min(0).unsqueeze(1)
-                    total -= lm_weight / known * (child_log.gather(1, target) * is_known).sum()
-                    grad += (lm_weight / known) * is_known * child_log.exp()
-                    grad.scatter_add_(1, target, -(lm_weight / known) * is_known)
+                parents = tuple(tensor[part] for tensor in chunk)
+                weights = (kl_weight / tokens, lm_weight / known if lm_weight else None)
+                loss, grad = loss_of_rows(
+                    parent.divergence, parents, child_logits[part], labels_N[rows][part], *weights
+                )
+                total += loss
                 child_logits[part] = grad
             grad_hidden[rows] = child_logits @ weight
             if grad_weight is not None:
@@ -177,7 +196,7 @@ class _ChunkedDistillation(torch.autograd.Function):
         (grad_output,) = grad_outputs
         grad_hidden, grad_weight = ctx.saved_tensors
         grad_weight = None if grad_weight is None else grad_weight * grad_output
-        return grad_hidden * grad_output, grad_weight, None, None, None, None, None
+        return grad_hidden * grad_output, grad_weight, *[None] * 6
 
 
 def distillation_loss(
@@ -188,21 +207,28 @@ def distillation_loss(
     kl_weight: float,
     lm_weight: float,
     precision: torch.dtype = torch.float32,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """KL and LM loss of Puzzle's section 4, differentiable in the child's hidden states and head, scalar, nats.
 
-    `precision` is that of the product with the child's head.
+    `precision` is that of the product with the child's head. `compiled`: what is done with logits passes over them
+    twice, instead of some twenty times.
     """
-    return _ChunkedDistillation.apply(child_ND, child_head.weight, parent, labels_N, kl_weight, lm_weight, precision)
+    rows = compiled_once(_loss_of_rows) if compiled else _loss_of_rows
+    weights = (kl_weight, lm_weight)
+    return _ChunkedDistillation.apply(child_ND, child_head.weight, parent, labels_N, *weights, precision, rows)
 
 
-def cosine_loss(children_BTD: Sequence[torch.Tensor], parents_BTD: Sequence[torch.Tensor]) -> torch.Tensor:
+def _cosine_distance(child_BTD: torch.Tensor, parent_BTD: torch.Tensor) -> torch.Tensor:
+    return 1 - F.cosine_similarity(child_BTD.float(), parent_BTD.float(), dim=-1).mean()
+
+
+def cosine_loss(
+    children_BTD: Sequence[torch.Tensor], parents_BTD: Sequence[torch.Tensor], compiled: bool = False
+) -> torch.Tensor:
     """Mean over layers and tokens of 1 - cosine of the residual streams after each block (Puzzle, section 4)."""
-    losses = [
-        1 - F.cosine_similarity(child.float(), parent.float(), dim=-1).mean()
-        for child, parent in zip(children_BTD, parents_BTD, strict=True)
-    ]
-    return torch.stack(losses).mean()
+    distance = compiled_once(_cosine_distance) if compiled else _cosine_distance
+    return torch.stack([distance(*pair) for pair in zip(children_BTD, parents_BTD, strict=True)]).mean()
 
 
 def error_weight(parent_output: torch.Tensor, normalise: str) -> torch.Tensor:

@@ -54,29 +54,44 @@ class Optimiser:
         groups = [group for group in groups if group["params"]]
         self.inner: list[torch.optim.Optimizer] = []
         if groups:
-            self.inner.append(torch.optim.AdamW(groups, betas=settings.betas, fused=True))
+            on_gpu = groups[0]["params"][0].is_cuda
+            self.inner.append(torch.optim.AdamW(groups, betas=settings.betas, fused=True, capturable=on_gpu))
         if orthogonal:
             if parallel.is_first() and not bfloat16_is_fast(orthogonal[0].device):
                 _say_that_muon_is_slow()
             self.inner.append(torch.optim.Muon(orthogonal, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
 
+    def rate_at(self, step: int) -> float:
+        """The scheduled learning rate."""
+        return learning_rate_at(step, self.total_steps, self.settings)
+
     def step(self, step: int, scale: float = 1.0) -> bool:
-        """Clip, update with `scale` times the scheduled learning rate, and clear the gradients.
+        """`update` with `scale` times the scheduled learning rate."""
+        return bool(self.update(scale * self.rate_at(step)))
+
+    def update(self, rate: float | torch.Tensor, loss: torch.Tensor | None = None) -> torch.Tensor:
+        """Clip, update, and clear the gradients.
 
         Returns:
-            False if a gradient was not finite: then nothing was updated.
+            False, as a scalar tensor, if a gradient or `loss` was not finite: then nothing was updated. AdamW finds
+            that out on the device, so that a CUDA graph can hold all this; Muon waits for it.
         """
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        finite = bool(parallel.whole_tensor(norm).isfinite())
-        if finite:
-            if self.settings.gradient_clip is not None and bool(
-                parallel.whole_tensor(norm) > self.settings.gradient_clip
-            ):
-                nn.utils.clip_grads_with_norm_(self.parameters.values(), self.settings.gradient_clip, norm)
-            for optimiser in self.inner:
-                for group in optimiser.param_groups:
-                    group["lr"] = scale * learning_rate_at(step, self.total_steps, self.settings)
+        norm = parallel.whole_tensor(nn.utils.get_total_norm(gradients))
+        finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
+        clip = self.settings.gradient_clip
+        too_long = None if clip is None else (norm / clip).clamp_min(1.0)
+        for optimiser in self.inner:
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            if isinstance(optimiser, torch.optim.AdamW):
+                # What a gradient scaler does: gradients are divided inside of the update, and infinity prevents it.
+                vars(optimiser).update(grad_scale=too_long, found_inf=(~finite).float())
+                optimiser.step()
+            elif finite:
+                for parameter in (p for group in optimiser.param_groups for p in group["params"]):
+                    if too_long is not None and parameter.grad is not None:
+                        parameter.grad.div_(too_long)
                 optimiser.step()
         self.clear()
         return finite
@@ -106,5 +121,4 @@ class Optimiser:
             state.clear()
             for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
                 if f"{key}/{name}" in tensors:
-                    value = tensors[f"{key}/{name}"].clone()
-                    state[key] = value if key == "step" else value.to(parameter.device)
+                    state[key] = tensors[f"{key}/{name}"].to(parameter.device, copy=True)

@@ -270,21 +270,24 @@ class ShardedLoss(nn.Module):
         """Scalar."""
         return self.compute(tokens_BT, blocks_B)
 
-    def backward(self, tokens_ST: torch.Tensor, blocks_B: torch.Tensor, at_once: int) -> float:
-        """The loss of a batch, in which each rank takes its part; gradients gather in the child's parameters.
+    def backward(self, tokens_BT: torch.Tensor, blocks_B: torch.Tensor, at_once: int) -> torch.Tensor:
+        """The loss of a batch, scalar, in which each rank takes its part; gradients gather in the child's parameters.
 
         Args:
-            tokens_ST: the whole split.
+            tokens_BT, blocks_B: of all ranks.
             at_once: sequences that pass through the models of one rank together.
         """
-        total = 0.0
-        for part in blocks_B.split(at_once * world_size()):
-            mine = part[rank() :: world_size()]
-            weight = len(mine) / len(blocks_B)
+        total = torch.zeros((), device=self.child.device)
+        parts = (tensor.split(at_once * world_size()) for tensor in (tokens_BT, blocks_B))
+        for tokens, blocks in zip(*parts, strict=True):
+            mine = slice(rank(), None, world_size())
+            weight = len(blocks[mine]) / len(blocks_B)
             # A rank for which nothing is left still takes part in the exchange of shards.
-            mine = mine if len(mine) else part[:1]
-            loss = self(tokens_ST[mine].to(self.child.device), mine) * weight
+            mine = mine if weight else slice(1)
+            loss = self(tokens[mine].to(self.child.device), blocks[mine]) * weight
             # FSDP divides by the number of ranks.
             (loss * world_size()).backward()
-            total += loss.item()
-        return sum(gathered([total]))
+            total += loss.detach()
+        if world_size() > 1:
+            total.fill_(sum(gathered([total.item()])))
+        return total

@@ -5,6 +5,7 @@ Shapes: S sequences in the split, B of them in a batch, T tokens, N = B * T, D h
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,12 @@ FILE_SEQUENCES = 64
 """Sequences in one file: what an interrupted pass loses at most."""
 STORED = ("ids", "log_p", "log_rest")
 """Tensors in a file: the fields of `ParentTopK`, in order."""
+
+
+def causal_masks(model: PuzzleForCausalLM, length: int) -> dict[str, torch.Tensor | None]:
+    """By layer type, for any number of sequences of one length without padding. Making them waits for the device."""
+    example = torch.empty(1, length, model.config.hidden_size, dtype=model.dtype, device=model.device)
+    return model.model.layer_inputs(example)["attention_mask"]
 
 
 class ParentOutputs(Protocol):
@@ -58,13 +65,15 @@ class LiveParent:
 
     def __init__(self, parent: PuzzleForCausalLM):
         self.parent, self.dtype, self.device = parent, parent.dtype, parent.device
+        self.masks = functools.cache(functools.partial(causal_masks, parent))
 
     @torch.no_grad()
     def outputs(
         self, tokens_BT: torch.Tensor, blocks_B: torch.Tensor, hidden: bool
     ) -> tuple[ParentLogits, Sequence[torch.Tensor]]:
         """See `ParentOutputs`."""
-        result = self.parent.model(tokens_BT, use_cache=False, output_hidden_states=hidden)
+        masks = self.masks(tokens_BT.shape[1])
+        result = self.parent.model(tokens_BT, attention_mask=masks, use_cache=False, output_hidden_states=hidden)
         states = result.hidden_states[1:] if hidden else ()
         return ParentLogits(result.last_hidden_state.flatten(0, 1), self.parent.lm_head), states
 

@@ -49,11 +49,11 @@ def gradients(training):
     """Of the first step."""
     found = {}
 
-    def keep(step, scale):
+    def keep(rate, loss):
         found.update({name: p.grad.clone() for name, p in training.optimiser.parameters.items()})
-        return True
+        return torch.tensor(True)
 
-    training.optimiser.step = keep
+    training.optimiser.update = keep
     assert training.step(0)
     return found
 

@@ -186,7 +186,7 @@ def test_global_distillation_lowers_kl_on_text_it_has_not_seen(tiny_run):
     from puzzle_nas.recipe import GKDSettings
     from puzzle_nas.stages.distill_child import gkd_loss
     from puzzle_nas.training.optimiser import Optimiser
-    from puzzle_nas.training.parent_outputs import LiveParent
+    from puzzle_nas.training.parent_outputs import LiveParent, causal_masks
 
     run = RunFolder(tiny_run)
     parent, shape = load_parent(run)
@@ -204,6 +204,8 @@ def test_global_distillation_lowers_kl_on_text_it_has_not_seen(tiny_run):
     optimiser = Optimiser(child, settings, steps)
     for step in range(steps):
         blocks = torch.arange(8) + 8 * step % 480
-        gkd_loss(LiveParent(parent), child, train[blocks], blocks, settings).backward()
+        gkd_loss(
+            LiveParent(parent), child, train[blocks], blocks, settings, causal_masks(child, train.shape[1])
+        ).backward()
         optimiser.step(step)
     assert independent_kl(parent, child, unseen) < 0.95 * before

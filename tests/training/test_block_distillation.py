@@ -10,7 +10,7 @@ from puzzle_nas.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle_nas.recipe import BLDSettings
 from puzzle_nas.subblocks import run_with, subblock_weights
 from puzzle_nas.training.activations import LayerActivations
-from puzzle_nas.training.block_distillation import BlockTask, Job, Trainee
+from puzzle_nas.training.block_steps import BlockTask, Job, Trainee
 
 PARENT = (GroupedAttention(2), GatedFFN(96))
 EVERY = torch.arange(8)
