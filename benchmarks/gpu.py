@@ -1,129 +1,188 @@
-"""One GPU: what fraction of it BLD, scoring and GKD use, what capturing and compiling gain; GKD in shards by NCCL.
+"""One GPU: what fraction of it BLD, scoring and GKD use, and what capturing and compiling gain; GKD in shards by NCCL.
 
-Reads a run that was made there (benchmarks/general_gpu.yaml) and a child of it. Each part has a file of its own,
-results/gpu_PART.json. python benchmarks/gpu.py PART RUN CHILD
+    python benchmarks/gpu.py rates
+        Tokens/s of BLD, scoring and GKD, each over the rate of its matrix products alone, on random weights of
+        SmolLM2-135M's sizes and random tokens; BLD also without CUDA graphs, GKD also with gkd.compile.
+    python benchmarks/gpu.py shards RUN CHILD
+        GKD whole, and with parent and child in shards (FSDP2) of one rank: KL on selection, seconds. Of a run made
+        there (benchmarks/general_gpu.yaml) and a child of it.
 
-    rates      tokens/s of BLD, scoring and GKD, each over the rate of its matrix products alone; BLD also without
-               CUDA graphs, GKD also with gkd.compile
-    shards     GKD whole, and with parent and child in shards (FSDP2) of one rank: KL on selection, seconds
+Figures in results/gpu_rates.json and gpu_shards.json.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from achieved import achieved, median_seconds
 from results import save
-from throughput import LAYER, STEPS, gkd, scoring, trained
 from torch.distributed.device_mesh import init_device_mesh
 
-from puzzle_nas.artifacts import RunFolder
-from puzzle_nas.data.batches import load_tokens
-from puzzle_nas.families import load_model, load_parent, machine_of
-from puzzle_nas.families.loading import shape_of
-from puzzle_nas.library import read_variant
+from puzzle_nas.architecture import Architecture, GatedFFN, LinearAttention, LinearFFN
+from puzzle_nas.artifacts import RunFolder, write_bytes, write_json
+from puzzle_nas.families import child_config, load_model, load_parent, machine_of
+from puzzle_nas.families.loading import shape_of, this_machine
+from puzzle_nas.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle_nas.pipeline import open_run
-from puzzle_nas.recipe import Recipe, search_space_of
+from puzzle_nas.recipe import Recipe
 from puzzle_nas.stages.distill_child import Training
+from puzzle_nas.subblocks import subblock_layer, subblock_weights
 from puzzle_nas.training import parallel
 from puzzle_nas.training.activations import LayerActivations
 from puzzle_nas.training.block_steps import BlockTask, Job, Steps, Trainee
 from puzzle_nas.training.parent_outputs import LiveParent
+from puzzle_nas.training.replacement import ReplacementWalk
 
+SIZES = {"vocab_size": 49_152, "num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1_536}
+HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+"""SmolLM2-135M's."""
+VARIANTS = (GatedFFN(1_152), GatedFFN(768), GatedFFN(384), LinearFFN(), LinearAttention())
+"""Which a layer may become, and of which the child has one in every layer, in turns."""
+LAYER = 14
 BATCH_TOKENS = (2_048, 8_192, 32_768)
-BLD_BATCHES = 4
+SEQUENCE_LENGTH = 256
+SEQUENCES = 4 * max(BATCH_TOKENS) // SEQUENCE_LENGTH
+SCORING_TOKENS = 16_384
+STEPS = 1_000
+"""Where schedules end; no more than a few are taken."""
 SHARD_STEPS = 16
 
 
-def bld(run: RunFolder, parent: torch.nn.Module, recipe: Recipe, batch_tokens: int) -> dict[str, float]:
-    """A step of every trained variant of one layer: captured, as in a run, and started kernel by kernel."""
-    length = recipe.data.sequence_length
-    tokens = load_tokens(run, "train")[: BLD_BATCHES * batch_tokens // length]
-    activations = LayerActivations(parent, tokens, run.scratch("benchmark"))
-    activations.climb_to(LAYER)
-    block = parent.get_submodule(f"model.layers.{LAYER}")
-    task = BlockTask(activations, block, "token", parent.dtype == torch.bfloat16)
-    starts = {
-        spec: read_variant(run.initial_variant(LAYER, spec.id), "build-library")
-        for layer, _, spec in search_space_of(recipe, shape_of(parent.config))
-        if layer == LAYER and trained(run, spec)
-    }
-    batches = itertools.cycle(torch.arange(len(tokens), device=activations.device).split(batch_tokens // length))
+def random_models() -> tuple[PuzzleForCausalLM, PuzzleForCausalLM]:
+    """Parent and child."""
+    config = PuzzleConfig(**SIZES, **HEADS, tie_word_embeddings=True)
+    architecture = Architecture.of_parent(shape_of(config))
+    for layer in range(config.num_hidden_layers):
+        architecture = architecture.replaced(layer, VARIANTS[layer % len(VARIANTS)])
+    machine = this_machine()
+    models = (PuzzleForCausalLM(c) for c in (config, child_config(config, architecture)))
+    parent, child = (m.to(machine.device, machine.dtype).eval().requires_grad_(False) for m in models)
+    return parent, child
 
-    def steps() -> tuple[Steps, Callable[[], object]]:
-        trainees = [
-            Trainee(Job((spec,), Path(), dict, {}), start, parent, block, recipe.bld, STEPS)
-            for spec, start in starts.items()
-        ]
-        taken = Steps(task, trainees, batch_tokens // length)
-        return taken, lambda: taken.take(0, next(batches), trainees)
 
-    (_, captured), (one_by_one, work) = steps(), steps()
-    one_by_one.can_capture = False
-    # The first step of either is not captured, so that its products can be counted.
-    done, before = achieved(captured), median_seconds({"step": work})["step"]
-    activations.delete()
+def bld(
+    parent: PuzzleForCausalLM, child: PuzzleForCausalLM, tokens: torch.Tensor, batch_tokens: int
+) -> dict[str, float]:
+    """A step of every variant of one layer: captured, as in a run, and started kernel by kernel."""
+    sequences = batch_tokens // SEQUENCE_LENGTH
+    with tempfile.TemporaryDirectory() as folder:
+        activations = LayerActivations(parent, tokens[: 4 * sequences], Path(folder))
+        activations.climb_to(LAYER)
+        block = parent.model.layers[LAYER]
+        task = BlockTask(activations, block, "token", parent.dtype == torch.bfloat16)
+        batches = itertools.cycle(torch.arange(4 * sequences, device=activations.device).split(sequences))
+
+        def steps() -> tuple[Steps, Callable[[], object]]:
+            trainees = []
+            for layer, spec in enumerate(VARIANTS):
+                start = subblock_weights(child.model.layers[layer], spec.slot)
+                settings = recipe().bld
+                trainees.append(Trainee(Job((spec,), Path(), dict, {}), start, parent, block, settings, STEPS))
+            taken = Steps(task, trainees, sequences)
+            return taken, lambda: taken.take(0, next(batches), trainees)
+
+        (_, captured), (one_by_one, work) = steps(), steps()
+        one_by_one.can_capture = False
+        # The first step of either is not captured, so that its products can be counted.
+        done, before = achieved(captured), median_seconds({"step": work})["step"]
     name = f"_{batch_tokens}_tokens_a_step"
     return {
         "bld_fraction_of_matmul_rate" + name: done.fraction,
         "bld_fraction_of_matmul_rate_not_captured" + name: done.fraction * done.seconds / before,
-        "bld_variant_tokens_per_second" + name: batch_tokens * len(starts) / done.seconds,
-        "bld_milliseconds_a_variant" + name: 1e3 * done.seconds / len(starts),
-        "bld_milliseconds_a_variant_not_captured" + name: 1e3 * before / len(starts),
+        "bld_variant_tokens_per_second" + name: batch_tokens * len(VARIANTS) / done.seconds,
+        "bld_milliseconds_a_variant" + name: 1e3 * done.seconds / len(VARIANTS),
+        "bld_milliseconds_a_variant_not_captured" + name: 1e3 * before / len(VARIANTS),
     }
 
 
-def with_gkd(recipe: Recipe, **settings) -> Recipe:
-    """The same, with other settings of GKD."""
-    return recipe.model_copy(update={"gkd": recipe.gkd.model_copy(update=settings)})
+def scoring(parent: PuzzleForCausalLM, child: PuzzleForCausalLM, tokens: torch.Tensor) -> dict[str, float]:
+    """All variants of one layer."""
+    walk = ReplacementWalk(parent, tokens[: SCORING_TOKENS // SEQUENCE_LENGTH], SCORING_TOKENS)
+    walk.climb_to(LAYER)
+    kind = parent.model.layers[LAYER].layer_type
+    blocks = [
+        {spec.slot: subblock_layer(parent.config, kind, spec, subblock_weights(child.model.layers[layer], spec.slot))}
+        for layer, spec in enumerate(VARIANTS)
+    ]
+    done = achieved(lambda: walk.try_variants(blocks))
+    return {
+        "scoring_fraction_of_matmul_rate": done.fraction,
+        "scoring_teraflops_per_second": done.flops / done.seconds / 1e12,
+    }
 
 
-def rates(run: RunFolder, child: Path) -> dict[str, float]:
+def gkd(parent: PuzzleForCausalLM, child: PuzzleForCausalLM, run: RunFolder, batch_tokens: int) -> dict[str, float]:
+    """A step of the child: as it is, and compiled and captured."""
+
+    def steps(**settings) -> Callable[[], object]:
+        gkd_settings = {"tokens": 4 * batch_tokens, "batch_tokens": batch_tokens, **settings}
+        training = Training(recipe(gkd=gkd_settings), run, LiveParent(parent), child)
+        return lambda: training.step(0)
+
+    done = achieved(steps())
+    begin = time.perf_counter()
+    compiled = steps(compile=True)
+    for _ in range(3):
+        compiled()
+    compiling = time.perf_counter() - begin
+    seconds = median_seconds({"step": compiled})["step"]
+    for layer in parent.model.layers:
+        layer._compiled_call_impl = None
+    name = f"_{batch_tokens}_tokens_a_step"
+    return {
+        "gkd_fraction_of_matmul_rate" + name: done.fraction,
+        "gkd_fraction_of_matmul_rate_compiled" + name: done.fraction * done.seconds / seconds,
+        "gkd_tokens_per_second" + name: batch_tokens / done.seconds,
+        "gkd_tokens_per_second_compiled" + name: batch_tokens / seconds,
+        "gkd_seconds_to_compile" + name: compiling,
+        "gkd_matmul_teraflops_per_second" + name: done.matmul_flops_per_second / 1e12,
+    }
+
+
+def recipe(**settings) -> Recipe:
+    """Defaults, and what is given."""
+    return Recipe.model_validate({"parent": "random", "data": {"sources": [{"source": "random"}]}, **settings})
+
+
+def rates() -> dict[str, float]:
     """See above."""
-    recipe, (parent, shape) = open_run(run), load_parent(run)
+    torch.manual_seed(0)
+    parent, child = random_models()
+    tokens = torch.randint(0, SIZES["vocab_size"], (SEQUENCES, SEQUENCE_LENGTH))
     figures: dict[str, float] = {}
     for batch_tokens in BATCH_TOKENS:
-        figures |= bld(run, parent, recipe, batch_tokens)
-    sequences = recipe.scoring.batch_tokens // recipe.data.sequence_length
-    done = achieved(scoring(run, parent, search_space_of(recipe, shape), recipe, sequences))
-    figures["scoring_fraction_of_matmul_rate"] = done.fraction
-    figures["scoring_teraflops_per_second"] = done.flops / done.seconds / 1e12
-    for batch_tokens in BATCH_TOKENS:
-        plain, compiled = (with_gkd(recipe, batch_tokens=batch_tokens, compile=value) for value in (False, True))
-        done = achieved(gkd(run, parent, plain, child))
-        begin = time.perf_counter()
-        # A parent of its own: layers stay compiled.
-        work = gkd(run, load_parent(run)[0], compiled, child)
-        work()
-        compiling = time.perf_counter() - begin
-        seconds = median_seconds({"step": work})["step"]
-        name = f"_{batch_tokens}_tokens_a_step"
-        figures["gkd_fraction_of_matmul_rate" + name] = done.fraction
-        figures["gkd_fraction_of_matmul_rate_compiled" + name] = done.fraction * done.seconds / seconds
-        figures["gkd_tokens_per_second" + name] = batch_tokens / done.seconds
-        figures["gkd_tokens_per_second_compiled" + name] = batch_tokens / seconds
-        figures["gkd_seconds_to_compile" + name] = compiling
-        figures["gkd_matmul_teraflops_per_second" + name] = done.matmul_flops_per_second / 1e12
+        figures |= bld(parent, child, tokens, batch_tokens)
+    figures |= scoring(parent, child, tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunFolder(folder)
+        splits = {"train": tokens, "selection": tokens[:4]}
+        for split, part in splits.items():
+            write_bytes(run.split(split), safetensors.torch.save({"tokens": part}))
+        prints = {s: {"fingerprint": hashlib.sha256(part.numpy().tobytes()).hexdigest()} for s, part in splits.items()}
+        write_json(run / "data/data.json", {"splits": prints})
+        for batch_tokens in BATCH_TOKENS:
+            figures |= gkd(parent, child, run, batch_tokens)
     return figures
 
 
 def shards(run: RunFolder, child: Path) -> dict[str, float]:
-    """See above. One rank would not divide anything by itself, so it is told that there were two."""
+    """See above; one rank would not divide anything by itself, so it is told that there were two."""
     recipe = open_run(run)
     settings = {
         "tokens": SHARD_STEPS * recipe.gkd.batch_tokens,
         "evaluate_every_steps": SHARD_STEPS // 2,
         "learning_rate": 3e-4,
     }
-    recipe = with_gkd(recipe, **settings)
+    recipe = recipe.model_copy(update={"gkd": recipe.gkd.model_copy(update=settings)})
     figures: dict[str, float] = {}
 
     def train(name: str) -> None:
@@ -165,16 +224,12 @@ def _as_if_two(function):
     return told
 
 
-PARTS = {"rates": rates, "shards": shards}
-
-
 def main() -> None:
     """Measure, print, keep."""
-    if len(sys.argv) != 4 or sys.argv[1] not in PARTS:
+    part, *where = sys.argv[1:] or [""]
+    if (part, len(where)) not in {("rates", 0), ("shards", 2)}:
         raise SystemExit(__doc__)
-    part, run = sys.argv[1], RunFolder(Path(sys.argv[2]))
-    figures = PARTS[part](run, Path(sys.argv[3]))
-    shutil.rmtree(run.scratch("benchmark"), ignore_errors=True)
+    figures = rates() if part == "rates" else shards(RunFolder(where[0]), Path(where[1]))
     for name, value in figures.items():
         print(f"  {name:75s} {value:14.3f}")
     print("Written to", save(f"gpu_{part}", figures))

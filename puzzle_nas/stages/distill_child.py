@@ -124,7 +124,7 @@ class Training:
         )
         self.optimiser = Optimiser(self.child, settings, len(self.batches))
         self.graph: StepGraph | None = None
-        self.is_warm = False
+        self.whole_steps = 0
         self.curve = self.curve[:1]
         self.losses: list[float] = []
 
@@ -202,14 +202,15 @@ class Training:
         tokens = self.tokens[blocks]
         rate = 0.5**self.setbacks * self.optimiser.rate_at(step)
         is_whole = len(blocks) == self.batch_sequences
-        if is_whole and self.can_capture and self.is_warm:
+        # torch may compile once more in the second.
+        if is_whole and self.can_capture and self.whole_steps >= 2:
             if self.graph is None:
                 update = functools.partial(self._update, blocks=blocks)
                 self.graph = StepGraph(update, [tokens.to(self.child.device)])
             done = self.graph.step(rate, [tokens])
         else:
             done = self._update(rate, tokens, blocks)
-            self.is_warm = is_whole
+            self.whole_steps += is_whole
         loss, updated = done.tolist()
         if updated:
             self.losses.append(loss)

@@ -29,7 +29,7 @@ def run(tiny_run, tmp_path):
     return RunFolder(tmp_path / "run")
 
 
-def training(run, parent=None, **gkd):
+def training(run, parent=None, removed=None, **gkd):
     settings = json.loads(open_run(run).model_dump_json())
     settings["gkd"] |= {"tokens": 2048, "evaluate_every_steps": 2, "learning_rate": 1e-3, **gkd}
     recipe = parse_recipe(json.dumps(settings))
@@ -38,6 +38,8 @@ def training(run, parent=None, **gkd):
     architecture = Architecture.of_parent(shape)
     for layer in range(shape.num_hidden_layers):
         architecture = architecture.replaced(layer, GatedFFN(96))
+    if removed is not None:
+        architecture = architecture.without([removed])
     return Training(recipe, run, parent or LiveParent(whole), assemble(run, whole, architecture))
 
 
@@ -86,6 +88,43 @@ def test_compiled_layers_give_the_same_gradients(run):
     assert plain.keys() == compiled.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+class OneByOne:
+    """In place of a CUDA graph: does the step whenever it is asked for."""
+
+    made = 0
+
+    def __init__(self, compute, inputs):
+        self.compute = compute
+        OneByOne.made += 1
+
+    def step(self, rate, inputs):
+        return self.compute(torch.tensor(rate), *inputs)
+
+
+def test_captured_steps_are_the_same_and_know_the_moments_that_are_loaded(run, monkeypatch):
+    plain = training(run)
+    plain.train()
+    shutil.rmtree(run.scratch("distill_child"))
+    monkeypatch.setattr(distill_child, "StepGraph", OneByOne)
+    monkeypatch.setattr(Training, "can_capture", True)
+    captured = training(run)
+    captured.train()
+    assert OneByOne.made == 1 and captured.curve == plain.curve
+    assert all(torch.equal(weight, weights(plain)[name]) for name, weight in weights(captured).items())
+    assert captured.graph is not None
+    captured.load()
+    assert captured.graph is None
+
+
+def test_a_layer_in_which_nothing_runs_keeps_none_of_the_others_from_being_compiled(run):
+    stats = torch._dynamo.utils.counters["stats"]
+    job = training(run, compile=True, removed=2)
+    assert job.step(0)
+    before = stats["unique_graphs"]
+    assert job.step(1)
+    assert stats["unique_graphs"] == before
 
 
 def test_without_a_compiler_compiling_is_refused(run, monkeypatch):
