@@ -17,7 +17,7 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import safetensors.torch
@@ -153,15 +153,14 @@ def recipe(**settings) -> Recipe:
     return Recipe.model_validate({"parent": "random", "data": {"sources": [{"source": "random"}]}, **settings})
 
 
-def rates() -> dict[str, float]:
+def rates() -> Iterator[dict[str, float]]:
     """See above."""
     torch.manual_seed(0)
     parent, child = random_models()
     tokens = torch.randint(0, SIZES["vocab_size"], (SEQUENCES, SEQUENCE_LENGTH))
-    figures: dict[str, float] = {}
     for batch_tokens in BATCH_TOKENS:
-        figures |= bld(parent, child, tokens, batch_tokens)
-    figures |= scoring(parent, child, tokens)
+        yield bld(parent, child, tokens, batch_tokens)
+    yield scoring(parent, child, tokens)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(folder)
         splits = {"train": tokens, "selection": tokens[:4]}
@@ -170,11 +169,10 @@ def rates() -> dict[str, float]:
         prints = {s: {"fingerprint": hashlib.sha256(part.numpy().tobytes()).hexdigest()} for s, part in splits.items()}
         write_json(run / "data/data.json", {"splits": prints})
         for batch_tokens in BATCH_TOKENS:
-            figures |= gkd(parent, child, run, batch_tokens)
-    return figures
+            yield gkd(parent, child, run, batch_tokens)
 
 
-def shards(run: RunFolder, child: Path) -> dict[str, float]:
+def shards(run: RunFolder, child: Path) -> Iterator[dict[str, float]]:
     """See above; one rank would not divide anything by itself, so it is told that there were two."""
     recipe = open_run(run)
     settings = {
@@ -212,7 +210,7 @@ def shards(run: RunFolder, child: Path) -> dict[str, float]:
         parallel._mesh = lambda device: init_device_mesh(device, (1,))
         train("shards")
         dist.destroy_process_group()
-    return figures
+    yield figures
 
 
 def _as_if_two(function):
@@ -225,14 +223,17 @@ def _as_if_two(function):
 
 
 def main() -> None:
-    """Measure, print, keep."""
+    """Measure, print and keep what is there so far."""
     part, *where = sys.argv[1:] or [""]
     if (part, len(where)) not in {("rates", 0), ("shards", 2)}:
         raise SystemExit(__doc__)
-    figures = rates() if part == "rates" else shards(RunFolder(where[0]), Path(where[1]))
-    for name, value in figures.items():
-        print(f"  {name:75s} {value:14.3f}")
-    print("Written to", save(f"gpu_{part}", figures))
+    figures: dict[str, float] = {}
+    for found in rates() if part == "rates" else shards(RunFolder(where[0]), Path(where[1])):
+        figures |= found
+        for name, value in found.items():
+            print(f"  {name:75s} {value:14.3f}", flush=True)
+        path = save(f"gpu_{part}", figures)
+    print("Written to", path)
 
 
 if __name__ == "__main__":
