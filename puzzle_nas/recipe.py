@@ -233,8 +233,8 @@ class GKDSettings(OptimiserSettings):
     gradient_checkpointing: bool = False
     """Compute the activations inside blocks twice and keep none: slower, in less memory."""
     compile: bool = False
-    """Compile the layers of parent and child (torch.compile), which pays on GPUs (docs/results.md). Needs a C++
-    compiler."""
+    """Compile the layers of parent and child, and the losses (torch.compile); a single GPU also starts each step as one
+    CUDA graph, which keeps the step's memory. It pays on GPUs (docs/results.md). Needs a C++ compiler."""
     parent_top_k: int | None = Field(None, ge=1)
     """Write the parent's so many likeliest tokens at each position to disk once, and train without the parent in
     memory. Needs `cosine_weight: 0`."""

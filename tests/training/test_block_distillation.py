@@ -9,8 +9,10 @@ from puzzle_nas.architecture import GatedFFN, GroupedAttention, LinearAttention,
 from puzzle_nas.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle_nas.recipe import BLDSettings
 from puzzle_nas.subblocks import run_with, subblock_weights
+from puzzle_nas.training import block_steps
 from puzzle_nas.training.activations import LayerActivations
-from puzzle_nas.training.block_steps import BlockTask, Job, Trainee
+from puzzle_nas.training.block_steps import BlockTask, Job, Steps, Trainee
+from tests.conftest import OneByOne
 
 PARENT = (GroupedAttention(2), GatedFFN(96))
 EVERY = torch.arange(8)
@@ -81,3 +83,30 @@ def test_the_loss_is_the_formulas_and_falls_and_norms_stay(task, specs):
     after = trainee.weights(files[0].dtype)
     assert after.keys() == trainee.start.keys()
     assert all(torch.equal(after[name], w) == ("layernorm" in name) for name, w in trainee.start.items())
+
+
+def test_captured_steps_are_the_same_whoever_is_ahead_and_whatever_is_not_finite(task, monkeypatch):
+    monkeypatch.setattr(block_steps, "StepGraph", OneByOne)
+    monkeypatch.setattr(block_steps, "side_by_side", lambda works: [work() for work in works])
+
+    def trained(captured):
+        trainees = [trainee_of(task, spec, steps=8) for spec in (GatedFFN(32), LinearAttention())]
+        steps, made = Steps(task, trainees, 4), OneByOne.made
+        steps.can_capture = captured
+        x = task.activations.x.tensor
+        for step in range(8):
+            sequences = torch.arange(4) + step % 4 if step < 7 else torch.arange(3)
+            kept = x[3, 0, 0].clone()
+            x[3, 0, 0] = torch.nan if step == 4 else kept
+            # The first trainee has come one step further before.
+            steps.take(step, sequences, trainees[1:] if step == 0 else trainees)
+            x[3, 0, 0] = kept
+        assert OneByOne.made == made + captured
+        return trainees
+
+    for ours, theirs in zip(trained(True), trained(False), strict=True):
+        losses = ours.read_losses()
+        torch.testing.assert_close(losses, theirs.read_losses(), rtol=0, atol=0, equal_nan=True)
+        assert [loss for loss in losses if loss != loss] == losses[-4:-3]
+        for name, weight in ours.weights(torch.float32).items():
+            assert torch.equal(weight, theirs.weights(torch.float32)[name]) and weight.isfinite().all()
