@@ -145,4 +145,4 @@ class OneByOne:
         OneByOne.made += 1
 
     def step(self, rate, inputs):
-        return self.compute(torch.tensor(rate), *inputs)
+        return self.compute(torch.tensor(rate, dtype=torch.float64), *inputs)
