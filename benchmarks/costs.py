@@ -19,7 +19,7 @@ from results import RESULTS, save
 from puzzle_nas.architecture import Architecture, NoOpAttention, NoOpFFN, Scenario
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.cost_fit import EMPTY, fit, random_mixtures, uniform_models
-from puzzle_nas.engines import ENGINES, interleaved_medians
+from puzzle_nas.engines import ENGINES, interleaved_times
 from puzzle_nas.families import load_parent
 from puzzle_nas.families.loading import probe_model
 from puzzle_nas.pipeline import open_run
@@ -81,7 +81,7 @@ def main() -> None:
         print(".", end="", flush=True)
 
     with engine.loaded(probes, Path("runs/benchmark-costs")) as loaded:
-        parts = interleaved_medians(
+        parts = interleaved_times(
             ["parent", *(name for name in fitted if name != "parent")],
             scenarios,
             lambda n, s: engine.time_parts(loaded[n], s, DECODE_STEPS),
@@ -89,7 +89,7 @@ def main() -> None:
             progress,
             beside,
         )
-        whole = interleaved_medians(
+        whole = interleaved_times(
             list(unseen), scenarios, lambda n, s: engine.time_request(loaded[n], s), REPEATS, progress, beside
         )
     figures: dict[str, float] = {"architectures": len(unseen), "fitted_on": len(fitted)}

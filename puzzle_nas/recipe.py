@@ -141,7 +141,8 @@ class CostSettings(Settings):
     mixtures: int = Field(24, ge=1)
     """Random architectures that are timed besides the stacks of one variant. More of them predict better."""
     repeats: int = Field(3, ge=1)
-    """Interleaved repeats, of which the median counts; up to four times as many while they differ too much."""
+    """Interleaved repeats, of which the fastest two thirds count; up to four times as many while they differ too
+    much."""
     decode_steps_measured: int = Field(8, ge=1)
     """Decode steps timed in one repeat, around the middle of the decode."""
 

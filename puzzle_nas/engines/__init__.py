@@ -2,7 +2,7 @@
 
 from puzzle_nas.engines.base import Engine, Loading, RequestTime, ServingEngine, Tolerance
 from puzzle_nas.engines.llama_cpp import LlamaCppEngine
-from puzzle_nas.engines.timing import interleaved_medians, relative_standard_error, speedups
+from puzzle_nas.engines.timing import interleaved_times, relative_standard_error, speedups, undisturbed
 from puzzle_nas.engines.torch_engine import TorchEngine
 from puzzle_nas.engines.transformers_engine import TransformersEngine
 from puzzle_nas.engines.vllm import EagerVllmEngine, StockVllmEngine, VllmEngine
@@ -35,8 +35,9 @@ __all__ = [
     "ServingEngine",
     "Tolerance",
     "TorchEngine",
-    "interleaved_medians",
+    "interleaved_times",
     "relative_standard_error",
     "serving_engine",
     "speedups",
+    "undisturbed",
 ]

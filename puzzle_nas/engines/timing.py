@@ -30,7 +30,7 @@ def _goes_on(made: int, repeats: int, series: Iterable[Sequence[float]]) -> bool
     return made < MOST_TIMES * repeats and statistics.median(map(relative_standard_error, series)) > STEADY
 
 
-def interleaved_medians(
+def interleaved_times(
     models: Sequence[str],
     scenarios: Mapping[str, Scenario],
     measure: Callable[[str, Scenario], RequestTime],
@@ -39,15 +39,18 @@ def interleaved_medians(
     beside: str | None = None,
     on_more: Callable[[int], None] = lambda models: None,
 ) -> dict[str, dict[str, RequestTime]]:
-    """Median times by model, then scenario; every repeat measures every model, so that drift hits all alike.
+    """Times by model, then scenario; every repeat measures every model, so that drift hits all alike.
+
+    A model's time is the mean of the fastest two thirds of its repeats: what else a machine does only ever slows it
+    down, and their median varies more (benchmarks/timing.py).
 
     There are more repeats, up to MOST_TIMES as many, while most models' times differ too much from one to the next;
     `on_more` is told how many models each adds.
 
     Where every repeat must load models anew, it takes so long that drift within it counts, and a model's first request
     of a kind is slow. Then each model does such a request, the model `beside`, which stays loaded, is timed, and then
-    the model, so that either finds the caches as the other left them. The model's time is the median of `beside`
-    times the median of its ratios to it, and there are no more repeats than asked for.
+    the model, so that either finds the caches as the other left them. The model's time is that of `beside` times the
+    median of its ratios to it, and there are no more repeats than asked for.
     """
     samples: dict[tuple[str, str], list[RequestTime]] = {}
     ratios: dict[tuple[str, str], list[RequestTime]] = {}
@@ -74,17 +77,22 @@ def interleaved_medians(
 
     def result(model: str, name: str) -> RequestTime:
         if (model, name) not in ratios:
-            return _median(samples[model, name])
+            return _of_each_part(undisturbed, samples[model, name])
         assert beside is not None
-        return _combined(lambda a, b: a * b, _median(ratios[model, name]), _median(samples[beside, name]))
+        times = _of_each_part(statistics.median, ratios[model, name]), _of_each_part(undisturbed, samples[beside, name])
+        return _combined(lambda a, b: a * b, *times)
 
     return {model: {name: result(model, name) for name in scenarios} for model in models}
 
 
-def _median(times: Sequence[RequestTime]) -> RequestTime:
-    return RequestTime(
-        statistics.median(t.prefill_ms for t in times), statistics.median(t.decode_step_ms for t in times)
-    )
+def undisturbed(values: Iterable[float]) -> float:
+    """Mean of the smallest two thirds."""
+    ordered = sorted(values)
+    return statistics.fmean(ordered[: max(1, round(len(ordered) * 2 / 3))])
+
+
+def _of_each_part(statistic: Callable[[Iterable[float]], float], times: Sequence[RequestTime]) -> RequestTime:
+    return RequestTime(statistic(t.prefill_ms for t in times), statistic(t.decode_step_ms for t in times))
 
 
 def _combined(operation: Callable[[float, float], float], one: RequestTime, other: RequestTime) -> RequestTime:

@@ -10,7 +10,7 @@ import statistics
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.costs import CostTable
 from puzzle_nas.data.batches import load_tokens
-from puzzle_nas.engines import ENGINES, interleaved_medians, relative_standard_error
+from puzzle_nas.engines import ENGINES, interleaved_times, relative_standard_error
 from puzzle_nas.families import load_model, load_parent, machine_of
 from puzzle_nas.progress import progress
 from puzzle_nas.recipe import Recipe
@@ -60,7 +60,7 @@ def _measure_speed(recipe: Recipe, run: RunFolder, parent, child) -> dict:
         engine.loaded(models, run.scratch(NAME)) as loaded,
         progress(f"measure speed on {engine.name}, model", recipe.evaluation.timing_repeats * len(models)) as ticker,
     ):
-        times = interleaved_medians(
+        times = interleaved_times(
             list(models),
             scenarios,
             measure,

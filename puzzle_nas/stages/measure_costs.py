@@ -20,7 +20,7 @@ from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.cost_fit import fit, random_mixtures, uniform_models
 from puzzle_nas.costs import CostTable
-from puzzle_nas.engines import ENGINES, RequestTime, TorchEngine, interleaved_medians
+from puzzle_nas.engines import ENGINES, RequestTime, TorchEngine, interleaved_times
 from puzzle_nas.errors import ArtifactError, RecipeError
 from puzzle_nas.families import load_parent
 from puzzle_nas.families.loading import free_bytes, machine_of, probe_model, shape_of
@@ -78,7 +78,7 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
         engine.loaded(probes, run.scratch(NAME)) as loaded,
         progress(f"measure costs on {engine.name}, model", recipe.costs.repeats * len(probes)) as ticker,
     ):
-        times = interleaved_medians(
+        times = interleaved_times(
             list(probes),
             scenarios,
             lambda name, scenario: engine.time_parts(loaded[name], scenario, recipe.costs.decode_steps_measured),
@@ -87,7 +87,7 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
             beside=None if engine.holds_all else "parent",
             on_more=ticker.extend,
         )
-        whole = interleaved_medians(["parent"], scenarios, lambda name, s: engine.time_request(loaded[name], s), 3)
+        whole = interleaved_times(["parent"], scenarios, lambda name, s: engine.time_request(loaded[name], s), 3)
     return {
         "machine": engine.describe(machine),
         "other_load_percent": busy,

@@ -183,10 +183,15 @@ class BlockTask:
         return loss.detach()
 
 
+SIDE_BY_SIDE_BYTES = 32 << 20
+"""A residual stream [B, T, D] up to which all trainees of a captured step run at the same time. A larger one fills the
+GPU by itself, and what each trainee needs besides would add up."""
+
+
 class Steps:
     """Steps of several trainees of a layer, each on the same batches.
 
-    On a GPU, a step that comes for the second time is captured, with all trainees side by side (`StepGraph`).
+    On a GPU, a step that comes for the second time is captured (`StepGraph`).
     """
 
     def __init__(self, task: BlockTask, trainees: Sequence[Trainee], batch_sequences: int):
@@ -218,4 +223,5 @@ class Steps:
         # All read these, so none may compute them.
         _ = batch.middle, batch.attention_in, batch.ffn_in
         works = [functools.partial(self.task.update, trainee, batch, rate) for trainee in self.trainees]
-        return torch.stack(side_by_side(works))
+        is_small = batch.x.nbytes <= SIDE_BY_SIDE_BYTES
+        return torch.stack(side_by_side(works) if is_small else [work() for work in works])

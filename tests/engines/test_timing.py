@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from puzzle_nas.architecture import Scenario
-from puzzle_nas.engines import RequestTime, interleaved_medians, relative_standard_error
+from puzzle_nas.engines import RequestTime, interleaved_times, relative_standard_error
 from puzzle_nas.engines.llama_cpp import LlamaCppEngine
 from puzzle_nas.errors import ExportError
 from tests.exporters.children import EVERY_KIND, child_of
@@ -31,17 +31,17 @@ def on_a_machine_that_slows_down(decode_step_ms=1.0):
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_model_timed_beside_every_other_divides_drift_out(scenario):
-    times = interleaved_medians(list(TRUE_MS), SCENARIOS, on_a_machine_that_slows_down(), 3, beside="parent")
+    times = interleaved_times(list(TRUE_MS), SCENARIOS, on_a_machine_that_slows_down(), 3, beside="parent")
     for model, ms in TRUE_MS.items():
         for part in ("prefill_ms", "decode_step_ms"):
             ratio = getattr(times[model][scenario], part) / getattr(times["parent"][scenario], part)
             assert ratio == pytest.approx(ms / TRUE_MS["parent"])
-    without = interleaved_medians(list(TRUE_MS), SCENARIOS, on_a_machine_that_slows_down(), 3)
+    without = interleaved_times(list(TRUE_MS), SCENARIOS, on_a_machine_that_slows_down(), 3)
     assert without["half"][scenario].prefill_ms > 0.6 * without["parent"][scenario].prefill_ms
 
 
 def test_requests_without_decode_steps():
-    times = interleaved_medians(list(TRUE_MS), SCENARIOS, on_a_machine_that_slows_down(0.0), 1, beside="parent")
+    times = interleaved_times(list(TRUE_MS), SCENARIOS, on_a_machine_that_slows_down(0.0), 1, beside="parent")
     assert times["half"]["chat"].decode_step_ms == 0 < times["half"]["chat"].prefill_ms
 
 
@@ -53,9 +53,16 @@ def test_more_repeats_where_they_differ(noise, rounds):
         return RequestTime(TRUE_MS[model] * rng.uniform(1 - noise, 1 + noise), 1.0)
 
     many = {"chat": Scenario("chat", 1, 8, 0)}
-    asked = interleaved_medians(list(TRUE_MS), many, measure, 3, on_more=more.append)
+    asked = interleaved_times(list(TRUE_MS), many, measure, 3, on_more=more.append)
     assert more == [3] * (rounds - 3)
     assert asked["half"]["chat"].prefill_ms == pytest.approx(2.0, rel=noise)
+
+
+def test_what_slows_a_repeat_down_does_not_count():
+    slow = iter([1.0, 1.0, 9.0])
+    alone = {"chat": Scenario("chat", 1, 8, 0)}
+    times = interleaved_times(["parent"], alone, lambda *_: RequestTime(4.0 * next(slow), 1.0), 3)
+    assert times["parent"]["chat"].prefill_ms == 4.0
 
 
 def test_standard_error_of_a_median_is_that_of_many_medians():
