@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,6 +169,13 @@ def figures() -> dict[str, float]:
         result[f"{name}_matmul_gflops_per_second"] = done.matmul_flops_per_second / 1e9
         result[f"speedup_{name}_over_first_version"] = seconds["first"] / seconds["now"]
     first.end()
+    settings = recipe.gkd.model_copy(update={"compile": True})
+    compiled = gkd(run, load_parent(run)[0], recipe.model_copy(update={"gkd": settings}), run / "child")
+    begin = time.perf_counter()
+    compiled()
+    result["gkd_seconds_to_compile"] = time.perf_counter() - begin
+    seconds = median_seconds({"now": work, "compiled": compiled})
+    result["gkd_speedup_compiled"] = seconds["now"] / seconds["compiled"]
     for name, value in result.items():
         print(f"  {name:75s} {value:12.3f}")
     return result
