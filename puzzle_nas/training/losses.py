@@ -211,8 +211,8 @@ def distillation_loss(
 ) -> torch.Tensor:
     """KL and LM loss of Puzzle's section 4, differentiable in the child's hidden states and head, scalar, nats.
 
-    `precision` is that of the product with the child's head. `compiled`: what is done with logits passes over them
-    twice, instead of some twenty times.
+    `precision` is that of the product with the child's head. `compiled`: what is done with logits is fused, and so
+    passes over them fewer times.
     """
     rows = compiled_once(_loss_of_rows) if compiled else _loss_of_rows
     weights = (kl_weight, lm_weight)
