@@ -6,25 +6,43 @@ TORCH ?= torch==2.13.0
 # On a machine without an NVIDIA GPU, torch's CPU build (a tenth of the size) comes from torch's own index.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "--extra-index-url https://download.pytorch.org/whl/cpu")
 
-.PHONY: quickstart quickstart-smoke export-smoke test check paper install install-use engines browser clean
+.PHONY: quickstart quickstart-smoke export-smoke test test-quick check paper install install-use engines browser clean
 
+QUESTIONS := "What is the capital of France?" "What colour is the sky on a clear day?" "Write a poem of two lines about the sea."
+
+# llama.cpp is built from source, once for each machine: minutes.
 quickstart: install-use
 	@if [ -f runs/quickstart/stages/write_report.json ]; then echo "runs/quickstart is there; checking that it is complete."; fi
+	$(BIN)/puzzle engine install llama.cpp
 	$(BIN)/puzzle run recipes/quickstart.yaml
+	@ls -d runs/quickstart/exports/gguf-* > /dev/null 2>&1 || $(BIN)/puzzle export runs/quickstart --to gguf
+	$(BIN)/puzzle generate runs/quickstart $(QUESTIONS) --with-parent --max-new-tokens 48
+	@echo; echo "Serve it: $(BIN)/puzzle serve $$(ls -d runs/quickstart/exports/gguf-*) --engine llama.cpp"
 
 quickstart-smoke: install-use
+	$(BIN)/puzzle engine install llama.cpp
 	$(BIN)/puzzle run recipes/quickstart-smoke.yaml
 	$(BIN)/puzzle show runs/quickstart-smoke --json > /dev/null
-	$(BIN)/puzzle generate runs/quickstart-smoke "What is the capital of France?" --max-new-tokens 16
+	$(BIN)/puzzle generate runs/quickstart-smoke "What is the capital of France?" --max-new-tokens 16 --with-parent
 
-# The real child, verified by the engines that serve it.
+# The real child and parent, verified by the engines that serve them.
 export-smoke: quickstart-smoke engines
-	$(BIN)/puzzle export runs/quickstart-smoke --to gguf --quantize q8_0
-	$(BIN)/puzzle export runs/quickstart-smoke --to vllm
+	$(BIN)/puzzle export runs/quickstart-smoke --to gguf
+	$(BIN)/puzzle export runs/quickstart-smoke/parent --to vllm --out runs/quickstart-smoke/exports
 
 # A process for each core, each with one thread.
-test: install engines browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# What tells in minutes whether the tree is sound: no engine, no browser, no whole run.
+QUICK := $(addprefix tests/,data commands exporters families formats modeling planning search \
+	choosing/test_cost_fit.py choosing/test_costs.py parents/test_problems.py \
+	subblocks/test_experts.py training/test_losses.py training/test_optimiser.py report/test_terminal.py \
+	test_architecture.py test_cli.py test_contracts.py test_estimates.py test_hub.py test_machine.py test_recipe.py)
+
+test: test-quick engines browser
+	$(PYTEST) $(addprefix --ignore=,$(QUICK))
+
+test-quick: install
+	$(PYTEST) $(QUICK)
 
 # What exports are verified with, once for each machine: llama.cpp is built from source, vLLM is 3.4 GB.
 engines: install-use

@@ -1,33 +1,39 @@
-"""How else a parent could be made faster: every method of benchmarks/alternatives.py, up to its child before GKD."""
+"""How else a parent could be made faster: every method of benchmarks/alternatives.py, up to its child before GKD.
+
+For parents whose layers are all alike.
+"""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from ffn_costs import NARROWEST, narrow_shares, with_widths
+from transformers import PreTrainedModel
 
-from puzzle_nas.architecture import Architecture, GatedFFN, GroupedAttention
-from puzzle_nas.architecture_search import ArchitectureSearch
-from puzzle_nas.artifacts import RunFolder, write_bytes
+from puzzle_nas.architecture import Architecture, GatedFFN, NoOp
+from puzzle_nas.artifacts import RunFolder, read_json, write_bytes, write_json
+from puzzle_nas.choosing.architecture_search import ArchitectureSearch
+from puzzle_nas.choosing.costs import CostTable
+from puzzle_nas.choosing.refinement import Refinement, Trials
 from puzzle_nas.data.batches import load_tokens
-from puzzle_nas.families import load_parent
+from puzzle_nas.engines import ENGINES
+from puzzle_nas.families import Anatomy, load_parent, probe_model
 from puzzle_nas.library import assemble
-from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.recipe import Recipe
+from puzzle_nas.scoring.comparison import ParentReference
 from puzzle_nas.search import Limit
 from puzzle_nas.search.baselines import random_architecture
 from puzzle_nas.stages import build_library
 from puzzle_nas.stages.search_architecture import TRIED_ON
-from puzzle_nas.training.comparison import ParentReference
-from puzzle_nas.training.refinement import Refinement, Trials
 from puzzle_nas.training.refitting import refit
 
 SPEEDUPS = (1.5, 1.25, 2.0)
@@ -35,6 +41,9 @@ RANDOM_DRAWS = 5
 INFLUENCE_TOKENS = 8_192
 CONTIGUOUS_TOKENS = 2_048
 WIDTH_MULTIPLE = 16
+NARROWEST = 32
+"""The FFN width that is timed, for costs below those of the cost table."""
+TIMING_REPEATS = 7
 
 
 @dataclass(frozen=True)
@@ -66,9 +75,65 @@ class Place:
 class Start:
     """A child before GKD."""
 
-    model: PuzzleForCausalLM
+    model: PreTrainedModel
     architecture: Architecture
     facts: dict
+
+
+def narrow_shares(found: ArchitectureSearch, recipe: Recipe, parent: PreTrainedModel, path: Path) -> dict[int, float]:
+    """Runtime of FFNs narrower than the cost table's, as a share of its narrowest one's; timed once, in stacks.
+
+    Args:
+        path: where the shares are kept.
+    """
+    if not path.exists():
+        narrowest = min(gated_widths(found.costs.data["bytes"]["variants"]))
+        layers = range(len(found.parent.layers))
+        models = {}
+        for width in (narrowest, NARROWEST, 0):
+            architecture = found.parent
+            for layer in layers:
+                architecture = architecture.replaced(layer, GatedFFN(width) if width else NoOp("ffn"))
+            models[str(width)] = probe_model(parent, architecture)
+        engine, steps = ENGINES[recipe.engine], recipe.costs.decode_steps_measured
+        times: dict[str, list[float]] = {name: [] for name in models}
+        with engine.loaded(models, path.parent / "scratch") as loaded:
+            for _ in range(TIMING_REPEATS):
+                for name, seen in times.items():
+                    mix = found.costs.scenarios
+                    seen.append(sum(s.weight * engine.time_parts(loaded[name], s, steps).total_ms(s) for s in mix))
+        median = {int(name): statistics.median(seen) for name, seen in times.items()}
+        shares = {w: (median[w] - median[0]) / (median[narrowest] - median[0]) for w in (narrowest, NARROWEST)}
+        write_json(path, shares)
+    return {int(width): share for width, share in read_json(path).items()}
+
+
+def gated_widths(entries: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[int, Mapping[str, float]]:
+    """A cost table's entries of the first group's FFNs, by width."""
+    of_group = next(iter(entries.values()))
+    prefix = GatedFFN(0).id.removesuffix("0")
+    return {int(name.removeprefix(prefix)): e for name, e in sorted(of_group.items()) if name.startswith(prefix)}
+
+
+def with_widths(costs: CostTable, widths: Sequence[int], narrow: Mapping[int, float]) -> CostTable:
+    """The table with more FFN widths: times between its own, and below them by `narrow`; bytes on their line."""
+    data = copy.deepcopy(dict(costs.data))
+    sizes = data["bytes"]["variants"]
+    known = gated_widths(sizes)
+    fits = {f: np.polyfit(list(known), [e[f] for e in known.values()], 1) for f in next(iter(known.values()))}
+    of_group = next(iter(sizes.values()))
+    for width in widths:
+        of_group.setdefault(GatedFFN(width).id, {f: round(float(np.polyval(fit, width))) for f, fit in fits.items()})
+    for scenario in data["scenarios"].values():
+        points = gated_widths(scenario["variants"])
+        narrowest = points[min(points)]
+        points |= {w: {f: share * v for f, v in narrowest.items()} for w, share in narrow.items() if w < min(points)}
+        at = sorted(points)
+        of_group = next(iter(scenario["variants"].values()))
+        for width in widths:
+            times = {f: float(np.interp(width, at, [points[w][f] for w in at])) for f in narrowest}
+            of_group.setdefault(GatedFFN(width).id, times)
+    return replace(costs, data=data)
 
 
 class Starts:
@@ -77,16 +142,16 @@ class Starts:
     def __init__(self, place: Place) -> None:
         self.place, self.base = place, place.base
         self.recipe = open_run(self.base)
-        self.parent, self.shape = load_parent(self.base)
+        self.parent = load_parent(self.recipe, self.base)
         self.threads = self.recipe.threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(self.threads)
         self.found = ArchitectureSearch.load(self.recipe, self.base)
-        widths = list(range(NARROWEST, self.shape.intermediate_size, WIDTH_MULTIPLE))
-        self.costs = with_widths(
-            self.found.costs,
-            widths,
-            narrow_shares(self.base, self.recipe, self.parent, place.folder / "narrow.json"),
-        )
+        if len(set(self.found.parent.groups)) > 1:
+            raise SystemExit("The layers of this parent differ; whole layers and widths are counted here as if alike.")
+        self.layers, self.width_of_parent = len(self.found.parent.layers), self.parent.config.intermediate_size
+        narrow = narrow_shares(self.found, self.recipe, self.parent, place.folder / "narrow.json")
+        widths = range(NARROWEST, self.width_of_parent, WIDTH_MULTIPLE)
+        self.costs = with_widths(self.found.costs, widths, narrow)
         self.calibration = load_tokens(self.base, "calibration")
 
     @cached_property
@@ -109,31 +174,31 @@ class Starts:
     def without(self, layers: list[int], width: int | None = None) -> Architecture:
         """The parent without some layers, every remaining FFN `width` wide."""
         narrowed = self.found.parent
-        for layer in range(self.shape.num_hidden_layers):
-            narrowed = narrowed.replaced(layer, GatedFFN(width or self.shape.intermediate_size))
+        for layer in range(self.layers):
+            narrowed = narrowed.replaced(layer, GatedFFN(width or self.width_of_parent))
         return narrowed.without(layers)
 
     def speedup_of(self, removed: int, width: int) -> float:
         """Predicted, of the parent with so many layers fewer and FFNs so wide."""
-        block = [GroupedAttention(self.shape.num_key_value_heads), GatedFFN(width)]
-        own = sum(self.costs.columns_of(spec)["runtime_ms"] for spec in block)
-        left = self.shape.num_hidden_layers - removed
+        block = [self.found.parent.layers[0]["attention"], GatedFFN(width)]
+        own = sum(self.costs.columns_of(0, spec)["runtime_ms"] for spec in block)
+        left = self.layers - removed
         return self.costs.mix_ms(self.found.parent) / (self.costs.fixed["runtime_ms"] + left * own)
 
     def removed_layers(self, speedup: float) -> int:
         """How many layers to remove to come nearest to a speed-up."""
-        counts, width = range(1, self.shape.num_hidden_layers), self.shape.intermediate_size
+        counts, width = range(1, self.layers), self.width_of_parent
         return min(counts, key=lambda n: abs(self.speedup_of(n, width) - speedup))
 
     def target(self, speedup: float) -> float:
         """The speed-up, nearest to `speedup`, that removing whole layers reaches."""
-        return self.speedup_of(self.removed_layers(speedup), self.shape.intermediate_size)
+        return self.speedup_of(self.removed_layers(speedup), self.width_of_parent)
 
     def width_of(self, speedup: float) -> tuple[int, int]:
         """Layers to remove, the fewest, and the largest FFN width that meet the target."""
-        quarter, target = self.shape.intermediate_size // 4, self.target(speedup)
-        for removed in range(self.shape.num_hidden_layers):
-            for width in range(self.shape.intermediate_size, (quarter if removed else NARROWEST) - 1, -WIDTH_MULTIPLE):
+        quarter, target = self.width_of_parent // 4, self.target(speedup)
+        for removed in range(self.layers):
+            for width in range(self.width_of_parent, (quarter if removed else NARROWEST) - 1, -WIDTH_MULTIPLE):
                 if self.speedup_of(removed, width) >= target:
                     return removed, width
         raise AssertionError("a parent of one layer")
@@ -143,12 +208,14 @@ class Starts:
     def influence(self) -> list[float]:
         """1 - cosine of each layer's input and output, mean over calibration tokens (ShortGPT)."""
         tokens = self.calibration[: INFLUENCE_TOKENS // self.calibration.shape[1]]
-        sums, count = torch.zeros(self.shape.num_hidden_layers), 0
+        sums, count = torch.zeros(self.layers), 0
+        parts = Anatomy(self.parent)
         with torch.inference_mode():
             for batch in tokens.to(self.parent.device).split(8):
-                states = self.parent.model(batch, use_cache=False, output_hidden_states=True).hidden_states
-                for i in range(len(sums)):
-                    cosine = torch.nn.functional.cosine_similarity(states[i].float(), states[i + 1].float(), dim=-1)
+                # The last of the states is after the final norm.
+                *states, _ = (parts.embed(batch), *parts.states(batch, parts.inputs(batch.shape[1])))
+                for i, (before, after) in enumerate(itertools.pairwise(states)):
+                    cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
                     sums[i] += (1 - cosine).sum().cpu()
                 count += batch.numel()
         return (sums / count).tolist()
@@ -193,7 +260,7 @@ class Starts:
         count = self.removed_layers(speedup)
         tokens = load_tokens(self.base, "selection")
         reference = ParentReference(self.parent, tokens[: CONTIGUOUS_TOKENS // tokens.shape[1]])
-        runs = [list(range(i, i + count)) for i in range(self.shape.num_hidden_layers - count + 1)]
+        runs = [list(range(i, i + count)) for i in range(self.layers - count + 1)]
         children = (assemble(self.base, self.parent, self.without(layers)) for layers in runs)
         kl = [reference.compare(child).kl_nats for child in children]
         layers = runs[kl.index(min(kl))]
@@ -212,7 +279,7 @@ class Starts:
         settings["threads"] = self.threads
         settings["library"]["initialisation"] = initialisation
         settings["search_space"] |= {
-            "width_fractions": [w / self.shape.intermediate_size for w in widths],
+            "width_fractions": [w / self.width_of_parent for w in widths],
             "multiple_of": WIDTH_MULTIPLE,
             "attention_linear": False,
             "ffn_linear": False,

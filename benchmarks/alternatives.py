@@ -19,7 +19,7 @@ distilled and the better one afterwards counts.
 
 Reads a run: RUN is `general` (text of many kinds: puzzle run benchmarks/general.yaml), `quickstart` (library text) or
 `general_gpu` (a hundred times the tokens of `general`, on a GPU: benchmarks/general_gpu.yaml; the costs are those of
-runs/quickstart). Children are kept in runs/benchmark-alternatives/RUN, so a second call goes on where one stopped;
+runs/torch). Children are kept in runs/benchmark-alternatives/RUN, so a second call goes on where one stopped;
 figures in results/alternatives.json, alternatives_quickstart.json and alternatives_gpu.json, without AMX in files of
 their own.
 
@@ -48,16 +48,16 @@ from results import by_arithmetic, save
 from task_accuracy import USED, items_of, right_answers
 
 from puzzle_nas.architecture import Architecture
-from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder, complete_folder, fingerprint, read_json, write_json
+from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.engines import ENGINES, speedups
 from puzzle_nas.errors import InfeasibleError
-from puzzle_nas.evaluation.statistics import estimate
-from puzzle_nas.families import load_model, load_parent, load_tokenizer, machine_of, save_model
+from puzzle_nas.estimates import estimate
+from puzzle_nas.families import load_model, load_parent, load_tokenizer, save_model
 from puzzle_nas.families.loading import parent_checkpoint, probe_model
-from puzzle_nas.modeling import PuzzleForCausalLM
+from puzzle_nas.machine import machine_of
 from puzzle_nas.pipeline import open_run
-from puzzle_nas.stages.distill_child import Training
+from puzzle_nas.training.distillation import Training
 from puzzle_nas.training.parent_outputs import LiveParent
 
 
@@ -126,8 +126,8 @@ def gkd(starts: Starts, folder: Path, run: RunFolder, **settings) -> Training:
         settings: that differ from the recipe's.
     """
     recipe = starts.recipe.model_copy(update={"gkd": starts.recipe.gkd.model_copy(update=settings)})
-    start = PuzzleForCausalLM.from_pretrained(run / "start", dtype=starts.parent.dtype).eval()
-    return Training(recipe, starts.place.linked(folder), LiveParent(starts.parent), start.to(starts.parent.device))
+    start = load_model(run / "start", machine_of(recipe))
+    return Training(recipe, starts.place.linked(folder), LiveParent(starts.parent), start)
 
 
 def distilled(starts: Starts, method: str, speedup: float) -> dict:
@@ -223,7 +223,7 @@ def gathered(place: Place) -> dict[float, dict[str, dict]]:
 def measure(place: Place) -> None:
     """Time every distilled child beside the parent, on the run's engine."""
     recipe = open_run(place.base)
-    parent, _ = load_parent(place.base)
+    parent = load_parent(recipe, place.base)
     engine = ENGINES[recipe.engine]
     scenarios = ArchitectureSearch.load(recipe, place.base).costs.scenarios
     for speedup, children in gathered(place).items():
@@ -256,8 +256,8 @@ def compare_generally(place: Place) -> None:
 
 def answer_tasks(place: Place) -> None:
     """Task accuracy of every distilled child and of the parent."""
-    parent, _ = load_parent(place.base)
-    machine = machine_of(open_run(place.base))
+    recipe = open_run(place.base)
+    parent, machine = load_parent(recipe, place.base), machine_of(recipe)
     torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
     tokenizer = load_tokenizer(parent_checkpoint(place.base))
     task = BUDGETS[place.name].task

@@ -40,8 +40,9 @@ from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.data.task_items import TaskItem, read_task
 from puzzle_nas.families import load_parent, load_tokenizer
 from puzzle_nas.families.loading import parent_checkpoint
+from puzzle_nas.pipeline import open_run
 
-RUN = RunFolder("runs/quickstart")
+RUN = RunFolder("runs/torch")
 SPLITS = ("train", "calibration", "scoring", "selection")
 TRIED = ((24, 6), (32, 8), (48, 10))
 """Words of question and ending; the first are used."""
@@ -129,7 +130,7 @@ def main() -> None:
     if sys.argv[1:] == ["--unread"]:
         keep_unread()
         return
-    parent, _ = load_parent(RUN)
+    parent = load_parent(open_run(RUN), RUN)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     tokenizer = load_tokenizer(parent_checkpoint(RUN))
     read = set().union(*(word_rows(tokenizer.decode(row)) for split in SPLITS for row in load_tokens(RUN, split)))

@@ -3,25 +3,25 @@ engine (torch, where none is named).
 
 Costs of single variants come from timed models in two ways: sums of stacks (the time of thirty like sub-blocks less
 that of none, by thirty) and the fit that the product uses (cost_fit). Both then predict architectures that neither has
-seen, whole requests of which are timed. Reads runs/quickstart. python benchmarks/costs.py [ARCHITECTURES [ENGINE]]
+seen, whole requests of which are timed. Reads runs/torch. python benchmarks/costs.py [ARCHITECTURES [ENGINE]]
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from results import RESULTS, save
 
-from puzzle_nas.architecture import Architecture, NoOpAttention, NoOpFFN, Scenario
+from puzzle_nas.architecture import Architecture, NoOp, Scenario, SearchSpace
 from puzzle_nas.artifacts import RunFolder
-from puzzle_nas.cost_fit import EMPTY, fit, random_mixtures, uniform_models
+from puzzle_nas.choosing.cost_fit import EMPTY, PARENT, Part, fit, parts_of, random_mixtures, stack_name, uniform_models
 from puzzle_nas.engines import ENGINES, interleaved_times
-from puzzle_nas.families import load_parent
-from puzzle_nas.families.loading import probe_model
+from puzzle_nas.families import architecture_of, load_parent, probe_model
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.recipe import search_space_of
 
@@ -35,20 +35,21 @@ REPEATS = 3
 DECODE_STEPS = 8
 
 
-def sums_of_stacks(shape, stacks: dict[str, Architecture], times: dict[str, float]) -> tuple[float, dict[str, float]]:
-    """Fixed part and cost of each variant id, by subtraction."""
-    costs: dict[str, float] = {}
-    for name, architecture in stacks.items():
-        for slot, spec in architecture.layers[0].items():
-            if name in ("parent", spec.id):
-                without = times[(NoOpAttention() if slot == "attention" else NoOpFFN()).id]
-                costs[spec.id] = max(0.0, times[name] - without) / shape.num_hidden_layers
+def sums_of_stacks(space: SearchSpace, times: Mapping[str, float]) -> tuple[float, dict[Part, float]]:
+    """Fixed part and cost of each variant of a group of layers, by subtraction."""
+    parent = space.parent
+    costs: dict[Part, float] = {}
+    for part in parts_of(space):
+        is_own = part.spec == parent.layers[part.group][part.spec.slot]
+        without = times[stack_name(Part(part.group, NoOp(part.spec.slot)))]
+        whole = times[PARENT if is_own else stack_name(part)]
+        costs[part] = max(0.0, whole - without) / parent.groups.count(part.group)
     return times[EMPTY], costs
 
 
-def predicted(architecture: Architecture, fixed: float, costs: dict[str, float]) -> float:
+def predicted(architecture: Architecture, groups: Sequence[int], fixed: float, costs: Mapping[Part, float]) -> float:
     """Sum over the architecture."""
-    return fixed + sum(costs[spec.id] for _, _, spec in architecture)
+    return fixed + sum(costs[Part(groups[layer], spec)] for layer, _, spec in architecture)
 
 
 def percentile_95(values: list[float]) -> float:
@@ -59,22 +60,20 @@ def percentile_95(values: list[float]) -> float:
 @torch.inference_mode()
 def main() -> None:
     """Print the errors by scenario, keep them, and draw predicted against measured."""
-    run = RunFolder(Path("runs/quickstart"))
-    parent, shape = load_parent(run)
+    run = RunFolder(Path("runs/torch"))
     recipe = open_run(run)
-    torch.set_num_threads(recipe.threads or torch.get_num_threads())
-    specs = search_space_of(recipe, shape).kinds()
-    specs += [s for s in (NoOpAttention(), NoOpFFN()) if s not in specs]
-    stacks = uniform_models(shape, specs)
-    fitted = stacks | random_mixtures(shape, specs, FITTED_ON, seed=1)
-    drawn = random_mixtures(shape, specs, int(sys.argv[1]) if len(sys.argv) > 1 else 20, seed=2)
+    parent = load_parent(recipe, run)
+    space = search_space_of(recipe, architecture_of(parent.config))
+    groups = space.parent.groups
+    fitted = uniform_models(space) | random_mixtures(space, FITTED_ON, seed=1)
+    drawn = random_mixtures(space, int(sys.argv[1]) if len(sys.argv) > 1 else 20, seed=2)
     unseen = {f"unseen {name}": architecture for name, architecture in drawn.items()}
     placeholders: dict = {}
-    probes = {"parent": parent}
+    probes = {PARENT: parent}
     for name, architecture in (fitted | unseen).items():
         probes.setdefault(name, probe_model(parent, architecture, placeholders))
     engine = ENGINES[sys.argv[2] if len(sys.argv) > 2 else "torch"]
-    beside = None if engine.holds_all else "parent"
+    beside = None if engine.holds_all else PARENT
     scenarios = {s.name: s for s in SCENARIOS}
 
     def progress() -> None:
@@ -82,7 +81,7 @@ def main() -> None:
 
     with engine.loaded(probes, Path("runs/benchmark-costs")) as loaded:
         parts = interleaved_times(
-            ["parent", *(name for name in fitted if name != "parent")],
+            [PARENT, *(name for name in fitted if name != PARENT)],
             scenarios,
             lambda n, s: engine.time_parts(loaded[n], s, DECODE_STEPS),
             REPEATS,
@@ -99,10 +98,10 @@ def main() -> None:
     for axis, s in zip(axes, SCENARIOS, strict=True):
         times = {name: parts[name][s.name].total_ms(s) for name in fitted}
         found = fit(fitted, times)
-        models = {"sums_of_stacks": sums_of_stacks(shape, stacks, times), "fit": (found.fixed, found.variants)}
+        models = {"sums_of_stacks": sums_of_stacks(space, times), "fit": (found.fixed, found.parts)}
         measured = {name: whole[name][s.name].total_ms(s) for name in unseen}
         for way, (fixed, costs) in models.items():
-            guess = {name: predicted(a, fixed, costs) for name, a in unseen.items()}
+            guess = {name: predicted(a, groups, fixed, costs) for name, a in unseen.items()}
             errors = [guess[name] / measured[name] - 1 for name in unseen]
             every[way] += errors
             sizes = [abs(e) for e in errors]

@@ -13,13 +13,13 @@ import shutil
 from pathlib import Path
 
 from puzzle_nas import pipeline
-from puzzle_nas.architecture import SLOTS, Architecture, choice_id
+from puzzle_nas.architecture import Architecture, choice_id
 from puzzle_nas.artifacts import RunFolder, read_json
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import load_parent
 from puzzle_nas.library import assemble
 from puzzle_nas.recipe import load_recipe
-from puzzle_nas.training.comparison import ParentReference
+from puzzle_nas.scoring.comparison import ParentReference
 
 DECOUPLED, COUPLED = 16384, 16384
 """Tokens for each variant, for each pair."""
@@ -34,19 +34,19 @@ def searched(name: str, overrides: list[str], base: RunFolder) -> RunFolder:
         shutil.copytree(base.path, folder.path, ignore=ignored)
     unverified = [f"search.{name}" for name in ("verify=1", "removed_runs=0", "refine_rounds=0", "speed_attempts=0")]
     limits = f"search.limits={json.dumps({'speedup': SPEEDUP})}"
-    recipe = load_recipe(Path("recipes/quickstart.yaml"), [limits, *unverified, *overrides])
-    pipeline.run_stages(recipe, folder, last="search")
+    recipe = load_recipe(Path("recipes/torch.yaml"), [limits, *unverified, *overrides])
+    pipeline.run_stages(recipe, folder, last="search-architecture")
     return folder
 
 
 def figures() -> dict[str, float]:
     """Three libraries' children, printed and returned."""
-    base = RunFolder(Path("runs/quickstart"))
+    base = RunFolder(Path("runs/torch"))
     settings = [f"bld.tokens={DECOUPLED}"]
     second = [f"coupled_bld.tokens={COUPLED}", "coupled_bld.batch_tokens=512", "coupled_bld.learning_rate=1.0e-3"]
     two_steps = searched("two-steps", settings + second, base)
     decoupled = searched("decoupled", [f"bld.tokens={DECOUPLED + COUPLED}"], base)
-    parent, _ = load_parent(base)
+    parent = load_parent(pipeline.open_run(base), base)
     reference = ParentReference(parent, load_tokens(base, "validation"))
 
     def chosen(run: RunFolder) -> Architecture:
@@ -62,7 +62,7 @@ def figures() -> dict[str, float]:
         kl = reference.compare(assemble(run, parent, architecture, library))
         result[f"validation_kl_nats_{name}"] = kl.kl_nats
         print(f"  {name:45s} KL {kl.kl_nats:.4f} +- {kl.kl_nats_standard_error:.4f} nats on validation")
-    pairs = [choice_id([block[slot] for slot in SLOTS]) for block in children["coupled"][1].layers]
+    pairs = [choice_id(list(block.values())) for block in children["coupled"][1].layers]
     result["coupled_pairs_in_child"] = sum(
         two_steps.variant(layer, pair, "coupled").exists() for layer, pair in enumerate(pairs)
     )

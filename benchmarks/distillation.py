@@ -1,10 +1,10 @@
 """Distillation: what fraction of the machine is used, memory, processes, and what other ways would give.
 
-Reads runs/quickstart. Each part adds to benchmarks/results/distillation.json, without AMX to distillation_avx512.json
+Reads runs/torch. Each part adds to benchmarks/results/distillation.json, without AMX to distillation_avx512.json
 or distillation_float32.json; `throughput` and `ranks` want a quiet machine. Muon's share of AdamW's tokens comes from
 benchmarks/gkd.py, killed runs from benchmarks/faults.py.
 
-python benchmarks/distillation.py [PART...]   throughput, coupled, elastic, streaming, ranks; all if none is named
+python benchmarks/distillation.py [PART...]   throughput, coupled, streaming, ranks; all if none is named
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import sys
 
 import coupled
-import elastic
 import ranks
 import streaming
 import throughput
@@ -22,7 +21,6 @@ from results import RESULTS, by_arithmetic, save
 PARTS = {
     "throughput": throughput.figures,
     "coupled": coupled.figures,
-    "elastic": elastic.figures,
     "streaming": streaming.figures,
     "ranks": ranks.figures,
 }

@@ -20,24 +20,15 @@ import matplotlib.pyplot as plt
 import torch
 from results import RESULTS, save
 
-from puzzle_nas.architecture import (
-    Architecture,
-    GatedFFN,
-    GroupedAttention,
-    LinearAttention,
-    LinearFFN,
-    NoOpAttention,
-    NoOpFFN,
-    Scenario,
-)
+from puzzle_nas.architecture import GatedFFN, GroupedAttention, Linear, NoOp, Scenario, WindowAttention
 from puzzle_nas.artifacts import RunFolder, read_json
-from puzzle_nas.costs import CostTable
+from puzzle_nas.choosing.costs import CostTable
 from puzzle_nas.engines import RequestTime, ServingEngine, serving_engine
 from puzzle_nas.engines.base import EXPORT_RECORD
 from puzzle_nas.errors import ExportError
 from puzzle_nas.exporters import EXPORTERS
-from puzzle_nas.families import Machine, load_model, load_tokenizer, save_model
-from puzzle_nas.families.loading import architecture_of, parent_checkpoint, probe_model, shape_of
+from puzzle_nas.families import architecture_of, load_model, load_tokenizer, parent_checkpoint, probe_model, save_model
+from puzzle_nas.machine import Machine
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.servable import SERVERS
 from puzzle_nas.stages.bench_child import MODELS, bench, scenario_lengths
@@ -45,30 +36,32 @@ from puzzle_nas.stages.export_child import export_child
 
 SCALE = 16
 BATCH_SIZES = (1, 8)
+WINDOW = 16
+"""Of attention, in tokens: less than the texts that exports are verified on."""
 REPEATS = 3
 
 
 def every_kind(parent: Path, folder: Path, server: str) -> Path:
     """The parent with every variant kind that a server holds, the first and last layers too; new weights are random."""
     model = load_model(parent, Machine(torch.device("cpu"), torch.float32))
-    shape = shape_of(model.config)
-    architecture, last = Architecture.of_parent(shape), shape.num_hidden_layers - 1
-    width = shape.intermediate_size
+    architecture = architecture_of(model.config)
+    last, width = len(architecture.layers) - 1, model.config.intermediate_size
     for layer, spec in (
-        (0, NoOpAttention()),
+        (0, NoOp("attention")),
         (2, GroupedAttention(1)),
-        (2, NoOpFFN()),
-        (4, LinearAttention()),
+        (2, NoOp("ffn")),
+        (4, Linear("attention")),
         (4, GatedFFN(width // 2)),
-        (6, LinearFFN()),
-        (8, NoOpAttention()),
-        (8, NoOpFFN()),
+        (6, WindowAttention(WINDOW, model.config.num_key_value_heads)),
+        (6, Linear("ffn")),
+        (8, NoOp("attention")),
+        (8, NoOp("ffn")),
         (10, GatedFFN(width // 4 // 32 * 32)),
-        (12, NoOpAttention()),
-        (12, LinearFFN()),
-        (last - 1, LinearAttention()),
-        (last - 1, LinearFFN()),
-        (last, NoOpFFN()),
+        (12, NoOp("attention")),
+        (12, Linear("ffn")),
+        (last - 1, Linear("attention")),
+        (last - 1, Linear("ffn")),
+        (last, NoOp("ffn")),
     ):
         if SERVERS[server].refusal(layer, spec) is None:
             architecture = architecture.replaced(layer, spec)
@@ -178,4 +171,5 @@ def main() -> None:
     print("Written to", save("engines", figures))
 
 
-main()
+if __name__ == "__main__":
+    main()

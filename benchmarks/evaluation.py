@@ -27,7 +27,7 @@ QUESTIONS = 20
 
 def main() -> None:
     """Evaluate part by part, skipping what is kept of this child; print and save."""
-    run = RunFolder(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart")
+    run = RunFolder(sys.argv[1] if len(sys.argv) > 1 else "runs/torch")
     texts, tasks = sorted(DATA.glob("validation/*.jsonl.gz")), sorted(DATA.glob("benchmarks/*.jsonl.gz"))
     if not texts or not tasks:
         raise SystemExit(f"{DATA} is not here: nothing to evaluate on.")

@@ -12,7 +12,7 @@ from puzzle_nas.evaluation.text import domain_tokens
 from puzzle_nas.families import load_parent, load_tokenizer
 from puzzle_nas.families.loading import parent_checkpoint
 from puzzle_nas.pipeline import open_run
-from puzzle_nas.training.comparison import ParentReference
+from puzzle_nas.scoring.comparison import ParentReference
 
 TEXT = Path("../shared/data/validation")
 LIBRARY_KINDS = ("code", "docs-python")
@@ -27,7 +27,7 @@ def general_reference(run: RunFolder) -> ParentReference:
     if not files:
         raise SystemExit(f"{TEXT} is not here: nothing to compare on.")
     recipe = open_run(run)
-    parent, _ = load_parent(run)
+    parent = load_parent(recipe, run)
     torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
     tokenizer, length = load_tokenizer(parent_checkpoint(run)), recipe.data.sequence_length
     kinds = [domain_tokens([file], tokenizer, length, GENERAL_TOKENS, recipe.seed) for file in files]

@@ -1,6 +1,6 @@
 """What lowers KL fastest for the same tokens of GKD, one thing changed at a time; and what less memory costs.
 
-From the quickstart's refitted child, with its text; needs a finished runs/quickstart. KL on the selection split, as a
+From the quickstart's refitted child, with its text; needs a finished runs/torch. KL on the selection split, as a
 choice is made there. What is finished lies in runs/benchmark-gkd/ and is not run again; an interrupted run goes on.
 python benchmarks/gkd.py [NAME...]: those only, for pieces of a few minutes; without names everything.
 """
@@ -23,19 +23,19 @@ import torch
 from results import by_arithmetic, save
 
 from puzzle_nas import pipeline
-from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
+from puzzle_nas.choosing.architecture_search import parent_of
 from puzzle_nas.data.batches import load_tokens
-from puzzle_nas.families import load_model, load_parent, machine_of
-from puzzle_nas.families.loading import architecture_of
+from puzzle_nas.families import Anatomy, architecture_of, load_model
+from puzzle_nas.machine import machine_of
 from puzzle_nas.recipe import OptimiserSettings, parse_recipe
 from puzzle_nas.stages import distill_child
-from puzzle_nas.stages.distill_child import Training, parent_outputs
 from puzzle_nas.training import optimiser
+from puzzle_nas.training.distillation import Training, parent_outputs
 from puzzle_nas.training.losses import cosine_loss
 from puzzle_nas.training.optimiser import learning_rate_at
 
-BASE = RunFolder("runs/quickstart")
+BASE = RunFolder("runs/torch")
 FOLDER = Path("runs/benchmark-gkd")
 FEW, SHORT, LONG = 8_192, 16_384, 49_152
 PLAIN = {"optimiser": "adamw", "learning_rate": 1e-4, "batch_tokens": 512, "cosine_weight": 0.0, "tokens": SHORT}
@@ -134,21 +134,20 @@ def constant_then_linear(step: int, total_steps: int, settings: OptimiserSetting
 def change(name: str, training: Training) -> None:
     """What no setting of a recipe does."""
     if name.endswith("cosine_last_third"):
-        last = len(training.start.model.layers) // 3
-        distill_child.cosine_loss = lambda ours, theirs: cosine_loss(ours[-last:], theirs[-last:])
+        last = len(Anatomy(training.start).layers) // 3
+        distill_child.cosine_loss = lambda ours, theirs, compiled: cosine_loss(ours[-last:], theirs[-last:], compiled)
     if name.endswith("decay_last_fifth"):
         optimiser.learning_rate_at = constant_then_linear
     if name.endswith("in_order"):
         first = SHORT // training.tokens.shape[1]
-        training.batches = torch.arange(first).split(len(training.batches[0]))
+        training.batches = torch.arange(first).split(training.batch_sequences)
     if name.startswith("few_replaced"):
-        parents = Architecture.of_parent(load_parent(BASE)[1]).layers[0]
-        prefixes = {"attention": ("self_attn", "input_layernorm"), "ffn": ("mlp", "post_attention_layernorm")}
+        parts, parents = Anatomy(training.start), parent_of(BASE)
         kept = {
-            f"layers.{layer}.{part}."
+            f"layers.{layer}.{prefix}"
             for layer, slot, spec in architecture_of(training.start.config)
-            if spec == parents[slot]
-            for part in prefixes[slot]
+            if spec == parents.layers[layer][slot]
+            for prefix in parts.subblocks(layer)[slot].names()
         }
         parameters = training.optimiser.parameters
         slow = {id(p) for n, p in parameters.items() if "layers." not in n or any(k in n for k in kept)}

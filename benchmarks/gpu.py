@@ -26,26 +26,26 @@ import torch.distributed as dist
 from achieved import achieved, median_seconds
 from results import save
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from puzzle_nas.architecture import Architecture, GatedFFN, LinearAttention, LinearFFN
+from puzzle_nas.architecture import GatedFFN, Linear
 from puzzle_nas.artifacts import RunFolder, write_bytes, write_json
-from puzzle_nas.families import child_config, load_model, load_parent, machine_of
-from puzzle_nas.families.loading import shape_of, this_machine
-from puzzle_nas.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle_nas.families import Anatomy, architecture_of, child_config, load_model, load_parent
+from puzzle_nas.machine import machine_of, this_machine
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.recipe import Recipe
-from puzzle_nas.stages.distill_child import Training
-from puzzle_nas.subblocks import subblock_layer, subblock_weights
+from puzzle_nas.scoring.replacement import ReplacementWalk
+from puzzle_nas.subblocks import Weights, made_subblock, subblock_weights
 from puzzle_nas.training import parallel
 from puzzle_nas.training.activations import LayerActivations
 from puzzle_nas.training.block_steps import BlockTask, Job, Steps, Trainee
+from puzzle_nas.training.distillation import Training
 from puzzle_nas.training.parent_outputs import LiveParent
-from puzzle_nas.training.replacement import ReplacementWalk
 
 SIZES = {"vocab_size": 49_152, "num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1_536}
 HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
 """SmolLM2-135M's."""
-VARIANTS = (GatedFFN(1_152), GatedFFN(768), GatedFFN(384), LinearFFN(), LinearAttention())
+VARIANTS = (GatedFFN(1_152), GatedFFN(768), GatedFFN(384), Linear("ffn"), Linear("attention"))
 """Which a layer may become, and of which the child has one in every layer, in turns."""
 LAYER = 14
 BATCH_TOKENS = (2_048, 8_192, 32_768)
@@ -57,36 +57,37 @@ STEPS = 1_000
 SHARD_STEPS = 16
 
 
-def random_models() -> tuple[PuzzleForCausalLM, PuzzleForCausalLM]:
+def random_models() -> tuple[PreTrainedModel, PreTrainedModel]:
     """Parent and child."""
-    config = PuzzleConfig(**SIZES, **HEADS, tie_word_embeddings=True)
-    architecture = Architecture.of_parent(shape_of(config))
+    config = LlamaConfig(**SIZES, **HEADS, tie_word_embeddings=True)
+    architecture = architecture_of(config)
     for layer in range(config.num_hidden_layers):
         architecture = architecture.replaced(layer, VARIANTS[layer % len(VARIANTS)])
     machine = this_machine()
-    models = (PuzzleForCausalLM(c) for c in (config, child_config(config, architecture)))
+    models = (LlamaForCausalLM(config), AutoModelForCausalLM.from_config(child_config(config, architecture)))
     parent, child = (m.to(machine.device, machine.dtype).eval().requires_grad_(False) for m in models)
     return parent, child
 
 
-def bld(
-    parent: PuzzleForCausalLM, child: PuzzleForCausalLM, tokens: torch.Tensor, batch_tokens: int
-) -> dict[str, float]:
+def weights_in_child(child: PreTrainedModel, number: int) -> Weights:
+    """The weights of one of `VARIANTS`, named relative to its layer."""
+    return subblock_weights(Anatomy(child).subblocks(number)[VARIANTS[number].slot])
+
+
+def bld(parent: PreTrainedModel, child: PreTrainedModel, tokens: torch.Tensor, batch_tokens: int) -> dict[str, float]:
     """A step of every variant of one layer: captured, as in a run, and started kernel by kernel."""
     sequences = batch_tokens // SEQUENCE_LENGTH
     with tempfile.TemporaryDirectory() as folder:
         activations = LayerActivations(parent, tokens[: 4 * sequences], Path(folder))
         activations.climb_to(LAYER)
-        block = parent.model.layers[LAYER]
-        task = BlockTask(activations, block, "token", parent.dtype == torch.bfloat16)
+        task = BlockTask(activations, "token", parent.dtype == torch.bfloat16)
         batches = itertools.cycle(torch.arange(4 * sequences, device=activations.device).split(sequences))
 
         def steps() -> tuple[Steps, Callable[[], object]]:
             trainees = []
-            for layer, spec in enumerate(VARIANTS):
-                start = subblock_weights(child.model.layers[layer], spec.slot)
-                settings = recipe().bld
-                trainees.append(Trainee(Job((spec,), Path(), dict, {}), start, parent, block, settings, STEPS))
+            for number, spec in enumerate(VARIANTS):
+                job, start = Job((spec,), Path(), dict, {}), weights_in_child(child, number)
+                trainees.append(Trainee(job, start, parent, LAYER, recipe().bld, STEPS))
             taken = Steps(task, trainees, sequences)
             return taken, lambda: taken.take(0, next(batches), trainees)
 
@@ -104,14 +105,13 @@ def bld(
     }
 
 
-def scoring(parent: PuzzleForCausalLM, child: PuzzleForCausalLM, tokens: torch.Tensor) -> dict[str, float]:
+def scoring(parent: PreTrainedModel, child: PreTrainedModel, tokens: torch.Tensor) -> dict[str, float]:
     """All variants of one layer."""
     walk = ReplacementWalk(parent, tokens[: SCORING_TOKENS // SEQUENCE_LENGTH], SCORING_TOKENS)
     walk.climb_to(LAYER)
-    kind = parent.model.layers[LAYER].layer_type
     blocks = [
-        {spec.slot: subblock_layer(parent.config, kind, spec, subblock_weights(child.model.layers[layer], spec.slot))}
-        for layer, spec in enumerate(VARIANTS)
+        {spec.slot: made_subblock(parent, LAYER, spec, weights_in_child(child, number))}
+        for number, spec in enumerate(VARIANTS)
     ]
     done = achieved(lambda: walk.try_variants(blocks))
     return {
@@ -120,7 +120,7 @@ def scoring(parent: PuzzleForCausalLM, child: PuzzleForCausalLM, tokens: torch.T
     }
 
 
-def gkd(parent: PuzzleForCausalLM, child: PuzzleForCausalLM, run: RunFolder, batch_tokens: int) -> dict[str, float]:
+def gkd(parent: PreTrainedModel, child: PreTrainedModel, run: RunFolder, batch_tokens: int) -> dict[str, float]:
     """A step of the child: as it is, and compiled and captured."""
 
     def steps(**settings) -> Callable[[], object]:
@@ -135,7 +135,7 @@ def gkd(parent: PuzzleForCausalLM, child: PuzzleForCausalLM, run: RunFolder, bat
         compiled()
     compiling = time.perf_counter() - begin
     seconds = median_seconds({"step": compiled})["step"]
-    for layer in parent.model.layers:
+    for layer in Anatomy(parent).layers:
         layer._compiled_call_impl = None
     name = f"_{batch_tokens}_tokens_a_step"
     return {
@@ -189,7 +189,7 @@ def shards(run: RunFolder, child: Path) -> Iterator[dict[str, float]]:
                 (Path(folder) / kept).symlink_to((run / kept).resolve())
 
             def training() -> Training:
-                parent = LiveParent(load_parent(run)[0])
+                parent = LiveParent(load_parent(recipe, run))
                 return Training(recipe, RunFolder(folder), parent, load_model(child, machine_of(recipe)))
 
             first = training()

@@ -20,7 +20,7 @@ PARTS = {
 
 def figures() -> dict[str, float]:
     """Wall seconds by stage and way, and speed-ups over one thread; printed and returned."""
-    base, result = RunFolder(Path("runs/quickstart")), {}
+    base, result = RunFolder(Path("runs/torch")), {}
     for (first, last), budget in PARTS.items():
         for way, (threads, processes) in WAYS.items():
             run = RunFolder(Path("runs/benchmark-ranks") / f"{first}-{way}")

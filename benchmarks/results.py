@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from puzzle_nas.families.loading import describe, this_machine
+from puzzle_nas.machine import describe, this_machine
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -4,7 +4,7 @@ Part 1: random architectures at several speed-ups, sums of scores against the re
 text (the selection split). Part 2, at three speed-ups, by KL alone: the search's own choice, the best of six diverse
 ones measured (search.verify), a round of refinement (search.refine_rounds), and the search on scores of whole blocks
 (scoring.unit); all chosen on the selection split and reported on validation. Nothing is distilled. Reads
-runs/quickstart.
+runs/torch.
 python benchmarks/scores.py [SPEEDUP ...]
 """
 
@@ -20,19 +20,19 @@ import numpy as np
 import torch
 from results import RESULTS, save
 
-from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder
-from puzzle_nas.costs import CostTable
+from puzzle_nas.choosing.architecture_search import ArchitectureSearch
+from puzzle_nas.choosing.costs import CostTable
+from puzzle_nas.choosing.refinement import Refinement, Trials
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import load_parent
 from puzzle_nas.library import assemble
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.recipe import Recipe, RefitSettings, SearchSettings
+from puzzle_nas.scoring.comparison import ParentReference
 from puzzle_nas.search import Limit, solve
 from puzzle_nas.stages import score_blocks
 from puzzle_nas.stages.search_architecture import TRIED_ON
-from puzzle_nas.training.comparison import ParentReference
-from puzzle_nas.training.refinement import Refinement, Trials
 
 BANDS = (1.1, 1.2, 1.35, 1.5, 1.7, 2.0)
 PER_BAND = 10
@@ -66,10 +66,8 @@ def additivity(found: ArchitectureSearch, trials: Trials) -> dict[str, float]:
     """Part 1."""
     rows = []
     for speedup, architecture in random_children(found, np.random.default_rng(0)):
-        real, changed = (
-            trials.kl_nats(architecture),
-            [s for _, _, s in architecture if s not in found.parent.layers[0].values()],
-        )
+        real = trials.kl_nats(architecture)
+        changed = [spec for layer, _, spec in architecture if not found.space.is_parents((layer, (spec,)))]
         linears = sum(spec.kind == "linear" for spec in changed)
         rows.append((speedup, found.score_of(architecture), real, len(changed), linears))
         print("{:.2f}x  sum {:7.3f}  real {:7.3f}  {:2d} changes, {:2d} of them linear".format(*rows[-1]), flush=True)
@@ -115,9 +113,9 @@ def scored_by_block(recipe: Recipe, run: RunFolder) -> ArchitectureSearch:
 
 def main() -> None:
     """Print both parts, keep the figures, draw the first."""
-    run = RunFolder(Path("runs/quickstart"))
-    parent, _ = load_parent(run)
+    run = RunFolder(Path("runs/torch"))
     recipe = open_run(run)
+    parent = load_parent(recipe, run)
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
     found = ArchitectureSearch.load(recipe, run)
     splits = {split: load_tokens(run, split) for split in TRIED_ON}
@@ -135,7 +133,7 @@ def main() -> None:
     gaps = [
         score - sum(found.scores[layer, (spec,)] for spec in specs)
         for (layer, specs), score in by_block.scores.items()
-        if score and all(spec not in found.parent.layers[layer].values() for spec in specs)
+        if score and not any(found.space.is_parents((layer, (spec,))) for spec in specs)
     ]
     sums = [score for score in by_block.scores.values() if score]
     figures["block_score_less_sum_of_sub_blocks_mean_nats"] = statistics.mean(gaps)

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from puzzle_nas.data.task_items import TaskItem, read_task
-from puzzle_nas.evaluation.task_scores import TokenisedTask
-from puzzle_nas.training.likelihood import encode_pair, log_likelihoods
+from puzzle_nas.scoring.likelihood import encode_pair, log_likelihoods
+from puzzle_nas.scoring.task_scores import TokenisedTask
 
 CONTINUATIONS = Path("runs/benchmark-tasks/continuations.jsonl")
 """Written by continuations.py."""
@@ -47,9 +47,10 @@ def main() -> None:
     from puzzle_nas.artifacts import RunFolder
     from puzzle_nas.families import load_parent, load_tokenizer
     from puzzle_nas.families.loading import parent_checkpoint
+    from puzzle_nas.pipeline import open_run
 
-    run = RunFolder("runs/quickstart")
-    parent, _ = load_parent(run)
+    run = RunFolder("runs/torch")
+    parent = load_parent(open_run(run), run)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     tokenizer = load_tokenizer(parent_checkpoint(run))
     for task in FILES:

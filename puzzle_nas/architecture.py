@@ -1,217 +1,333 @@
 """What a child is: one variant per layer and slot. Plain data, no torch.
 
-A slot is a place in every layer ("attention", "ffn"). A spec says what stands there; each kind of spec is one
-frozen class that owns its fields. `spec.id` is a label for files, tables and people: nobody parses it.
+A slot is a place in a layer ("attention", "ffn", ...); layers of one model may have different slots. A spec says what
+stands there; each kind of spec is one frozen class that owns its fields and says what alternatives it offers. The
+parent is an `Architecture` like its children. How the matrices of a sub-block are stored is part of its spec, and
+embeddings with LM head are a slot of their own, outside of layers. `spec.id` is a label for files, tables and people:
+nobody parses it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Protocol, Self, TypeAlias, TypeVar
 
 from puzzle_nas.errors import RecipeError
 
-SLOTS = ("attention", "ffn")
+
+class Offer(Protocol):
+    """What a search space asks for: `recipe.SearchSpaceSettings`, which explains each field."""
+
+    kv_heads: list[int] | None
+    windows: list[int]
+    width_fractions: list[float]
+    multiple_of: int
+    expert_counts: list[float]
+    experts_per_token: list[float]
+    formats: list[str]
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One variant of one slot. Final subclasses set `slot` and `kind` and own their fields."""
+    """One variant of one slot. Final subclasses set `kind` and own their fields."""
 
-    slot: ClassVar[str]
     kind: ClassVar[str]
     empty: ClassVar[bool] = False
     """Whether nothing is left to run."""
 
+    slot: str
+    format: str | None = dataclasses.field(default=None, kw_only=True)
+    """How its matrices are stored (`formats.layout.LAYOUTS`); None means in the model's precision."""
+
+    @property
+    def label(self) -> str:
+        """What of `id` stands between slot and format."""
+        return self.kind
+
     @property
     def id(self) -> str:
-        """A label such as `attention.kv2` or `ffn.linear`."""
-        return f"{self.slot}.{self.kind}"
+        """A label such as `attention.kv2`, `ffn.linear` or `ffn.w768@q4_0`."""
+        return f"{self.slot}.{self.label}" + (f"@{self.format}" if self.format else "")
 
-    def layer_config(self) -> dict[str, Any]:
-        """The `per_layer_config` entries (transformers' convention) that describe this variant."""
-        raise NotImplementedError
+    @property
+    def plain(self) -> Self:
+        """The same, stored in the model's precision."""
+        return self.stored(None)
+
+    def stored(self, form: str | None) -> Self:
+        """The same, stored in a format."""
+        return dataclasses.replace(self, format=form)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Fields of the layer's configuration that differ from the parent's, by transformers' names."""
+        return {}
+
+    def offers(self, asked: Offer) -> list[Spec]:
+        """Cheaper variants that a parent's sub-block like this one can be made into.
+
+        Raises:
+            RecipeError: one that was asked for cannot be made.
+        """
+        return []
+
+    def cache_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+        """Bytes that one sequence of so many tokens keeps in this layer's cache."""
+        return 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, read back by `spec_from_dict`."""
-        return {"slot": self.slot, "kind": self.kind, **dataclasses.asdict(self)}
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "format" or value}
+        return {"kind": self.kind, **fields}
 
 
 @dataclass(frozen=True)
 class GroupedAttention(Spec):
     """Softmax attention with `num_key_value_heads` key-value heads (Puzzle, section 2)."""
 
-    slot: ClassVar[str] = "attention"
     kind: ClassVar[str] = "grouped"
+    slot: str = dataclasses.field(default="attention", kw_only=True)
+    num_key_value_heads: int
+    window: int | None = None
+    """Tokens that the parent's own layer sees at most."""
+
+    @property
+    def label(self) -> str:
+        """`kv2` for two key-value heads."""
+        return f"kv{self.num_key_value_heads}"
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """See `Spec.changes`."""
+        return {"num_key_value_heads": self.num_key_value_heads}
+
+    def offers(self, asked: Offer) -> list[Spec]:
+        """Fewer KV heads, and windows that are shorter than what the layer sees."""
+        own, wanted = self.num_key_value_heads, asked.kv_heads
+        divisors = [n for n in range(own, 0, -1) if own % n == 0]
+        for n in wanted or ():
+            if n not in divisors:
+                raise RecipeError(
+                    f"search_space.kv_heads: {n} does not divide the parent's {own} KV heads; choose from "
+                    f"{', '.join(map(str, reversed(divisors)))}."
+                )
+        fewer = [n for n in dict.fromkeys(divisors if wanted is None else wanted) if n != own]
+        windows = [w for w in dict.fromkeys(asked.windows) if self.window is None or w < self.window]
+        return [
+            *(dataclasses.replace(self, num_key_value_heads=n) for n in fewer),
+            *(WindowAttention(w, own, slot=self.slot) for w in windows),
+        ]
+
+    def cache_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+        """Keys and values of every KV head, of the window where there is one."""
+        return 2 * self.num_key_value_heads * head_dim * itemsize * min(tokens, self.window or tokens)
+
+
+@dataclass(frozen=True)
+class WindowAttention(Spec):
+    """The parent's attention, of the last `window` tokens only (Puzzle for MoE, arXiv 2602.11937)."""
+
+    kind: ClassVar[str] = "window"
+    slot: str = dataclasses.field(default="attention", kw_only=True)
+    window: int
     num_key_value_heads: int
 
     @property
-    def id(self) -> str:
-        """`attention.kv2` for two key-value heads."""
-        return f"attention.kv{self.num_key_value_heads}"
+    def label(self) -> str:
+        """`window1024`."""
+        return f"window{self.window}"
 
-    def layer_config(self) -> dict[str, Any]:
-        """See `Spec.layer_config`."""
-        return {"num_key_value_heads": self.num_key_value_heads}
-
-
-@dataclass(frozen=True)
-class LinearAttention(Spec):
-    """One matrix in place of attention: no cache, no mixing of tokens."""
-
-    slot: ClassVar[str] = "attention"
-    kind: ClassVar[str] = "linear"
-
-    def layer_config(self) -> dict[str, Any]:
-        """See `Spec.layer_config`."""
-        return {"attention_linear": True}
-
-
-@dataclass(frozen=True)
-class NoOpAttention(Spec):
-    """Attention and its norm left out."""
-
-    slot: ClassVar[str] = "attention"
-    kind: ClassVar[str] = "no_op"
-    empty: ClassVar[bool] = True
-
-    def layer_config(self) -> dict[str, Any]:
-        """See `Spec.layer_config`."""
-        return {"skip": ["attention"]}
+    def cache_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+        """Keys and values of the window."""
+        return 2 * self.num_key_value_heads * head_dim * itemsize * min(tokens, self.window)
 
 
 @dataclass(frozen=True)
 class GatedFFN(Spec):
     """A gated FFN of `intermediate_size` channels."""
 
-    slot: ClassVar[str] = "ffn"
     kind: ClassVar[str] = "gated"
+    slot: str = dataclasses.field(default="ffn", kw_only=True)
     intermediate_size: int
 
     @property
-    def id(self) -> str:
-        """`ffn.w768` for 768 channels."""
-        return f"ffn.w{self.intermediate_size}"
+    def label(self) -> str:
+        """`w768` for 768 channels."""
+        return f"w{self.intermediate_size}"
 
-    def layer_config(self) -> dict[str, Any]:
-        """See `Spec.layer_config`."""
+    @property
+    def changes(self) -> dict[str, Any]:
+        """See `Spec.changes`."""
         return {"intermediate_size": self.intermediate_size}
 
+    def offers(self, asked: Offer) -> list[Spec]:
+        """Fewer channels."""
+        widths = [round_width(f, self.intermediate_size, asked.multiple_of) for f in asked.width_fractions]
+        return [dataclasses.replace(self, intermediate_size=w) for w in widths if w < self.intermediate_size]
+
 
 @dataclass(frozen=True)
-class LinearFFN(Spec):
-    """One matrix in place of the FFN."""
+class Mixture(Spec):
+    """A mixture of experts: a router sends each token to a few of them. Experts that all tokens share come on top."""
 
-    slot: ClassVar[str] = "ffn"
+    kind: ClassVar[str] = "mixture"
+    slot: str = dataclasses.field(default="experts", kw_only=True)
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    """Channels of one expert."""
+
+    @property
+    def label(self) -> str:
+        """`64x768.top8` for 64 experts of 768 channels, 8 of them for a token."""
+        return f"{self.num_experts}x{self.moe_intermediate_size}.top{self.num_experts_per_tok}"
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """See `Spec.changes`."""
+        names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+        return {name: getattr(self, name) for name in names}
+
+    def offers(self, asked: Offer) -> list[Spec]:
+        """Fewer experts, fewer of them for a token, narrower ones: each alone."""
+        all_experts, top_k, width = self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size
+        counts = [count_of(wanted, all_experts) for wanted in asked.expert_counts]
+        fewer = [Mixture(n, min(top_k, n), width, slot=self.slot) for n in counts if n < all_experts]
+        per_token = [count_of(wanted, top_k) for wanted in asked.experts_per_token]
+        sparser = [dataclasses.replace(self, num_experts_per_tok=k) for k in per_token if k < top_k]
+        widths = [round_width(fraction, width, asked.multiple_of) for fraction in asked.width_fractions]
+        narrower = [dataclasses.replace(self, moe_intermediate_size=w) for w in widths if w < width]
+        return [*fewer, *sparser, *narrower]
+
+
+@dataclass(frozen=True)
+class ParentsOwn(Spec):
+    """A mixer that is kept as it is or left out: nothing inside of it is searched."""
+
+    kind: ClassVar[str] = "own"
+
+
+@dataclass(frozen=True)
+class Linear(Spec):
+    """One matrix in place of a mixer: no cache, no mixing of tokens."""
+
     kind: ClassVar[str] = "linear"
 
-    def layer_config(self) -> dict[str, Any]:
-        """See `Spec.layer_config`."""
-        return {"mlp_linear": True}
-
 
 @dataclass(frozen=True)
-class NoOpFFN(Spec):
-    """FFN and its norm left out."""
+class NoOp(Spec):
+    """A mixer and its norm left out."""
 
-    slot: ClassVar[str] = "ffn"
     kind: ClassVar[str] = "no_op"
     empty: ClassVar[bool] = True
 
-    def layer_config(self) -> dict[str, Any]:
-        """See `Spec.layer_config`."""
-        return {"skip": ["mlp"]}
+
+@dataclass(frozen=True)
+class Head(Spec):
+    """Embeddings and LM head: outside of layers, and only their format is searched."""
+
+    kind: ClassVar[str] = "own"
+    slot: str = dataclasses.field(default="head", kw_only=True)
+
+    @property
+    def id(self) -> str:
+        """`head`, or `head@q8_0`."""
+        return f"{self.slot}@{self.format}" if self.format else self.slot
 
 
-SPEC_KINDS: dict[tuple[str, str], type[Spec]] = {
-    (cls.slot, cls.kind): cls
-    for cls in (GroupedAttention, LinearAttention, NoOpAttention, GatedFFN, LinearFFN, NoOpFFN)
+KINDS: dict[str, type[Spec]] = {
+    cls.kind: cls for cls in (GroupedAttention, WindowAttention, GatedFFN, Mixture, ParentsOwn, Linear, NoOp)
 }
 
 
 def spec_from_dict(data: Mapping[str, Any]) -> Spec:
     """The inverse of `Spec.to_dict`."""
-    fields = {key: value for key, value in data.items() if key not in ("slot", "kind")}
-    return SPEC_KINDS[data["slot"], data["kind"]](**fields)
+    return KINDS[data["kind"]](**{key: value for key, value in data.items() if key != "kind"})
 
 
-@dataclass(frozen=True)
-class ParentShape:
-    """The sizes of a parent that decide which variants exist and what they weigh.
-
-    `attention_bias` etc. are not here: bytes are counted on real tensors, never from formulas.
-    """
-
-    num_hidden_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-
-    def parent_spec(self, slot: str) -> Spec:
-        """The parent's own variant of `slot`."""
-        if slot == "attention":
-            return GroupedAttention(self.num_key_value_heads)
-        return GatedFFN(self.intermediate_size)
+Block: TypeAlias = Mapping[str, Spec]
+"""What stands in each slot of a layer, in the order in which they run."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One spec per layer and slot: `layers[3]["ffn"]`."""
+    """One spec per layer and slot: `layers[3]["ffn"]`; and one for embeddings and LM head."""
 
-    layers: tuple[Mapping[str, Spec], ...]
+    layers: tuple[Block, ...]
+    head: Head = Head()
 
     def __iter__(self) -> Iterator[tuple[int, str, Spec]]:
         for layer, block in enumerate(self.layers):
-            for slot in SLOTS:
-                yield layer, slot, block[slot]
+            for slot, spec in block.items():
+                yield layer, slot, spec
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """All slots of all layers, in order of first appearance."""
+        return tuple(dict.fromkeys(slot for _, slot, _ in self))
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """For each layer, the first one that is like it: these cost the same."""
+        return tuple(self.layers.index(block) for block in self.layers)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """All formats that something is stored in, besides the model's precision."""
+        specs = (self.head, *(spec for _, _, spec in self))
+        return tuple(dict.fromkeys(spec.format for spec in specs if spec.format))
+
+    def at(self, layer: int, slot: str) -> Spec:
+        """What stands in a slot; the head's layer is the one behind the last."""
+        return self.head if layer == len(self.layers) else self.layers[layer][slot]
+
+    @property
+    def plain(self) -> Architecture:
+        """A copy stored in the model's precision."""
+        return self.stored(None)
+
+    def stored(self, form: str | None) -> Architecture:
+        """A copy stored in one format throughout."""
+        blocks = ({slot: s if s.empty else s.stored(form) for slot, s in block.items()} for block in self.layers)
+        return Architecture(tuple(blocks), self.head.stored(form))
 
     def replaced(self, layer: int, spec: Spec) -> Architecture:
-        """A copy with one sub-block changed."""
+        """A copy with one sub-block, or the head, changed."""
+        if isinstance(spec, Head):
+            return dataclasses.replace(self, head=spec)
         blocks = list(self.layers)
         blocks[layer] = {**blocks[layer], spec.slot: spec}
-        return Architecture(tuple(blocks))
+        return dataclasses.replace(self, layers=tuple(blocks))
 
     def without(self, layers: Container[int]) -> Architecture:
         """A copy that lacks whole layers."""
-        gone = {spec.slot: spec for spec in (NoOpAttention(), NoOpFFN())}
-        return Architecture(tuple(gone if i in layers else block for i, block in enumerate(self.layers)))
-
-    def per_layer_config(self) -> dict[int, dict[str, Any]]:
-        """transformers' `per_layer_config` for the child's config."""
-        result: dict[int, dict[str, Any]] = {}
-        for layer, block in enumerate(self.layers):
-            merged: dict[str, Any] = {}
-            for slot in SLOTS:
-                entry = block[slot].layer_config()
-                skip = merged.pop("skip", []) + entry.pop("skip", [])
-                merged.update(entry)
-                if skip:
-                    merged["skip"] = skip
-            result[layer] = merged
-        return result
+        blocks = (
+            {slot: NoOp(slot) for slot in block} if index in layers else block
+            for index, block in enumerate(self.layers)
+        )
+        return dataclasses.replace(self, layers=tuple(blocks))
 
     def to_list(self) -> list[dict[str, Any]]:
-        """JSON form: `[{"layer": 0, "attention": {...}, "ffn": {...}}, ...]`."""
-        return [
-            {"layer": layer, **{slot: block[slot].to_dict() for slot in SLOTS}}
+        """JSON form: `[{"layer": 0, "attention": {...}, "ffn": {...}}, ...]`; a head in a format is the last entry."""
+        rows: list[dict[str, Any]] = [
+            {"layer": layer, **{slot: spec.to_dict() for slot, spec in block.items()}}
             for layer, block in enumerate(self.layers)
         ]
+        return [*rows, {"head": {"format": self.head.format}}] if self.head.format else rows
 
     @classmethod
     def from_list(cls, data: Sequence[Mapping[str, Any]]) -> Architecture:
         """The inverse of `to_list`."""
-        return cls(tuple({slot: spec_from_dict(row[slot]) for slot in SLOTS} for row in data))
-
-    @classmethod
-    def of_parent(cls, shape: ParentShape) -> Architecture:
-        """Every layer as in the parent."""
-        block = {slot: shape.parent_spec(slot) for slot in SLOTS}
-        return cls((block,) * shape.num_hidden_layers)
+        blocks = (
+            {slot: spec_from_dict(entry) for slot, entry in row.items() if slot != "layer"}
+            for row in data
+            if "head" not in row
+        )
+        heads = [Head(**row["head"]) for row in data if "head" in row]
+        return cls(tuple(blocks), *heads)
 
 
 Choice: TypeAlias = tuple[int, tuple[Spec, ...]]
@@ -223,29 +339,71 @@ def choice_id(specs: Sequence[Spec]) -> str:
     return "+".join(spec.id for spec in specs)
 
 
+def plain(choice: Choice) -> Choice:
+    """The same choice, stored in the model's precision."""
+    layer, specs = choice
+    return layer, tuple(spec.plain for spec in specs)
+
+
 @dataclass(frozen=True)
 class SearchSpace:
-    """The variants of every layer and slot, the parent's own first: `options[3]["ffn"]`."""
+    """The variants of every layer and slot, the parent's own first: `options[3]["ffn"]`; and those of the head."""
 
     options: tuple[Mapping[str, tuple[Spec, ...]], ...]
+    heads: tuple[Head, ...] = (Head(),)
 
     def __iter__(self) -> Iterator[tuple[int, str, Spec]]:
         for layer, slots in enumerate(self.options):
-            for slot in SLOTS:
-                for spec in slots[slot]:
+            for slot, specs in slots.items():
+                for spec in specs:
                     yield layer, slot, spec
 
+    @property
+    def parent(self) -> Architecture:
+        """Every layer as in the parent."""
+        return Architecture(tuple({slot: specs[0] for slot, specs in slots.items()} for slots in self.options))
+
+    @property
+    def quantised_parents(self) -> dict[str, Architecture]:
+        """The parent in each format throughout: `parent@q8_0`."""
+        return {f"parent@{head.format}": self.parent.stored(head.format) for head in self.heads if head.format}
+
     def choices(self, by_block: bool = False) -> Iterator[Choice]:
-        """What can be chosen where: every sub-block, or every pair of a layer's two."""
+        """What can be chosen where: every sub-block, or every combination of a layer's."""
         for layer, slots in enumerate(self.options):
             if by_block:
-                yield from ((layer, specs) for specs in itertools.product(*(slots[slot] for slot in SLOTS)))
+                yield from ((layer, specs) for specs in itertools.product(*slots.values()))
             else:
-                yield from ((layer, (spec,)) for slot in SLOTS for spec in slots[slot])
+                yield from ((layer, (spec,)) for specs in slots.values() for spec in specs)
+        if len(self.heads) > 1:
+            yield from ((len(self.options), (head,)) for head in self.heads)
 
-    def kinds(self) -> list[Spec]:
-        """Every distinct spec, in order of first appearance."""
-        return list(dict.fromkeys(spec for _, _, spec in self))
+    def own(self, layer: int, slot: str) -> Spec:
+        """The parent's."""
+        return self.heads[0] if layer == len(self.options) else self.options[layer][slot][0]
+
+    def is_parents(self, choice: Choice) -> bool:
+        """Whether a choice leaves the parent as it is."""
+        layer, specs = choice
+        return all(spec == self.own(layer, spec.slot) for spec in specs)
+
+    def is_made(self, layer: int, spec: Spec) -> bool:
+        """Whether the library holds it: changed, or the parent's own in a format. The rest is put together of these."""
+        own = self.own(layer, spec.slot)
+        return spec != own and (spec.format is None or spec.plain == own)
+
+    def variants(self, layer: int) -> list[Spec]:
+        """What the library holds of a layer."""
+        return [spec for specs in self.options[layer].values() for spec in specs if self.is_made(layer, spec)]
+
+    def scored(self, by_block: bool = False) -> Iterator[Choice]:
+        """What is measured in the parent: variants in its precision, and its own sub-blocks in each format."""
+        for layer, specs in self.choices(by_block):
+            if all(spec.format is None for spec in specs) and not self.is_parents((layer, specs)):
+                yield layer, specs
+        for layer, specs in self.choices():
+            if specs[0].format and self.is_made(layer, specs[0]):
+                yield layer, specs
 
 
 @dataclass(frozen=True)
@@ -277,63 +435,63 @@ def round_width(fraction: float, intermediate_size: int, multiple_of: int) -> in
     return max(multiple_of, round(fraction * intermediate_size / multiple_of) * multiple_of)
 
 
+def count_of(wanted: float, of_parent: int) -> int:
+    """A number as recipes give it: below 1 a share of the parent's, at least one; else the number itself."""
+    return int(wanted) if wanted >= 1 else max(1, round(wanted * of_parent))
+
+
 def build_search_space(
-    shape: ParentShape,
-    kv_heads: Sequence[int] | None,
-    width_fractions: Sequence[float],
-    multiple_of: int,
-    linear: Mapping[str, bool],
-    no_op: Mapping[str, bool],
+    parent: Architecture,
+    asked: Offer,
+    linear: Container[str],
+    no_op: Container[str],
     layers: Mapping[int, Sequence[str]],
 ) -> SearchSpace:
-    """All variants of every layer.
+    """All variants of every layer: what the parent's own sub-blocks offer, one matrix, nothing; each in every format.
 
     Args:
-        kv_heads: KV-head counts besides the parent's; None means every smaller divisor.
-        width_fractions: FFN widths as fractions of the parent's, rounded to `multiple_of`.
-        linear, no_op: by slot, whether that variant is offered.
+        linear, no_op: slots in which these are offered; a mixer that is opaque becomes no matrix.
         layers: variant ids allowed in a layer besides the parent's own; layers not named keep all.
 
     Raises:
-        RecipeError: a KV-head count that does not divide, a layer or variant that does not exist.
+        RecipeError: a variant that cannot be made, a layer or variant that does not exist.
     """
-    parent_kv = shape.num_key_value_heads
-    if kv_heads is None:
-        kv_heads = [n for n in range(parent_kv - 1, 0, -1) if parent_kv % n == 0]
-    for n in kv_heads:
-        if n < 1 or parent_kv % n:
-            divisors = ", ".join(str(d) for d in range(1, parent_kv + 1) if parent_kv % d == 0)
-            raise RecipeError(
-                f"search_space.kv_heads: {n} does not divide the parent's {parent_kv} KV heads; choose from {divisors}."
-            )
-    attention: list[Spec] = [GroupedAttention(n) for n in dict.fromkeys([parent_kv, *kv_heads])]
-    widths = [round_width(f, shape.intermediate_size, multiple_of) for f in width_fractions]
-    widths = [w for w in widths if w < shape.intermediate_size]
-    ffn: list[Spec] = [GatedFFN(w) for w in dict.fromkeys([shape.intermediate_size, *widths])]
-    for specs, slot, linear_spec, no_op_spec in (
-        (attention, "attention", LinearAttention(), NoOpAttention()),
-        (ffn, "ffn", LinearFFN(), NoOpFFN()),
-    ):
-        if linear[slot]:
-            specs.append(linear_spec)
-        if no_op[slot]:
-            specs.append(no_op_spec)
-    full = {"attention": tuple(attention), "ffn": tuple(ffn)}
-    known = {spec.id for specs in full.values() for spec in specs}
-    options = [full] * shape.num_hidden_layers
+    options: list[Mapping[str, tuple[Spec, ...]]] = []
+    for block in parent.layers:
+        slots = {}
+        for slot, own in block.items():
+            specs = [own, *own.offers(asked)]
+            if slot in linear and not isinstance(own, ParentsOwn):
+                specs.append(Linear(slot))
+            if slot in no_op:
+                specs.append(NoOp(slot))
+            slots[slot] = tuple(in_formats(dict.fromkeys(specs), asked.formats))
+        options.append(slots)
     for layer, allowed in layers.items():
-        if not 0 <= layer < shape.num_hidden_layers:
+        if not 0 <= layer < len(options):
             raise RecipeError(
                 f"search_space.layers: layer {layer} does not exist: the parent has "
-                f"{shape.num_hidden_layers} layers (0-{shape.num_hidden_layers - 1})."
+                f"{len(options)} layers (0-{len(options) - 1})."
             )
+        known = {spec.id for specs in options[layer].values() for spec in specs}
         if unknown := sorted(set(allowed) - known):
             raise RecipeError(
                 f"search_space.layers: layer {layer} names unknown variants {', '.join(unknown)}; "
                 f"known: {', '.join(sorted(known))}."
             )
         options[layer] = {
-            slot: tuple(s for s in specs if s.id in allowed or s == shape.parent_spec(slot))
-            for slot, specs in full.items()
+            slot: tuple(s for s in specs if s.plain == specs[0] or not {s.id, s.plain.id}.isdisjoint(allowed))
+            for slot, specs in options[layer].items()
         }
-    return SearchSpace(tuple(options))
+    return SearchSpace(tuple(options), tuple(in_formats([parent.head], asked.formats)))
+
+
+S = TypeVar("S", bound=Spec)
+
+
+def in_formats(specs: Iterable[S], formats: Sequence[str]) -> Iterator[S]:
+    """Each of the specs in the model's precision, and then in every format; what is empty has none."""
+    for spec in specs:
+        yield spec
+        if not spec.empty:
+            yield from (spec.stored(form) for form in formats)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from puzzle_nas.errors import ArtifactError, PuzzleError
+from puzzle_nas.errors import ArtifactError, PuzzleError, puzzle_command
 
 
 def fingerprint(value: Any) -> str:
@@ -88,10 +88,15 @@ def read_json(path: Path, made_by: str | None = None) -> Any:
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
-        way_out = f" Make it with: puzzle {made_by} {path.parent}" if made_by else ""
+        way_out = f" Make it with: {puzzle_command(made_by, _run_folder_of(path))}" if made_by else ""
         raise ArtifactError(f"{path} is missing.{way_out}") from None
     except (ValueError, UnicodeDecodeError):
         raise ArtifactError(f"{path} is corrupted. Delete it and run the same command again.") from None
+
+
+def _run_folder_of(path: Path) -> Path:
+    """The folder that the file is, or would be, somewhere in."""
+    return next((folder for folder in path.parents if (folder / "recipe.yaml").is_file()), path.parent)
 
 
 @contextmanager
@@ -106,7 +111,7 @@ def written_by_this_version(path: Path, made_by: str) -> Iterator[None]:
     except KeyError as error:
         raise ArtifactError(
             f"{path} has no {error.args[0]}: another version wrote it. "
-            f"Write it anew with: puzzle {made_by} {path.parent} --again"
+            f"Write it again with: {puzzle_command(made_by, _run_folder_of(path), '--again')}"
         ) from None
 
 
@@ -180,6 +185,10 @@ class RunFolder:
     def architecture(self, name: str = "main") -> Path:
         """A search's result."""
         return self / "search" / name / "architecture.json"
+
+    def candidate(self, measured: str) -> Path:
+        """What the search measured of one assembled child; `measured` is a fingerprint of the child and of what."""
+        return self / "search" / "main" / "candidates" / f"{measured}.json"
 
     @property
     def frontier(self) -> Path:
@@ -326,10 +335,12 @@ class RunFolder:
             return
         record = self.record(stage)
         if record is None:
-            raise ArtifactError(f"{self.path} has no finished {stage} yet. Make it with: puzzle {command} {self.path}")
+            way_out = puzzle_command(command, self.path)
+            raise ArtifactError(f"{self.path} has no finished {stage} yet. Make it with: {way_out}")
         for name, checksum in record["outputs"].items():
             path = self.path / name
             if not path.is_file() or file_checksum(path) != checksum:
                 state = "corrupted" if path.exists() else "missing"
-                raise ArtifactError(f"{path} is {state}. Make it anew with: puzzle {command} {self.path} --again")
+                way_out = puzzle_command(command, self.path, "--again")
+                raise ArtifactError(f"{path} is {state}. Make it again with: {way_out}")
         self._sound.add(stage)

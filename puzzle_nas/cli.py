@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import signal
 import sys
@@ -12,7 +14,7 @@ import typer
 
 # As help orders them.
 # isort: off
-from puzzle_nas.commands import runs, searching, quality, serving  # noqa: F401
+from puzzle_nas.commands import runs, planning, parents, searching, quality, serving, families  # noqa: F401
 
 # isort: on
 from puzzle_nas.commands.app import app
@@ -31,6 +33,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     parallel: Any = None
     try:
+        _write_what_the_terminal_can()
         _set_environment()
         if "TORCHELASTIC_RUN_ID" in os.environ:
             from puzzle_nas.training import parallel
@@ -51,13 +54,30 @@ def main() -> None:
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except Exception as error:
-        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            print(f"puzzle: {error.format_message()}", file=sys.stderr)
+        if (format_message := getattr(error, "format_message", None)) is not None and hasattr(error, "exit_code"):
+            print(f"puzzle: {format_message()}", file=sys.stderr)
             sys.exit(2)
         if parallel is not None and parallel.is_lost_peer(error):
             parallel.wait_for_the_cause()
             sys.exit(parallel.PEER_LOST)
         raise
+
+
+PLAIN = {"█": "#", "·": ".", "±": "+-", "…": "...", "–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"'}
+
+
+def _write_what_the_terminal_can() -> None:
+    """Where output is not in UTF-8, characters that it lacks become plain ones."""
+
+    def plain(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        lacking = error.object[error.start : error.end]
+        return "".join(PLAIN.get(character, "?") for character in lacking), error.end
+
+    codecs.register_error("puzzle-plain", plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            stream.reconfigure(errors="puzzle-plain")
 
 
 def _catch_interrupts() -> None:

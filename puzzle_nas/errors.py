@@ -1,5 +1,12 @@
 """Mistakes that a user can mend. The command line prints them as one sentence and exits with code 2."""
 
+import shlex
+
+
+def puzzle_command(*words: object) -> str:
+    """A command to paste: `puzzle` and its arguments, quoted where a shell needs it."""
+    return shlex.join(["puzzle", *map(str, words)])
+
 
 class PuzzleError(Exception):
     """What is wrong, where, and the way out, in one sentence."""
@@ -15,6 +22,10 @@ class CheckpointError(PuzzleError):
 
 class DataError(PuzzleError):
     """Text that is missing, too short, or does not fit the tokenizer."""
+
+
+class ChatTemplateError(PuzzleError):
+    """A chat template that fails on a conversation; the message is the reason alone."""
 
 
 class ArtifactError(PuzzleError):
@@ -39,3 +50,7 @@ class ExportError(PuzzleError):
 
 class EngineError(PuzzleError):
     """A serving engine that is not installed, does not start, or stops."""
+
+
+class FormatError(PuzzleError):
+    """A weight format that does not exist, or that cannot hold a matrix."""

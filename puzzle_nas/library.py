@@ -8,14 +8,14 @@ from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
-from puzzle_nas.architecture import SLOTS, Architecture, Spec, choice_id
+from puzzle_nas.architecture import Architecture, Spec, choice_id
 from puzzle_nas.artifacts import RunFolder, file_checksum, read_json, write_bytes, write_json
 from puzzle_nas.errors import ArtifactError
-from puzzle_nas.families import child_config
-from puzzle_nas.families.loading import aligned, build, shape_of
-from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer, PuzzleForCausalLM
-from puzzle_nas.subblocks import Weights, subblock_layer, subblock_weights, weights_of_slot
+from puzzle_nas.families import Anatomy, SubBlock, architecture_of, build, child_config
+from puzzle_nas.families.loading import aligned
+from puzzle_nas.subblocks import Weights, made_subblock, subblock_weights, weights_of_slot
 
 MADE_BY = {"initial": "build-library", "main": "distill-blocks", "coupled": "couple-blocks"}
 
@@ -47,36 +47,33 @@ def read_variant(path: Path, made_by: str) -> Weights:
     """
     facts = read_json(facts_path(path), None)
     if not path.exists() or file_checksum(path) != facts["checksum"]:
-        raise ArtifactError(f"{path} is missing or corrupted. Make it anew with: puzzle {made_by} RUN --again")
+        raise ArtifactError(f"{path} is missing or corrupted. Make it again with: puzzle {made_by} RUN --again")
     try:
         return {name: aligned(w) for name, w in safetensors.torch.load(path.read_bytes()).items()}
     except SafetensorError as error:
         raise ArtifactError(f"{path} is corrupted ({error}).") from None
 
 
-def variant_weights(
-    run: RunFolder, parent: PuzzleForCausalLM, layer: int, spec: Spec, library: str = "main"
-) -> Weights:
+def variant_weights(run: RunFolder, parent: PreTrainedModel, layer: int, spec: Spec, library: str = "main") -> Weights:
     """Weights of a variant on the parent's device; the parent's own sub-block comes from the parent itself."""
-    if spec == shape_of(parent.config).parent_spec(spec.slot):
-        return subblock_weights(parent.model.layers[layer], spec.slot)
+    if spec == architecture_of(parent.config).layers[layer][spec.slot]:
+        return subblock_weights(Anatomy(parent).subblocks(layer)[spec.slot])
     return _like_parent(parent, read_variant(run.variant(layer, spec.id, library), MADE_BY[library]))
 
 
-def _like_parent(parent: PuzzleForCausalLM, weights: Weights) -> Weights:
+def _like_parent(parent: PreTrainedModel, weights: Weights) -> Weights:
     return {name: w.to(device=parent.device, dtype=parent.dtype) for name, w in weights.items()}
 
 
-def variant_layer(
-    run: RunFolder, parent: PuzzleForCausalLM, layer: int, spec: Spec, library: str = "main"
-) -> PuzzleDecoderLayer:
+def variant_subblock(
+    run: RunFolder, parent: PreTrainedModel, layer: int, spec: Spec, library: str = "main"
+) -> SubBlock:
     """A variant as a runnable sub-block."""
-    weights = variant_weights(run, parent, layer, spec, library)
-    return subblock_layer(parent.config, parent.model.layers[layer].layer_type, spec, weights)
+    return made_subblock(parent, layer, spec, variant_weights(run, parent, layer, spec, library))
 
 
 def block_weights(
-    run: RunFolder, parent: PuzzleForCausalLM, layer: int, specs: Sequence[Spec], library: str = "main"
+    run: RunFolder, parent: PreTrainedModel, layer: int, specs: Sequence[Spec], library: str = "main"
 ) -> Weights:
     """Weights of one or both sub-blocks of a layer: the coupled pair's if `library` has it, else each variant's own."""
     if library == "coupled":
@@ -87,36 +84,42 @@ def block_weights(
     return {name: weight for part in parts for name, weight in part.items()}
 
 
-def block_layers(
-    run: RunFolder, parent: PuzzleForCausalLM, layer: int, choices: Sequence[Sequence[Spec]], library: str = "main"
-) -> list[dict[str, PuzzleDecoderLayer]]:
+def block_subblocks(
+    run: RunFolder, parent: PreTrainedModel, layer: int, choices: Sequence[Sequence[Spec]], library: str = "main"
+) -> list[dict[str, SubBlock]]:
     """For each choice its runnable sub-blocks by slot. What several choices share is read once."""
-    alone: dict[Spec, PuzzleDecoderLayer] = {}
-    layer_type = parent.model.layers[layer].layer_type
+    alone: dict[Spec, SubBlock] = {}
+    uncoupled = "main" if library == "coupled" else library
+    own = Anatomy(parent).subblocks(layer)
     result = []
     for specs in choices:
         if library == "coupled" and variant_is_stored(run.variant(layer, choice_id(specs), library)):
             weights = block_weights(run, parent, layer, specs, library)
-            parts = {
-                s.slot: subblock_layer(parent.config, layer_type, s, weights_of_slot(weights, s.slot)) for s in specs
-            }
+            parts = {s.slot: made_subblock(parent, layer, s, weights_of_slot(weights, own[s.slot])) for s in specs}
         else:
             for spec in specs:
                 if spec not in alone:
-                    alone[spec] = variant_layer(run, parent, layer, spec, "main" if library == "coupled" else library)
+                    alone[spec] = variant_subblock(run, parent, layer, spec, uncoupled)
             parts = {spec.slot: alone[spec] for spec in specs}
         result.append(parts)
     return result
 
 
+def with_ends(parent: PreTrainedModel, ends: Weights) -> PreTrainedModel:
+    """The parent with other embeddings or LM head, by the names of their weights; it shares all others."""
+    return build(parent.config, {**parent.state_dict(), **_like_parent(parent, ends)})
+
+
 def assemble(
-    run: RunFolder, parent: PuzzleForCausalLM, architecture: Architecture, library: str = "main"
-) -> PuzzleForCausalLM:
-    """The child in memory. It shares what it has in common with the parent."""
-    weights = {n: w for n, w in parent.state_dict().items() if not n.startswith("model.layers.")}
+    run: RunFolder, parent: PreTrainedModel, architecture: Architecture, library: str = "main"
+) -> PreTrainedModel:
+    """The child in memory, not rounded yet where it has formats. It shares what it has in common with the parent."""
+    prefix = Anatomy(parent).layer_prefix
+    weights = {n: w for n, w in parent.state_dict().items() if not n.startswith(prefix)}
     for layer, block in enumerate(architecture.layers):
-        for name, weight in block_weights(run, parent, layer, [block[slot] for slot in SLOTS], library).items():
-            weights[f"model.layers.{layer}.{name}"] = weight
+        specs = [spec.plain for spec in block.values()]
+        for name, weight in block_weights(run, parent, layer, specs, library).items():
+            weights[f"{prefix}{layer}.{name}"] = weight
     child = build(child_config(parent.config, architecture), weights)
     child.generation_config = parent.generation_config
     return child

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from puzzle_nas.architecture import (
-    SPEC_KINDS,
+    KINDS,
     GatedFFN,
     GroupedAttention,
-    NoOpAttention,
-    NoOpFFN,
-    ParentShape,
+    Head,
+    Linear,
+    NoOp,
     SearchSpace,
     Spec,
+    WindowAttention,
 )
+from puzzle_nas.formats.layout import LAYOUTS
 
 
 @dataclass(frozen=True)
@@ -23,38 +25,44 @@ class Server:
 
     label: str
     """As messages call it."""
-    kinds: frozenset[type[Spec]] = frozenset(SPEC_KINDS.values())
+    kinds: frozenset[type[Spec]] = frozenset(KINDS.values())
     first_layer_needs_attention: bool = False
+    formats: tuple[str, ...] = ()
+    """In which it serves matrices besides the model's precision, the widest first."""
 
     def refusal(self, layer: int, spec: Spec) -> str | None:
         """Why `spec` cannot stand in `layer`, or None where it can."""
-        if type(spec) not in self.kinds:
-            return f"{self.label} has no {spec.id}"
-        if self.first_layer_needs_attention and layer == 0 and isinstance(spec, NoOpAttention):
+        if type(spec) not in self.kinds and not isinstance(spec, Head):
+            return f"{self.label} has no {spec.plain.id}"
+        if self.first_layer_needs_attention and layer == 0 and spec == NoOp("attention"):
             return f"{self.label} needs attention in the first layer"
+        if spec.format and spec.format not in self.formats:
+            return f"{self.label} has no {spec.format}"
         return None
 
 
 SERVERS = {
-    "transformers": Server("transformers with our modelling code"),
-    "vllm": Server("vLLM with our plugin"),
-    "vllm-stock": Server(
-        "stock vLLM", frozenset({GroupedAttention, NoOpAttention, GatedFFN, NoOpFFN}), first_layer_needs_attention=True
+    "transformers": Server("transformers with our modelling code", formats=tuple(LAYOUTS)),
+    "vllm": Server("vLLM with our plugin", frozenset({GroupedAttention, WindowAttention, GatedFFN, Linear, NoOp})),
+    "vllm-stock": Server("stock vLLM", frozenset({GroupedAttention, GatedFFN, NoOp}), first_layer_needs_attention=True),
+    "llama.cpp": Server(
+        "llama.cpp",
+        frozenset({GroupedAttention, GatedFFN, Linear, NoOp}),
+        formats=("f16", "q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "q4_1", "q4_0"),
     ),
-    "llama.cpp": Server("llama.cpp"),
 }
 
 
-def servable_space(space: SearchSpace, shape: ParentShape, servers: Sequence[str]) -> SearchSpace:
+def servable_space(space: SearchSpace, servers: Sequence[str]) -> SearchSpace:
     """The variants that every one of `servers` (keys of `SERVERS`) can hold; the parent's own stay."""
 
     def fits(layer: int, spec: Spec) -> bool:
-        is_parents = spec == shape.parent_spec(spec.slot)
-        return is_parents or all(SERVERS[name].refusal(layer, spec) is None for name in servers)
+        return space.is_parents((layer, (spec,))) or all(SERVERS[name].refusal(layer, spec) is None for name in servers)
 
     return SearchSpace(
         tuple(
             {slot: tuple(spec for spec in specs if fits(layer, spec)) for slot, specs in options.items()}
             for layer, options in enumerate(space.options)
-        )
+        ),
+        tuple(head for head in space.heads if fits(len(space.options), head)),
     )

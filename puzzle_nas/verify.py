@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from puzzle_nas.artifacts import RunFolder, file_checksum
-from puzzle_nas.errors import PuzzleError
-from puzzle_nas.pipeline import STAGES, made_from, needs, open_run
+from puzzle_nas.errors import PuzzleError, puzzle_command
+from puzzle_nas.pipeline import made_from, needs, open_run
+from puzzle_nas.stages import STAGES
 
 BOOKKEEPING = ("recipe.yaml", ".lock", "stages/", "seconds/")
 """What no stage records as an artifact."""
@@ -77,9 +78,9 @@ class RunCheck:
         yield from (f"unrecorded: {name}" for name in self.unrecorded)
         damaged = [check.command for check in self.stages.values() if check.missing or check.changed]
         if damaged:
-            yield f"Make anew what is damaged with: puzzle {damaged[0]} {self.run} --again"
+            yield f"Make what is damaged again with: {puzzle_command(damaged[0], self.run, '--again')}"
         elif any(check.stale for check in self.stages.values()):
-            yield "The next puzzle run with this folder makes anew what is stale."
+            yield "The next puzzle run with this folder makes what is stale again."
         elif self.sound:
             yield "Everything that is recorded is there and unchanged."
 
@@ -95,9 +96,9 @@ def verify_run(run: RunFolder) -> RunCheck:
     checks: dict[str, StageCheck] = {}
     recorded: set[str] = set()
     for stage in STAGES:
-        check = checks[stage.NAME] = StageCheck(stage.COMMAND)
+        check = checks[stage.name] = StageCheck(stage.command)
         try:
-            record = run.record(stage.NAME)
+            record = run.record(stage.name)
         except PuzzleError as error:
             check.problem = str(error)
             continue
@@ -114,12 +115,12 @@ def verify_run(run: RunFolder) -> RunCheck:
         try:
             check.stale = record["made_from"] != made_from(stage, recipe, run)
         except PuzzleError:
-            # An earlier stage has no record that could be read: this one's inputs will be made anew.
+            # An earlier stage has no record that could be read: this one's inputs will be made again.
             check.stale = True
-    # An input that is stale itself has not been made anew yet: its record still fits what was made from it.
+    # An input that is stale itself has not been made again yet: its record still fits what was made from it.
     for stage in STAGES:
-        if checks[stage.NAME].finished and any(checks[before.NAME].stale for before in needs(stage, recipe)):
-            checks[stage.NAME].stale = True
+        if checks[stage.name].finished and any(checks[before.name].stale for before in needs(stage, recipe)):
+            checks[stage.name].stale = True
     names = (str(path.relative_to(run.path)) for path in sorted(run.path.rglob("*")) if path.is_file())
     unrecorded = [name for name in names if name not in recorded and not name.startswith(BOOKKEEPING)]
     return RunCheck(run, checks, unrecorded)

@@ -115,10 +115,12 @@ def tiny_settings(tiny_parent):
     return {"parent": str(tiny_parent), **TINY_SETTINGS}
 
 
-def puzzle(*arguments, check=True, cwd=None):
+def puzzle(*arguments, check=True, cwd=None, env=None):
     """Run the real command line in a process of its own."""
     command = [sys.executable, "-m", "puzzle_nas.cli", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600)
+    # As wide as it is, unless asked; where pytest has imported readline, C's environment has a COLUMNS of its own.
+    environment = {**{name: value for name, value in os.environ.items() if name != "COLUMNS"}, **(env or {})}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600, env=environment)
     if check and result.returncode:
         raise AssertionError(f"{' '.join(command)} -> {result.returncode}\n{result.stdout}\n{result.stderr}")
     return result

@@ -21,23 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_nas.artifacts import RunFolder, file_checksum
+from puzzle_nas.stages import STAGES as PIPELINE
 
-PRELOADED = ("puzzle_nas.pipeline", "puzzle_nas.report.page", "transformers.models.llama.modeling_llama")
+STAGES = tuple(stage.name for stage in PIPELINE)
+PRELOADED = (
+    *("puzzle_nas.pipeline", "puzzle_nas.report.page", "transformers.models.llama.modeling_llama"),
+    *(f"puzzle_nas.stages.{name}" for name in STAGES),
+)
 TIMES = ("seconds/", "measured.json", "summary.json", "report.html", "evaluate_child", "write_report")
 """Measured times live in these and are no part of the claim."""
-STAGES = (
-    *(
-        "prepare_parent",
-        "prepare_data",
-        "measure_costs",
-        "build_library",
-        "distill_blocks",
-        "score_blocks",
-        "couple_blocks",
-    ),
-    *("search_architecture", "assemble_child", "refit_child", "distill_child", "evaluate_child", "write_report"),
-)
-"""As `pipeline.STAGES`, without importing torch here."""
 COUPLED = {"tokens": 2048, "batch_tokens": 256, "checkpoint_every_steps": 4, "learning_rate": 1e-3}
 """Settings of coupled BLD, long enough to be interrupted."""
 YEAR = 365 * 24 * 3600

@@ -1,9 +1,14 @@
 """The command line on its own: help, settings, and the search on anybody's table."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from puzzle_nas import __version__
 from puzzle_nas.recipe import Recipe, load_recipe, parse_recipe
 from tests.conftest import puzzle
 
@@ -69,11 +74,29 @@ def test_search_says_what_it_cannot_combine(tmp_path):
         ([], "either a run folder or a table"),
         ([tmp_path, "--table", tmp_path / "table.csv"], "either a run folder or a table"),
         ([tmp_path, "--solutions", 2], "are for a table"),
-        ([tmp_path, "--gap", 0], "need --limit"),
+        ([tmp_path, "--gap", 0], "Name a limit"),
         (["--table", tmp_path / "table.csv", "--minimize", "loss", "--limit", "ms"], "write COLUMN=MAX"),
     ):
         refused = puzzle("search", *arguments, check=False)
         assert refused.returncode == 2 and message in refused.stderr
+
+
+@pytest.mark.parametrize("arguments", [["-h"], [], ["--help"]])
+def test_help_by_every_name_and_of_nothing(arguments):
+    text = puzzle(*arguments).stdout
+    assert "Usage:" in text and "evaluate-child" in text and "--version" in text and "--install-completion" in text
+    assert "Usage:" in puzzle("engine", *arguments).stdout
+
+
+def test_version():
+    assert puzzle("--version").stdout == f"puzzle-nas {__version__}\n"
+
+
+def test_shell_completion():
+    complete = {"_PUZZLE_COMPLETE": "complete_bash", "COMP_WORDS": "puzzle distill-", "COMP_CWORD": "1"}
+    command = [sys.executable, "-c", "import sys; sys.argv[0] = 'puzzle'; from puzzle_nas.cli import main; main()"]
+    out = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **complete}).stdout
+    assert out.split() == ["distill-blocks", "distill-child"]
 
 
 @pytest.mark.parametrize("command", ["run", "search", "show", "generate", "score-blocks"])
@@ -97,7 +120,7 @@ def test_the_recipe_command_names_every_setting_and_its_meaning():
         assert description is None or description.splitlines()[0] in text
 
 
-@pytest.mark.parametrize("name", ["quickstart", "quickstart-smoke"])
-def test_recipes_in_the_repository_are_valid_and_survive_yaml(name, pytestconfig):
-    recipe = load_recipe(pytestconfig.rootpath / "recipes" / f"{name}.yaml")
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_in_the_repository_are_valid_and_survive_yaml(path):
+    recipe = load_recipe(path)
     assert parse_recipe(recipe.to_yaml()) == recipe

@@ -17,18 +17,18 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from benchmarks.results import RESULTS, save
 from puzzle_nas import pipeline
 from puzzle_nas.architecture import Architecture
-from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder, fingerprint, read_json, write_json
+from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import load_parent
 from puzzle_nas.library import assemble
-from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.recipe import Recipe, parse_recipe
-from puzzle_nas.training.comparison import ParentReference
+from puzzle_nas.scoring.comparison import ParentReference
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Budget:
     name: str
     run: RunFolder
     overrides: tuple[str, ...]
-    """Of recipes/quickstart.yaml, for a run that is not there yet."""
+    """Of recipes/torch.yaml, for a run that is not there yet."""
     gkd_tokens: int
     """For each child that a table distils."""
 
 
 BUDGETS = {
-    "cpu": Budget("cpu", RunFolder("runs/quickstart"), (), 8_192),
+    "cpu": Budget("cpu", RunFolder("runs/torch"), (), 8_192),
     "gpu": Budget(
         "gpu",
         RunFolder("runs/paper-gpu"),
@@ -76,7 +76,7 @@ class Children:
     def recipe(self) -> Recipe:
         """The run's; a run that is not there is made, up to its scores."""
         if not self.run.recipe.is_file():
-            recipe = parse_recipe(Path("recipes/quickstart.yaml").read_text(), self.budget.overrides)
+            recipe = parse_recipe(Path("recipes/torch.yaml").read_text(), self.budget.overrides)
             pipeline.run_stages(recipe, self.run, last="score-blocks")
         return pipeline.open_run(self.run)
 
@@ -97,10 +97,9 @@ class Children:
         return replace(self.found, scores=scores)
 
     @cached_property
-    def parent(self) -> PuzzleForCausalLM:
+    def parent(self) -> PreTrainedModel:
         """The run's parent, on no more threads than there are cores to use."""
-        assert self.recipe
-        parent, _ = load_parent(self.run)
+        parent = load_parent(self.recipe, self.run)
         torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
         return parent
 
@@ -166,11 +165,12 @@ def figures_of(name: str) -> dict:
     """What another benchmark kept.
 
     Raises:
-        SystemExit: nothing; names the command.
+        SystemExit: nothing; names the way out.
     """
-    path = RESULTS / f"{name}.json"
+    path, script = RESULTS / f"{name}.json", RESULTS.with_name(f"{name}.py")
     if not path.exists():
-        raise SystemExit(f"{path} is missing. Make it with: python benchmarks/{name}.py")
+        way_out = f"Make it with: python benchmarks/{name}.py" if script.exists() else f"git checkout -- {path}"
+        raise SystemExit(f"{path} is missing. {way_out}")
     return json.loads(path.read_text())["figures"]
 
 

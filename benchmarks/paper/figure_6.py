@@ -3,6 +3,7 @@
 from collections import Counter
 
 from benchmarks.paper.common import SPEEDUPS, Budget, Children, Measured, Table
+from puzzle_nas.architecture import GatedFFN
 
 PAPER = {
     "attention: runtime left": "",
@@ -22,15 +23,18 @@ def measure(budget: Budget) -> Measured:
     for speedup in SPEEDUPS:
         architecture, rows = children.chosen(speedup), {}
         for slot, name in (("attention", "attention"), ("ffn", "FFN")):
-            own = parent.layers[0][slot]
-            specs = [block[slot] for block in architecture.layers]
-            kinds = Counter("own" if s == own else "without" if s.empty else s.kind for s in specs)
-            time = sum(costs.columns_of(s)["runtime_ms"] for s in specs)
-            rows[f"{name}: runtime left"] = time / (len(specs) * costs.columns_of(own)["runtime_ms"])
+            chosen, own = ([block[slot] for block in a.layers] for a in (architecture, parent))
+            pairs = list(zip(chosen, own, strict=True))
+            kinds = Counter("own" if s == o else "without" if s.empty else s.kind for s, o in pairs)
+            left, whole = (
+                sum(costs.columns_of(layer, spec)["runtime_ms"] for layer, spec in enumerate(specs))
+                for specs in (chosen, own)
+            )
+            rows[f"{name}: runtime left"] = left / whole
             rows[f"{name}: layers without"] = kinds["without"]
             rows[f"{name}: layers linear"] = kinds["linear"]
             if slot == "ffn":
-                rows[f"{name}: layers narrowed"] = kinds[own.kind]
+                rows[f"{name}: layers narrowed"] = kinds[GatedFFN.kind]
         columns[f"{speedup}x"] = rows
         gone = {n: rows[f"{n}: layers without"] + rows[f"{n}: layers linear"] for n in ("attention", "FFN")}
         claims |= {

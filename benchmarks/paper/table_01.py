@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks.paper.common import Budget, Children, Measured, Table, ordering
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.library import assemble
-from puzzle_nas.stages.distill_child import Training
+from puzzle_nas.training.distillation import Training
 from puzzle_nas.training.parent_outputs import LiveParent
 
 PAPER = {

@@ -13,8 +13,9 @@ from benchmarks.paper.common import Budget, Children, Measured, Table
 from benchmarks.task_accuracy import USED, items_of, right_answers
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.engines import ENGINES, speedups
-from puzzle_nas.families import load_model, load_tokenizer, machine_of
+from puzzle_nas.families import load_model, load_tokenizer
 from puzzle_nas.families.loading import parent_checkpoint
+from puzzle_nas.machine import machine_of
 
 PAPER = {"parent": 76.4, "child": 73.98, "sibling": 70.36}
 SLOWER, REPEATS = 0.05, 5

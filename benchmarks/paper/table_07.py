@@ -1,4 +1,4 @@
-"""Puzzle, table 7: the text of distillation. Reads benchmarks/results/data_sources.json.
+"""Puzzle, table 7: the text of distillation. Reads benchmarks/results/data_sources.json, a settled experiment.
 
 The paper varies BLD's text and reads MMLU; ours varies the text of the whole run and reads KL on general text.
 """
@@ -10,7 +10,7 @@ STAGES = {"before GKD": "refitted", "after GKD": "distilled"}
 
 
 def measure(budget: Budget) -> Measured:
-    """From `python benchmarks/data_sources.py`."""
+    """KL on general text of three runs that differ in their text (docs/results.md, sources of text)."""
     figures = figures_of("data_sources")
     columns = {
         column: {

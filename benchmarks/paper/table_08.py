@@ -1,4 +1,4 @@
-"""Puzzle, table 8: tokens of BLD. Reads benchmarks/results/bld.json.
+"""Puzzle, table 8: tokens of BLD. Reads benchmarks/results/bld.json, a settled experiment.
 
 The paper has whole children after 0.25, 0.5 and 1 B tokens; ours has mean replace-1-block KL over the variants of two
 layers, from least squares, after amounts that double twice.
@@ -11,7 +11,7 @@ OURS = {"none": "untrained", "least": "1e-3", "more": "16384_tokens", "most": "3
 
 
 def measure(budget: Budget) -> Measured:
-    """From `python benchmarks/bld.py`."""
+    """Mean scores by tokens of BLD (docs/results.md, initialisation and BLD)."""
     figures = figures_of("bld")
     column = f"{figures['tokens']:,}, 16,384 and 32,768 tokens"
     columns = {column: {row: figures[f"mean_kl_nats.{name}"] for row, name in OURS.items()}}

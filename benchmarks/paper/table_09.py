@@ -11,15 +11,15 @@ import torch
 
 from benchmarks.paper.common import Budget, Children, Measured, Table
 from puzzle_nas import pipeline
-from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder, fingerprint, read_json, write_json
+from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.data.task_items import half_of, read_task
-from puzzle_nas.evaluation.task_scores import TaskResult, TokenisedTask
 from puzzle_nas.families import load_tokenizer
 from puzzle_nas.families.loading import parent_checkpoint
 from puzzle_nas.library import assemble
 from puzzle_nas.recipe import parse_recipe
-from puzzle_nas.training.likelihood import encode_pair, log_likelihoods
+from puzzle_nas.scoring.likelihood import encode_pair, log_likelihoods
+from puzzle_nas.scoring.task_scores import TaskResult, TokenisedTask
 
 TASK = Path("runs/benchmark-tasks/continuations.jsonl")
 """Of the files at hand the one that the parent can do (benchmarks/continuations.py, which writes it)."""

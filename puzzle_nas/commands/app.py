@@ -7,19 +7,39 @@ from typing import Annotated
 
 import typer
 
+from puzzle_nas import __version__
+
 app = typer.Typer(
     name="puzzle",
     help="Turn a trained LLM into a smaller, faster child that meets your limits, measured on your machine.\n\n"
     "Start with: puzzle run recipes/quickstart.yaml",
-    no_args_is_help=True,
-    add_completion=False,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def puzzle(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        print(f"puzzle-nas {__version__}")
+        raise typer.Exit
+    show_help_alone(context)
+
+
+def show_help_alone(context: typer.Context) -> None:
+    """Without a command, what there is."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as gkd.tokens=100000."),
 ]
-Again = Annotated[bool, typer.Option("--again", help="Discard what this stage has made and make it anew.")]
+Again = Annotated[bool, typer.Option("--again", help="Discard what this stage has made and make it again.")]

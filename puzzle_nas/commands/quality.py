@@ -15,25 +15,51 @@ from puzzle_nas.commands.app import app
 
 @app.command("generate")
 def generate_command(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint, or a run folder for its child.")],
-    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A checkpoint or .gguf file, or a run folder for its child.")
+    ],
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT...", help="What to say to the model; each by itself.")
+    ],
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     plain: Annotated[bool, typer.Option("--plain", help="Continue the text; no chat template.")] = False,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.0,
+    with_parent: Annotated[bool, typer.Option("--with-parent", help="Of a run, its parent's answers too.")] = False,
 ) -> None:
     """Let a parent or child answer."""
-    from puzzle_nas.families.generation import generate
+    from puzzle_nas.artifacts import RunFolder
+    from puzzle_nas.errors import RecipeError
+    from puzzle_nas.families import load_with_tokenizer, parent_checkpoint
+    from puzzle_nas.families.generation import answer
+    from puzzle_nas.machine import this_machine
 
-    checkpoint = model / "child-gkd" if (model / "recipe.yaml").is_file() else model
-    for piece in generate(checkpoint, prompt, max_new_tokens, not plain, temperature):
-        print(piece, end="", flush=True)
-    print()
+    is_run = (model / "recipe.yaml").is_file()
+    if with_parent and not is_run:
+        raise RecipeError(f"{model} is not a run folder, which --with-parent needs; leave it out.")
+    speakers = {"child": model / "child-gkd" if is_run else model}
+    if with_parent:
+        speakers["parent"] = parent_checkpoint(RunFolder(model))
+    loaded = {name: load_with_tokenizer(checkpoint, this_machine()) for name, checkpoint in speakers.items()}
+    for number, prompt in enumerate(prompts):
+        if len(prompts) > 1:
+            print(f"{'' if number == 0 else chr(10)}> {prompt}")
+        for name, (language_model, tokenizer) in loaded.items():
+            if with_parent:
+                print(f"{name}: ", end="")
+            for piece in answer(language_model, tokenizer, prompt, max_new_tokens, not plain, temperature):
+                print(piece, end="", flush=True)
+            print()
 
 
 @app.command("evaluate")
 def evaluate_command(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A run folder, for its child against its parent, or a checkpoint.")
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="A run folder, for its child against its parent; a checkpoint; or an export for llama.cpp, which then "
+            "computes it.",
+        ),
     ],
     parent: Annotated[Path | None, typer.Option(help="A checkpoint to compare with. Default: a run's own.")] = None,
     data: Annotated[
@@ -68,7 +94,7 @@ def evaluate_command(
     """
     from puzzle_nas.evaluation.evaluate import Asked, evaluate
     from puzzle_nas.evaluation.tables import show_evaluation
-    from puzzle_nas.progress import console
+    from puzzle_nas.report.terminal import print_tables
 
     asked = Asked(
         *(tuple(data or ()), sequence_length, tokens, tuple(tasks or ()), limit, held_out),
@@ -80,8 +106,7 @@ def evaluate_command(
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        console.width = max(console.width, 120)
-        console.print(show_evaluation(found))
+        print_tables(show_evaluation(found))
 
 
 @app.command("judge")

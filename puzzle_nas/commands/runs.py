@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from puzzle_nas.commands.app import Again, Overrides, RunArgument, app
+from puzzle_nas.stages import STAGES, Stage
 
 
 @app.command("run")
@@ -26,6 +27,7 @@ def run_command(
         return
     from puzzle_nas import pipeline
     from puzzle_nas.artifacts import RunFolder
+    from puzzle_nas.errors import puzzle_command
     from puzzle_nas.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or [])
@@ -33,7 +35,7 @@ def run_command(
     pipeline.run_stages(settings, run, first, last)
     if last is None:
         print_summary(run.path)
-        print(f'Report: {run.report}\nTry the child: puzzle generate {run} "Why is the sky blue?"')
+        print(f"Report: {run.report}\nTry the child: {puzzle_command('generate', run, 'Why is the sky blue?')}")
 
 
 def _run_in_processes(nproc, recipe, overrides, run_dir, first, last) -> None:
@@ -48,58 +50,58 @@ def _run_in_processes(nproc, recipe, overrides, run_dir, first, last) -> None:
         raise typer.Exit(code)
 
 
-def _add_stage(command: str, text: str) -> None:
-    @app.command(command, help=text)
+def _add_stage(stage: Stage) -> None:
+    @app.command(stage.command, help=stage.help)
     def stage_command(run_dir: RunArgument, overrides: Overrides = None, again: Again = False) -> None:
-        run_stage(command, run_dir, overrides or [], again)
+        from puzzle_nas import pipeline
+        from puzzle_nas.artifacts import RunFolder
+        from puzzle_nas.recipe import load_run_recipe
+
+        run = RunFolder(run_dir)
+        pipeline.open_run(run)
+        with pipeline.held(run):
+            recipe = load_run_recipe(run.recipe, overrides or [])
+            if overrides:
+                pipeline.claim_run(recipe, run)
+            pipeline.run_stage(stage, recipe, run, again)
 
 
-def run_stage(command: str, run_dir: Path, overrides: list[str], again: bool) -> None:
-    """A stage of an existing run, with settings changed."""
-    from puzzle_nas import pipeline
-    from puzzle_nas.artifacts import RunFolder
-    from puzzle_nas.recipe import parse_recipe
-
-    run = RunFolder(run_dir)
-    pipeline.open_run(run)
-    with pipeline.held(run):
-        recipe = parse_recipe(run.recipe.read_text(), overrides, str(run.recipe))
-        if overrides:
-            pipeline.claim_run(recipe, run)
-        pipeline.run_stage(pipeline.stage_named(command), recipe, run, again)
-
-
-for _command, _text in (
-    ("prepare-parent", "Find the parent; convert it to a transformers checkpoint where it is none."),
-    ("prepare-data", "Text to packed token blocks of the five splits."),
-    ("measure-costs", "Memory and runtime of every variant on this machine."),
-    ("build-library", "Every variant of every layer, initialised from the parent."),
-    ("distill-blocks", "Train every variant to imitate its parent block (BLD)."),
-    ("score-blocks", "Damage of every variant when it alone replaces its parent block."),
-    ("couple-blocks", "Train and score what a first search uses in pairs of attention and FFN (coupled BLD)."),
-    ("assemble", "The chosen variants as one checkpoint."),
-    ("refit", "Correct the assembled child in closed form."),
-    ("distill-child", "Train the whole child against the parent (GKD)."),
-    ("evaluate-child", "Child against parent: quality and measured speed."),
-    ("report", "Write summary.json and report.html."),
-):
-    _add_stage(_command, _text)
+for _stage in STAGES:
+    _add_stage(_stage)
 
 
 def print_summary(run_dir: Path, as_json: bool = False) -> None:
     """A run's child and its summary table."""
     from puzzle_nas.artifacts import RunFolder, read_json, written_by_this_version
-    from puzzle_nas.progress import console
+    from puzzle_nas.errors import puzzle_command
+    from puzzle_nas.report.summary import made_since
     from puzzle_nas.report.tables import show
+    from puzzle_nas.report.terminal import print_tables
 
-    path = RunFolder(run_dir).summary
-    summary = read_json(path, "report")
+    run = RunFolder(run_dir)
+    _require_finished(run_dir)
+    summary = read_json(run.summary, "write-report")
     if as_json:
         print(json.dumps(summary, indent=1))
         return
-    with written_by_this_version(path, "report"):
-        tables = show(summary)
-    console.print(tables)
+    with written_by_this_version(run.summary, "write-report"):
+        tables, since = show(summary), made_since(summary, run)
+    print_tables(tables)
+    if since:
+        stages = ", ".join(name.replace("_", "-") for name in since)
+        print(
+            f"Older than what {stages} has made since; bring it up to date with: {puzzle_command('write-report', run)}"
+        )
+
+
+def _require_finished(run_dir: Path) -> None:
+    """Imports the pipeline, which takes seconds, only where there is something to say."""
+    from puzzle_nas.artifacts import RunFolder
+
+    if not RunFolder(run_dir).summary.is_file():
+        from puzzle_nas import pipeline
+
+        pipeline.require_finished(RunFolder(run_dir))
 
 
 @app.command("recipe")
@@ -143,15 +145,17 @@ def compare_command(
 ) -> None:
     """Several finished runs side by side."""
     from puzzle_nas.artifacts import RunFolder, write_bytes
-    from puzzle_nas.progress import console
     from puzzle_nas.report.comparison import comparison_json, load_runs, render_comparison, show_comparison
+    from puzzle_nas.report.terminal import print_tables
 
+    for path in run_dirs:
+        _require_finished(path)
     runs = load_runs([RunFolder(path) for path in run_dirs])
     if html is not None:
         write_bytes(html, render_comparison(runs).encode())
     if as_json:
         print(json.dumps(comparison_json(runs), indent=1))
         return
-    console.print(show_comparison(runs))
+    print_tables(show_comparison(runs))
     if html is not None:
         print(f"Page: {html}")

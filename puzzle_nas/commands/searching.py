@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from puzzle_nas.commands.app import Again, RunArgument, app
-from puzzle_nas.commands.runs import run_stage
+from puzzle_nas.commands.app import RunArgument, app
 
 
 @app.command("search")
@@ -38,13 +37,12 @@ def search_command(
         float | None, typer.Option(help="Longest time for one solve. Default: the recipe's; 60.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    again: Again = False,
 ) -> None:
     """The best architecture within limits, for a run or for any table.
 
     Limits given here leave the run's own child alone: the result goes to RUN/search/LIMITS/architecture.json.
     """
-    from puzzle_nas.errors import RecipeError
+    from puzzle_nas.errors import RecipeError, puzzle_command
 
     if (table is None) == (run_dir is None):
         raise RecipeError("Name either a run folder or a table with --table.")
@@ -56,15 +54,12 @@ def search_command(
     if minimize or maximize or solutions != 1 or min_different != 1:
         raise RecipeError("--minimize, --maximize, --solutions and --min-different are for a table; add --table FILE.")
     if not limit:
-        if as_json or gap is not None or time_limit_seconds is not None:
-            raise RecipeError(
-                "--json, --gap and --time-limit-seconds need --limit; without, the run's own search follows its recipe."
-            )
-        run_stage("search", run_dir, [], again)
-        return
+        own = puzzle_command("search-architecture", run_dir)
+        raise RecipeError(f"Name a limit, such as --limit speedup=1.5; the search within the recipe's limits is: {own}")
     from puzzle_nas import pipeline
-    from puzzle_nas.architecture_search import ArchitectureSearch
+    from puzzle_nas.architecture import Architecture
     from puzzle_nas.artifacts import RunFolder, write_json
+    from puzzle_nas.choosing.architecture_search import ArchitectureSearch
     from puzzle_nas.stages.search_architecture import search
 
     limits = dict(_named_number(text) for text in limit)
@@ -78,21 +73,19 @@ def search_command(
     if as_json:
         print(json.dumps(result, indent=1))
         return
-    for row in result["architecture"]:
-        print(f"{row['layer']:3d}  {_spec_id(row['attention']):18s} {_spec_id(row['ffn'])}")
+    child = Architecture.from_list(result["architecture"])
+    for layer, block in enumerate(child.layers):
+        print(f"{layer:3d}  {' '.join(f'{spec.id:18s}' for spec in block.values())}".rstrip())
+    if child.head.format:
+        print(f"     {child.head.id}")
     print(f"{'':16s} score sum  predicted speed-up")
     for name, found in {"child": result, **result["baselines"]}.items():
         if "infeasible" in found:
             print(f"{name:16s} {found['infeasible']}")
         else:
             print(f"{name:16s} {found['score_sum']:9.4f}  {found['speedup_predicted']:.3f}x")
-    print(f"Written to {path}. Make that child with: puzzle run RECIPE search.limits=... --run-dir {run}")
-
-
-def _spec_id(data: dict[str, Any]) -> str:
-    from puzzle_nas.architecture import spec_from_dict
-
-    return spec_from_dict(data).id
+    changed = [f"search.limits.{name}={value:g}" for name, value in limits.items()]
+    print(f"Written to {path}. Make that child with: {puzzle_command('run', 'RECIPE', *changed, '--run-dir', run)}")
 
 
 def _named_number(text: str) -> tuple[str, float]:
@@ -163,12 +156,12 @@ def frontier_command(
 ) -> None:
     """The best child and the baselines over a range of limits: RUN/search/frontier.json, and .html to look at."""
     from puzzle_nas import pipeline
-    from puzzle_nas.architecture_search import ArchitectureSearch
     from puzzle_nas.artifacts import RunFolder, read_json, write_bytes, write_json
-    from puzzle_nas.frontier import LimitRange, solve_frontier
-    from puzzle_nas.progress import console
+    from puzzle_nas.choosing.architecture_search import ArchitectureSearch
+    from puzzle_nas.choosing.frontier import LimitRange, solve_frontier
     from puzzle_nas.report.frontier_page import render_frontier
     from puzzle_nas.report.tables import show_frontier
+    from puzzle_nas.report.terminal import print_tables
 
     run = RunFolder(run_dir)
     recipe = pipeline.open_run(run)
@@ -177,5 +170,5 @@ def frontier_command(
     write_json(run.frontier, frontier)
     picture = run.frontier.with_suffix(".html")
     write_bytes(picture, render_frontier(frontier, read_json(run.parent)["source"]).encode())
-    console.print(show_frontier(frontier))
+    print_tables(show_frontier(frontier))
     print(f"Written to {run.frontier}; the picture is {picture}.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from puzzle_nas.commands.app import app
+from puzzle_nas.commands.app import app, show_help_alone
 
 
 @app.command("export")
@@ -15,7 +15,8 @@ def export_command(
     model: Annotated[Path, typer.Argument(metavar="RUN|CHILD", help="A run folder for its child, or a checkpoint.")],
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="transformers, decilm, vllm or gguf.")],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's own.")
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16. Default: 16 bits; for transformers the checkpoint's own."),
     ] = None,
     quantise: Annotated[
         str | None, typer.Option("--quantize", metavar="TYPE", help="For gguf: q8_0, q6_k, q5_k_m, q4_k_m or q4_0.")
@@ -28,12 +29,13 @@ def export_command(
 
     is_run = (model / "recipe.yaml").is_file()
     if out is None and not is_run:
-        raise RecipeError(f"{model} is no run folder; say where the export of a checkpoint goes with --out FOLDER.")
+        raise RecipeError(f"{model} is not a run folder; say where the export of a checkpoint goes with --out FOLDER.")
     folder = export_child(model / "child-gkd" if is_run else model, to, dtype, quantise, out or model / "exports")
     print(f"Exported to {folder}")
 
 
-engine_app = typer.Typer(help="Serving engines, each in an environment of its own.", no_args_is_help=True)
+engine_app = typer.Typer(help="Serving engines, each in an environment of its own.", invoke_without_command=True)
+engine_app.callback()(show_help_alone)
 app.add_typer(engine_app, name="engine", rich_help_panel=None)
 
 
@@ -102,6 +104,10 @@ def serve_command(
     export: Annotated[Path, typer.Argument(metavar="EXPORT", help="An export folder, such as RUN/exports/gguf-q8_0.")],
     engine: Annotated[str, typer.Option(help="llama.cpp or vllm.")],
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on loopback.")] = 8000,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of the longest request, answer included. Default: the model's own."),
+    ] = None,
 ) -> None:
     """Start the engine's own OpenAI-compatible server; Ctrl-C ends it."""
     from puzzle_nas.engines import serving_engine
@@ -109,6 +115,6 @@ def serve_command(
 
     chosen = serving_engine(engine)
     chosen.precision_of(export)
-    with served(chosen, export, port) as server:
+    with served(chosen, export, port, context) as server:
         print(f"{engine} is ready. Try:\n{server.curl}", flush=True)
         server.process.wait()

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from puzzle_nas.artifacts import RunFolder, read_json
-from puzzle_nas.errors import ArtifactError
+from puzzle_nas.errors import ArtifactError, puzzle_command
 
 
 def load_tokens(run: RunFolder, split: str) -> torch.Tensor:
@@ -23,8 +23,10 @@ def load_tokens(run: RunFolder, split: str) -> torch.Tensor:
     path = run.split(split)
     facts = read_json(run / "data" / "data.json") if (run / "data" / "data.json").exists() else None
     if facts is None or not path.exists():
-        raise ArtifactError(f"{run} has no {split} text yet. Make it with: puzzle prepare-data {run}")
-    damaged = ArtifactError(f"{path} is corrupted. Make it anew with: puzzle prepare-data {run} --again")
+        raise ArtifactError(f"{run} has no {split} text yet. Make it with: {puzzle_command('prepare-data', run)}")
+    damaged = ArtifactError(
+        f"{path} is corrupted. Make it again with: {puzzle_command('prepare-data', run, '--again')}"
+    )
     try:
         tokens_NT = safetensors.torch.load(path.read_bytes())["tokens"]
     except (SafetensorError, KeyError):

@@ -1,7 +1,7 @@
 """Many rows written token by token: attention of one token each, and a cache that is not copied at every step.
 
 The fused attention kernels of CPUs are made for prompts, and a cache that grows by concatenation moves all of itself at
-every step (benchmarks/decoding.py).
+every step (docs/results.md).
 """
 
 # B rows, H query heads, K key-value heads, G = H / K, T cached tokens, C head_dim
@@ -25,7 +25,9 @@ def decoding(model: PreTrainedModel, length: int) -> Iterator[Cache]:
 
     Rows are of one length: there is no mask.
     """
-    cache, attention = DynamicCache(config=model.config), model.config._attn_implementation
+    cache = DynamicCache(config=model.config)
+    attention = model.config._attn_implementation
+    assert attention is not None
     cache.layers = [_Room(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     model.set_attn_implementation(ATTENTION)
     try:

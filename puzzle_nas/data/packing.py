@@ -1,19 +1,26 @@
 """Documents -> fixed blocks of tokens for the five splits. No document is in two splits or comes twice.
 
-Which split a document goes to and where it stands there follow from a hash of its content and the seed, so
-each split is spread over all the text that was read. Only as much text is read as the splits need.
+Where the tokenizer puts a token before text, every document and every block begins with it: so the parent was trained,
+and so it is prompted. Which split a document goes to and where it stands there follow from a hash of its content and
+the seed, so each split is spread over all the text that was read. Only as much text is read as the splits need.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from puzzle_nas.errors import DataError
+from puzzle_nas.data.conversations import Conversation
+from puzzle_nas.data.parent_samples import conversation_script, special_ids
+from puzzle_nas.errors import ChatTemplateError, DataError
+from puzzle_nas.parents.chat import ChatTemplate, on_a_fixed_day
+from puzzle_nas.parents.tokenizer import bos_of, separator_of
+from puzzle_nas.progress import console
 from puzzle_nas.recipe import DataSettings
 
 SMALL_SPLITS = ("validation", "selection", "scoring", "calibration")
@@ -28,8 +35,8 @@ longer document is left out, so that a split holds many documents."""
 SMALLEST_REST = 0.9
 """Where text is short, leaving it out may cost `train` no more than a tenth of what it could have."""
 
-Document = str | Sequence[int]
-"""Text, or tokens where text would lose control tokens."""
+Document = str | Conversation | Sequence[int]
+"""Text, messages, or tokens where text would lose control tokens."""
 
 
 @dataclass(frozen=True)
@@ -60,34 +67,129 @@ class _Piece:
     key: bytes
     """Hash of seed and content."""
     tokens: np.ndarray
-    """int32, [tokens], ends with the separator"""
+    """int32, [tokens]; ends with what ends a document, and begins with `beginning`"""
+    beginning: int | None = None
+    """The token that every document begins with, if any."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def cut(self, length: int) -> _Piece:
-        """At most `length` tokens, the last of them the separator; a small part is cut from anywhere."""
+        """At most `length` tokens, begun and ended as the document is; a small part is cut from anywhere."""
         if length >= len(self):
             return self
         places = len(self) - length + 1 if 2 * length <= len(self) else 1
         start = int.from_bytes(self.key[:4]) % places
         tokens = self.tokens[start : start + length].copy()
         tokens[-1] = self.tokens[-1]
-        return _Piece(self.key, tokens)
+        if self.beginning is not None:
+            tokens[0] = self.beginning
+        return _Piece(self.key, tokens, self.beginning)
 
 
-def separator_id(tokenizer: Any) -> int:
-    """The token after each document: the tokenizer's end of text.
+class Encoder:
+    """Documents as the tokens of which the parent has seen such documents.
 
     Raises:
-        DataError: it has none.
+        DataError: no token ends a document, or `separator` is not one token.
     """
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            "The parent's tokenizer has no end-of-text token to put between documents; set eos_token in the "
-            "checkpoint's tokenizer_config.json."
-        )
-    return tokenizer.eos_token_id
+
+    def __init__(self, tokenizer: Any, separator: str | None = None):
+        self.tokenizer = tokenizer
+        self.template: ChatTemplate | None = None
+        self.no_template = "it has none"
+        """Why conversations cannot be written, where they cannot."""
+        script = None
+        try:
+            self.template = ChatTemplate.of(tokenizer)
+            script = conversation_script(tokenizer)
+        except ChatTemplateError as error:
+            self.no_template = f"its own fails: {error}"
+        self.turn_end = min(script.turns[-1].ends) if script else None
+        """The token that ends an answer, and so a conversation."""
+        turn_tokens = {t for turn in script.turns for t in (*turn.ends, *turn.forced)} if script else set()
+        self.separator = self._separator(separator)
+        """The token that ends a document of plain text."""
+        self.beginning = bos_of(tokenizer)
+        """The token that begins a block, and a document unless the one before it ended with the same."""
+        self._special = special_ids(tokenizer)
+        self._turn_marks = (turn_tokens & self._special) - {self.separator, self.beginning}
+        self.left_out: Counter[str] = Counter()
+        """Conversations that the template refused, by its reason."""
+
+    def _separator(self, asked: str | None) -> int:
+        if asked is not None:
+            known = self.tokenizer.get_vocab()
+            if asked not in known:
+                raise DataError(f"The parent's tokenizer has no token {asked!r}; correct data.separator.")
+            return known[asked]
+        if (found := separator_of(self.tokenizer)) is None:
+            raise DataError(
+                "The parent's tokenizer has no end-of-text token to put between documents; name one of its tokens "
+                "in data.separator."
+            )
+        return found
+
+    def __call__(self, documents: Sequence[Document]) -> list[list[int]]:
+        """The tokens of each document; none for one without text, and for a conversation that the template refuses."""
+        texts = [self._text(document) for document in documents if isinstance(document, str | Conversation)]
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        encoded = iter(self.tokenizer(texts, **options)["input_ids"] if texts else [])
+        return [
+            self._framed(next(encoded) if isinstance(document, str | Conversation) else list(document))
+            for document in documents
+        ]
+
+    def _text(self, document: str | Conversation) -> str:
+        """As the tokenizer reads it."""
+        if isinstance(document, str):
+            return document
+        if self.template is None:
+            raise DataError(
+                f"The text holds conversations, and the parent has no chat template to write them with "
+                f"({self.no_template}); put a chat_template.jinja into its checkpoint, or give plain text."
+            )
+        try:
+            return self.template.render(document.messages, strftime_now=on_a_fixed_day)
+        except ChatTemplateError as error:
+            self.left_out[str(error)] += 1
+            return ""
+
+    def _framed(self, ids: list[int]) -> list[int]:
+        """With what begins and ends such a document."""
+        if not ids:
+            return ids
+        end = self.separator
+        if not self._turn_marks.isdisjoint(ids):
+            assert self.turn_end is not None
+            end = self.turn_end
+            ids = self._up_to_the_last_turn(ids, end)
+        if ids[-1] != end:
+            ids.append(end)
+        if self.beginning not in (None, self.separator, ids[0]):
+            ids.insert(0, self.beginning)
+        return ids
+
+    def _up_to_the_last_turn(self, ids: list[int], end: int) -> list[int]:
+        """Without the white space that a template writes after it."""
+        last = next(place for place in reversed(range(len(ids))) if ids[place] in self._special)
+        closed = ids[last] == end and not self.tokenizer.decode(ids[last + 1 :]).strip()
+        return ids[: last + 1] if closed else ids
+
+
+def in_blocks(tokens: np.ndarray, length: int, beginning: int | None) -> np.ndarray:
+    """Tokens [n * length] as blocks [n, length]; `beginning`, if any, takes the place of each block's first token.
+
+    Where a document's own stands second, the block is taken from there, so that it does not come twice.
+    """
+    blocks_NT = tokens.reshape(-1, length)
+    if beginning is None:
+        return blocks_NT
+    from_second_NT = np.append(tokens[1:], tokens[-1]).reshape(-1, length)
+    begins_second_N1 = (blocks_NT[:, 1] == beginning)[:, None]
+    blocks_NT = np.where(begins_second_N1, from_second_NT, blocks_NT)
+    blocks_NT[:, 0] = beginning
+    return blocks_NT
 
 
 def block_count(settings: DataSettings, split: str) -> int:
@@ -124,7 +226,8 @@ def pack(
     Raises:
         DataError: too little text for one of the splits, or a tokenizer of another model.
     """
-    reader = _Tokenised(tokenizer, vocab_size, seed, on_progress)
+    encoder = Encoder(tokenizer, settings.separator)
+    reader = _Tokenised(encoder, vocab_size, seed, on_progress)
     streams = [_Stream(source, reader) for source in sources]
     weights = [source.weight for source in sources]
     length = settings.sequence_length
@@ -143,8 +246,14 @@ def pack(
         )
     for stream, pieces, quota in zip(streams, dealt, train, strict=True):
         pieces["train"] = _take(iter(stream.pieces), quota, quota)
+    for reason, count in encoder.left_out.items():
+        console.print(f"  The parent's chat template refuses {count} conversations: {reason}", markup=False)
     return {
-        split: _join({source.name: pieces[split] for source, pieces in zip(sources, dealt, strict=True)}, length)
+        split: _join(
+            {source.name: pieces[split] for source, pieces in zip(sources, dealt, strict=True)},
+            length,
+            encoder.beginning,
+        )
         for split in SPLITS
     }
 
@@ -153,15 +262,14 @@ def pack(
 class _Tokenised:
     """Tokenises documents of all sources, each content only once."""
 
-    tokenizer: Any
+    encoder: Encoder
     vocab_size: int
     seed: int
     on_progress: Callable[[int], object]
     seen: set[bytes] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.separator = separator_id(self.tokenizer)
-        self._check(self.separator)
+        self._check(self.encoder.separator)
         self.salt = hashlib.blake2b(str(self.seed).encode(), digest_size=16).digest()
 
     def _check(self, token: int) -> None:
@@ -180,6 +288,8 @@ class _Tokenised:
                 # JSON can hold halves of surrogate pairs, which no encoding can.
                 content = document.encode("utf-8", "replace")
                 document = content.decode()
+            elif isinstance(document, Conversation):
+                content = b"\0messages" + document.to_json().encode("utf-8", "replace")
             else:
                 content = b"\0tokens" + np.asarray(document, np.int64).tobytes()
             key = hashlib.blake2b(content, digest_size=16, key=self.salt).digest()
@@ -195,22 +305,16 @@ class _Tokenised:
             yield self._pieces(batch)
 
     def _pieces(self, batch: list[tuple[bytes, Document]]) -> list[_Piece]:
-        texts = [document for _, document in batch if isinstance(document, str)]
-        encoded: Iterator[list[int]] = iter(())
-        if texts:
-            options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-            encoded = iter(self.tokenizer(texts, **options)["input_ids"])
         pieces = []
-        for key, document in batch:
-            ids = next(encoded) if isinstance(document, str) else list(document)
+        for (key, _), ids in zip(batch, self.encoder([document for _, document in batch]), strict=True):
             if not ids:
                 continue
-            if ids[-1] != self.separator:
-                ids.append(self.separator)
             tokens = np.asarray(ids, np.int64)
             self._check(int(tokens.max()))
             self._check(int(tokens.min()))
-            pieces.append(_Piece(key, tokens.astype(np.int32)))
+            beginning = self.encoder.beginning
+            begins = beginning is not None and ids[0] == beginning
+            pieces.append(_Piece(key, tokens.astype(np.int32), beginning if begins else None))
         self.on_progress(sum(map(len, pieces)))
         return pieces
 
@@ -301,11 +405,11 @@ def _train_quotas(
     return quotas
 
 
-def _join(pieces_by_source: Mapping[str, list[_Piece]], length: int) -> PackedSplit:
+def _join(pieces_by_source: Mapping[str, list[_Piece]], length: int, beginning: int | None) -> PackedSplit:
     """One split's blocks. Documents are ordered by their hash read backwards: forwards it chose the split."""
     pieces = sorted((piece for pieces in pieces_by_source.values() for piece in pieces), key=lambda p: p.key[::-1])
     return PackedSplit(
-        tokens=np.concatenate([piece.tokens for piece in pieces]).reshape(-1, length),
+        tokens=in_blocks(np.concatenate([piece.tokens for piece in pieces]), length, beginning),
         documents=len(pieces),
         tokens_by_source={name: sum(map(len, pieces)) for name, pieces in pieces_by_source.items()},
     )

@@ -9,19 +9,22 @@ conversation stay what they are.
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from puzzle_nas.data.decoding import decoding
-from puzzle_nas.errors import DataError
+from puzzle_nas.errors import ChatTemplateError, DataError
 from puzzle_nas.modeling import CACHE
+from puzzle_nas.parents.chat import MARKS, ChatTemplate, marked_conversation, on_a_fixed_day
+from puzzle_nas.parents.tokenizer import bos_of, separator_of
+from puzzle_nas.progress import console
 
 TOP_P = 0.95
 TOP_K = 256
@@ -30,8 +33,6 @@ SPARE_ROWS = 1.03
 """More rows than tokens ask for, in place of those that start tokens and dropped documents cost."""
 SHORTEST_DOCUMENT = 8
 """Tokens; anything shorter is no document."""
-PLAIN_START = "<|endoftext|>"
-"""Start of plain text for chat models whose own start and end tokens stand for turns."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Script:
 
     start: tuple[int, ...]
     turns: tuple[Turn, ...]
-    keeps_turns: bool
-    """One document with all its turns (a conversation), or one document for each turn."""
+    documents: Literal["turns", "rounds", "row"]
+    """What a document is: each turn without control tokens (plain text), each round of all turns, or the whole row."""
 
 
 def special_ids(tokenizer: Any) -> set[int]:
@@ -59,24 +60,19 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 
 def conversation_script(tokenizer: Any) -> Script | None:
-    """User and assistant in turns, as the chat template writes them.
+    """User and assistant alternating, as the chat template writes them.
 
     None where there is no chat template, or one whose turns do not end with a control token.
+
+    Raises:
+        ChatTemplateError: the template fails.
     """
-    if not tokenizer.chat_template:
+    template = ChatTemplate.of(tokenizer)
+    if template is None:
         return None
-    marks = ["QUESTIONONE", "ANSWERONE", "QUESTIONTWO"]
-    roles = ["user", "assistant", "user"]
-    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-    # Some templates write today's date; it stands still, so that a recipe gives the same text tomorrow.
-    rest = tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=True,
-        strftime_now=lambda form: datetime.date(2025, 1, 1).strftime(form),
-    )
+    rest = template.render(marked_conversation(), add_generation_prompt=True, strftime_now=on_a_fixed_day)
     parts = []
-    for mark in marks:
+    for mark in MARKS:
         before, found, rest = rest.partition(mark)
         if not found:
             return None
@@ -91,7 +87,13 @@ def conversation_script(tokenizer: Any) -> Script | None:
         if end is None:
             return None
         turns.append(Turn(frozenset([tokens[end]]), tuple(tokens[end + 1 :])))
-    return Script(tuple(start), tuple(turns), keeps_turns=True) if start else None
+    if not start:
+        return None
+    if not template.drops_thoughts:
+        return Script(tuple(start), tuple(turns), "row")
+    # What an answer thought would stay in the row: the next question begins another conversation.
+    question, answer = turns
+    return Script(tuple(start), (question, Turn(answer.ends, tuple(start))), "rounds")
 
 
 def plain_script(tokenizer: Any, conversation: Script | None) -> Script:
@@ -102,17 +104,15 @@ def plain_script(tokenizer: Any, conversation: Script | None) -> Script:
     """
     turns = conversation.turns if conversation else ()
     turn_tokens = {token for turn in turns for token in (*turn.ends, *turn.forced)}
-    known = tokenizer.get_vocab()
-    candidates = [tokenizer.bos_token_id, tokenizer.eos_token_id, known.get(PLAIN_START)]
-    candidates = [token for token in candidates if token is not None]
-    if not candidates:
+    start = bos_of(tokenizer)
+    start = separator_of(tokenizer) if start is None else start
+    if start is None:
         raise DataError(
             "The parent's tokenizer has neither a token that begins a text nor one that ends it, so the "
             "parent cannot write; take parent-samples out of data.sources."
         )
-    start = next((token for token in candidates if token not in turn_tokens), candidates[-1])
     ends = frozenset((special_ids(tokenizer) - turn_tokens) | {start})
-    return Script((start,), (Turn(ends, (start,) if len(ends) > 1 else ()),), keeps_turns=False)
+    return Script((start,), (Turn(ends, (start,) if len(ends) > 1 else ()),), "turns")
 
 
 def sample_documents(
@@ -138,7 +138,7 @@ def sample_documents(
     Raises:
         DataError: the parent writes nothing that could be used.
     """
-    conversation = conversation_script(tokenizer)
+    conversation = _conversation_script_or_none(tokenizer)
     if conversation and len(conversation.start) > sequence_length // 2:
         conversation = None
     scripts = [plain_script(tokenizer, conversation), *([conversation] if conversation else [])]
@@ -158,6 +158,16 @@ def sample_documents(
         if fruitless == 3:
             raise DataError("The parent writes nothing but repeated tokens; take parent-samples out of data.sources.")
     return documents
+
+
+def _conversation_script_or_none(tokenizer: Any) -> Script | None:
+    try:
+        return conversation_script(tokenizer)
+    except ChatTemplateError as error:
+        console.print(
+            f"  The parent's chat template fails ({error}): the parent writes no conversations.", markup=False
+        )
+        return None
 
 
 def is_degenerate(document: list[int]) -> bool:
@@ -193,7 +203,7 @@ def _write_rows(
 
 
 def _sample_nucleus(logits_BV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One token of each row [B], from the smallest set of likeliest tokens that holds TOP_P probability."""
+    """One token of each row [B], from the smallest set of most likely tokens that holds TOP_P probability."""
     top_BK, ids_BK = logits_BV.topk(min(TOP_K, logits_BV.shape[-1]), dim=-1)
     probability_BK = (top_BK - logits_BV.logsumexp(-1, keepdim=True)).exp()
     before_BK = probability_BK.cumsum(-1) - probability_BK
@@ -213,6 +223,8 @@ class _Row:
         """Place of the first token of each turn."""
         self.ends: list[int] = []
         """Place of the token that ended each turn."""
+        self.rounds: list[int] = [0]
+        """Place of the first token of each round of all turns."""
 
     @property
     def allowed(self) -> frozenset[int]:
@@ -228,14 +240,18 @@ class _Row:
             self.ends.append(len(self.tokens))
             self.waiting = list(self.script.turns[self.turn].forced)
             self.turn = (self.turn + 1) % len(self.script.turns)
+            if self.turn == 0:
+                self.rounds.append(len(self.tokens) + 1)
         elif len(self.begins) == len(self.ends):
             self.begins.append(len(self.tokens))
         self.tokens.append(token)
         return token
 
     def documents(self) -> list[list[int]]:
-        """A conversation whole, with its control tokens; plain documents apart, without them."""
-        if self.script.keeps_turns:
+        """Conversations with their control tokens; plain documents apart, without them."""
+        if self.script.documents == "row":
             return [self.tokens]
+        if self.script.documents == "rounds":
+            return [self.tokens[begin:end] for begin, end in pairwise([*self.rounds, len(self.tokens)])]
         ends = [*self.ends, len(self.tokens)]
         return [self.tokens[begin:end] for begin, end in zip(self.begins, ends, strict=False)]

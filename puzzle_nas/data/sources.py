@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import glob
-import gzip
 import io
 import itertools
 import json
@@ -17,23 +16,22 @@ import random
 import sysconfig
 import tokenize
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from puzzle_nas.data.conversations import COLUMNS, SYSTEM, Conversation, conversation_of, messages_in
 from puzzle_nas.errors import DataError
-from puzzle_nas.recipe import SourceSettings
-
-PYTHON_STDLIB = "python-stdlib"
-PARENT_SAMPLES = "parent-samples"
+from puzzle_nas.hub import go_offline_if_unreachable
+from puzzle_nas.recipe import PYTHON_STDLIB, SourceSettings
+from puzzle_nas.text_files import opened, refuse_pointer
 
 DOCUMENT_CHARACTERS = 8_000
 """Plain text and Python source longer than this are cut into several documents."""
 WINDOW_CHARACTERS = 128_000_000
 """Text that is in memory together to be shuffled."""
 OPEN_FILES = 16
-"""Files of one glob that are read in turns."""
+"""Files of one glob that are read in rotation."""
 PROSE_SHARE = 2 / 3
 """Share of the standard library's characters that is prose, as long as there is prose left."""
 HUB_SHUFFLE_DOCUMENTS = 1_000
@@ -41,9 +39,12 @@ HUB_SHUFFLE_DOCUMENTS = 1_000
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 PROSE_ONLY_FOLDERS = {"encodings", "pydoc_data"}
 """Tables of characters, and the topics that are prose already."""
+TEXT_COLUMN = SourceSettings.model_fields["text_field"].default
+
+Document = str | Conversation
 
 
-def documents(settings: SourceSettings, seed: int) -> Iterator[str]:
+def documents(settings: SourceSettings, seed: int) -> Iterator[Document]:
     """The documents of one source, without empty ones. `parent-samples` is not text: the stage samples it.
 
     Raises:
@@ -51,18 +52,22 @@ def documents(settings: SourceSettings, seed: int) -> Iterator[str]:
     """
     name = settings.source
     if name == PYTHON_STDLIB:
-        stream = _stdlib_documents(seed)
-    elif _is_local(name):
+        stream = stdlib_documents(seed)
+    elif is_local(name):
         stream = _file_documents(name, settings.text_field, seed)
     else:
         stream = _hub_documents(name, settings.text_field, seed)
     empty = True
-    for text in stream:
-        if text.strip():
+    for document in stream:
+        if not _is_blank(document):
             empty = False
-            yield text
+            yield document
     if empty:
         raise DataError(f"The source {name} holds no text; name another one in data.sources.")
+
+
+def _is_blank(document: Document) -> bool:
+    return document.is_blank if isinstance(document, Conversation) else not document.strip()
 
 
 def pieces(lines: Iterable[str], limit: int = DOCUMENT_CHARACTERS) -> Iterator[str]:
@@ -84,7 +89,8 @@ def pieces(lines: Iterable[str], limit: int = DOCUMENT_CHARACTERS) -> Iterator[s
 # Files
 
 
-def _is_local(name: str) -> bool:
+def is_local(name: str) -> bool:
+    """Whether a source is files here, not a dataset of the hub."""
     return (
         any(name.endswith(suffix) for suffix in READERS)
         or any(sign in name for sign in "*?[")
@@ -94,31 +100,32 @@ def _is_local(name: str) -> bool:
     )
 
 
-def _local_files(name: str) -> list[Path]:
+def local_files(name: str) -> list[Path]:
+    """The files that a name or glob means. Raises DataError: there are none."""
     pattern = os.path.expanduser(name)
     if Path(pattern).is_file():
         return [Path(pattern)]
     if Path(pattern).is_dir():
         raise DataError(f"The source {name} is a folder; name its files, for example {name.rstrip('/')}/*.jsonl.")
     if not any(sign in name for sign in "*?["):
-        raise DataError(f"There is no file {name}; correct its name in data.sources.")
+        raise DataError(f"There is no file {name}; correct its name.")
     files = sorted(Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not files:
-        raise DataError(f"The glob {name} matches no file; correct it in data.sources.")
+        raise DataError(f"The glob {name} matches no file; correct it.")
     return files
 
 
-def _file_documents(name: str, text_field: str, seed: int) -> Iterator[str]:
-    """Documents of all files, read in turns and shuffled within a window."""
-    files = _local_files(name)
+def _file_documents(name: str, text_field: str, seed: int) -> Iterator[Document]:
+    """Documents of all files, read in rotation and shuffled within a window."""
+    files = local_files(name)
     order = random.Random(seed)
     order.shuffle(files)
     streams = [_reader(path)(path, text_field) for path in files]
-    window: list[str] = []
+    window: list[Document] = []
     size = 0
-    for text in _in_turns(streams):
-        window.append(text)
-        size += len(text)
+    for document in _in_turns(streams):
+        window.append(document)
+        size += len(document)
         if size >= WINDOW_CHARACTERS:
             order.shuffle(window)
             yield from window
@@ -127,36 +134,31 @@ def _file_documents(name: str, text_field: str, seed: int) -> Iterator[str]:
     yield from window
 
 
-def _in_turns(streams: list[Iterator[str]]) -> Iterator[str]:
+def _in_turns(streams: list[Iterator[Document]]) -> Iterator[Document]:
     """One document of each of `OPEN_FILES` streams in turn; a finished stream makes room for the next."""
     waiting = iter(streams)
     running = list(itertools.islice(waiting, OPEN_FILES))
     while running:
         for place in reversed(range(len(running))):
-            text = next(running[place], None)
-            if text is not None:
-                yield text
+            document = next(running[place], None)
+            if document is not None:
+                yield document
             elif (following := next(waiting, None)) is not None:
                 running[place] = following
             else:
                 del running[place]
 
 
-def _reader(path: Path) -> Callable[[Path, str], Iterator[str]]:
+def _reader(path: Path) -> Reader:
     for suffix, reader in READERS.items():
         if path.name.endswith(suffix):
             return reader
     raise DataError(f"{path} is none of {', '.join(READERS)}; convert it, or take it out of data.sources.")
 
 
-def _read_text(path: Path, text_field: str) -> Iterator[str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            yield from pieces(file)
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text; convert it to UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+def _read_text(path: Path, text_field: str) -> Iterator[Document]:
+    with opened(path) as file:
+        yield from pieces(file)
 
 
 def json_lines(path: Path, example: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -165,68 +167,74 @@ def json_lines(path: Path, example: str) -> Iterator[tuple[str, dict[str, Any]]]
     Raises:
         DataError: missing, damaged, or a line is no JSON object.
     """
-    number = 0
-    try:
-        with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    raise DataError(f"{path}, line {number}, is not JSON; mend or delete that line.") from None
-                if not isinstance(row, dict):
-                    raise DataError(
-                        f"{path}, line {number}, is not a JSON object; each line must be one, such as {example}."
-                    )
-                yield f"{path}, line {number},", row
-    except (EOFError, gzip.BadGzipFile, zlib.error):
-        raise DataError(f"{path} is damaged after line {number}; fetch or compress it again.") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    with opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise DataError(f"{path}, line {number}, is not JSON; mend or delete that line.") from None
+            if not isinstance(row, dict):
+                raise DataError(
+                    f"{path}, line {number}, is not a JSON object; each line must be one, such as {example}."
+                )
+            yield f"{path}, line {number},", row
 
 
-def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
+def _read_json_lines(path: Path, text_field: str) -> Iterator[Document]:
     for where, row in json_lines(path, f'{{"{text_field}": "..."}}'):
-        yield _text_of(row, text_field, where)
+        yield _document_of(row, text_field, where)
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
     try:
+        refuse_pointer(path)
         with pyarrow.parquet.ParquetFile(path) as file:
-            if text_field not in file.schema_arrow.names:
-                raise DataError(_no_column(str(path), text_field, file.schema_arrow.names))
-            for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    yield _text_of({text_field: text}, text_field, str(path))
+            names = file.schema_arrow.names
+            column = _column(names, text_field, str(path))
+            for batch in file.iter_batches(batch_size=256, columns=[n for n in names if n in (column, SYSTEM)]):
+                for row in batch.to_pylist():
+                    yield _document_of(row, column, str(path))
     except pyarrow.ArrowException:
         raise DataError(f"{path} is not a readable Parquet file; fetch or write it again.") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _no_column(where: str, text_field: str, names: Iterable[str]) -> str:
-    return f"{where} has no column '{text_field}' but {', '.join(names) or 'none'}; set the source's text_field."
+def _column(names: Iterable[str], text_field: str, where: str) -> str:
+    """The column to read: the one that is asked for, or, where none is, one of conversations."""
+    names = list(names)
+    conversations = [name for name in COLUMNS if name in names] if text_field == TEXT_COLUMN else []
+    for name in (text_field, *conversations):
+        if name in names:
+            return name
+    raise DataError(
+        f"{where} has no column '{text_field}' but {', '.join(names) or 'none'}; set the source's text_field."
+    )
 
 
-def _text_of(row: dict[str, Any], text_field: str, where: str) -> str:
-    """The row's text; a null counts as empty."""
-    if text_field not in row:
-        raise DataError(_no_column(where, text_field, row))
-    text = row[text_field]
-    if text is None:
+def _document_of(row: dict[str, Any], text_field: str, where: str) -> Document:
+    """The row's text or conversation; a null counts as empty."""
+    column = _column(row, text_field, where)
+    value = row[column]
+    if value is None:
         return ""
-    if not isinstance(text, str):
+    if (messages := messages_in(value)) is not None:
+        return conversation_of(messages, where, row.get(SYSTEM))
+    if not isinstance(value, str):
         raise DataError(
-            f"{where} holds no text in '{text_field}' but {type(text).__name__}; set the source's text_field."
+            f"{where} holds neither text nor messages in '{column}' but {type(value).__name__}; "
+            "set the source's text_field."
         )
-    return text
+    return value
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+Reader = Callable[[Path, str], Iterator[Document]]
+READERS: dict[str, Reader] = {
     ".txt": _read_text,
     ".jsonl": _read_json_lines,
     ".jsonl.gz": _read_json_lines,
@@ -237,15 +245,16 @@ READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
 # The hub
 
 
-def _hub_documents(name: str, text_field: str, seed: int) -> Iterator[str]:
+def _hub_documents(name: str, text_field: str, seed: int) -> Iterator[Document]:
     """The train split of a hub data set, streamed; `name:configuration` where it has several."""
+    go_offline_if_unreachable()
     import datasets
 
     path, _, configuration = name.partition(":")
     try:
         rows = datasets.load_dataset(path, configuration or None, split="train", streaming=True)
         for row in rows.shuffle(seed=seed, buffer_size=HUB_SHUFFLE_DOCUMENTS):
-            yield _text_of(dict(row), text_field, f"The hub data set {name}")
+            yield _document_of(dict(row), text_field, f"The hub data set {name}")
     except DataError:
         raise
     # Any exception: the loader passes on those of every library that a data set may use.
@@ -260,7 +269,7 @@ def _hub_documents(name: str, text_field: str, seed: int) -> Iterator[str]:
 # Python's standard library
 
 
-def _stdlib_documents(seed: int) -> Iterator[str]:
+def stdlib_documents(seed: int) -> Iterator[str]:
     """Topics, docstrings and source of Python's own library, nothing of which is imported or run.
 
     Docstrings are taken out of the source, so that no text comes twice.

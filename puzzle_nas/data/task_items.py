@@ -66,8 +66,8 @@ def half_of(items: Sequence[TaskItem], for_scoring: bool, path: Path) -> list[Ta
 
 def _item(row: dict, where: str) -> TaskItem:
     question, choices, answer = (row.get(name) for name in ("question", "choices", "answer"))
-    texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
-    if not isinstance(question, str) or not question.strip() or not texts:
+    choices = choices if isinstance(choices, list) and all(isinstance(c, str) and c for c in choices) else []
+    if not isinstance(question, str) or not question.strip() or len(choices) < 2:
         raise DataError(f"{where} is no item: it needs a question and two or more choices, such as {EXAMPLE}.")
     if isinstance(answer, str) and answer in choices:
         answer = choices.index(answer)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
 from puzzle_nas.architecture import Scenario
 from puzzle_nas.artifacts import explained_disk_errors, read_json
@@ -19,8 +20,7 @@ from puzzle_nas.engines.environments import environment_python, install_environm
 from puzzle_nas.engines.worker import Worker
 from puzzle_nas.errors import EngineError, ExportError
 from puzzle_nas.exporters import EXPORTERS, Child
-from puzzle_nas.families.loading import Machine, describe
-from puzzle_nas.modeling import PuzzleForCausalLM
+from puzzle_nas.machine import Machine, describe
 
 M = TypeVar("M")
 
@@ -81,13 +81,17 @@ class Engine(ABC, Generic[M]):
             EngineError: not installed; the message names the command that installs it.
         """
 
+    def weights_dtype(self, computed: torch.dtype) -> torch.dtype:
+        """In which it holds weights that have no format, of a model that torch computes in `computed`."""
+        return computed
+
     @abstractmethod
     def describe(self, machine: Machine) -> dict[str, Any]:
         """What times that it measures belong to: engine, versions, processor, precision, threads."""
 
     @abstractmethod
-    def loaded(self, models: Mapping[str, PuzzleForCausalLM], scratch: Path) -> AbstractContextManager[Mapping[str, M]]:
-        """What the other methods time, prepared, by the name of a model; in the models' own precision.
+    def loaded(self, models: Mapping[str, PreTrainedModel], scratch: Path) -> AbstractContextManager[Mapping[str, M]]:
+        """What the other methods time, prepared, by the name of a model; weights without a format in `weights_dtype`.
 
         Where the engine does not hold all models, asking for another one takes as long as loading it. What has to be
         written for that goes to `scratch` for a while.
@@ -128,6 +132,8 @@ class ServingEngine(Engine[Worker]):
     """Run by the environment's Python; imports nothing of ours but what lies beside it."""
     tolerances: ClassVar[Mapping[str, Tolerance]]
     """By precision (float32, bfloat16, float16, or a quantised type)."""
+    gives_logits: ClassVar[bool] = False
+    """Whether its worker answers `logits`."""
     reads_tokenizer: ClassVar[bool] = False
     """Whether it has a tokenizer of its own, written into the export, that must agree with the child's."""
     quantised: ClassVar[tuple[str, ...]] = ()
@@ -138,6 +144,10 @@ class ServingEngine(Engine[Worker]):
     """What its KV cache can be, by its own names."""
     shares_layers: ClassVar[bool] = False
     """Whether several devices can share every layer (tensor parallelism)."""
+
+    def weights_dtype(self, computed: torch.dtype) -> torch.dtype:
+        """See `Engine.weights_dtype`: 16 bits, as people serve models, also where torch computes faster in 32."""
+        return torch.bfloat16 if computed == torch.float32 else computed
 
     def install(self) -> Path:
         """Make the engine's environment, or see that it is there, and return its folder.
@@ -173,11 +183,14 @@ class ServingEngine(Engine[Worker]):
         return {}
 
     @abstractmethod
-    def server_command(self, exported: Path, port: int) -> list[str]:
+    def server_command(self, exported: Path, port: int, context: int | None) -> list[str]:
         """What serves an export on loopback with the OpenAI API.
 
+        Args:
+            context: tokens of the longest request; None means the model's positions, where memory allows.
+
         Raises:
-            EngineError: the engine has no server.
+            EngineError: the engine has no server, or the model fewer positions.
         """
 
     def last_words(self, lines: list[str]) -> str:
@@ -259,7 +272,7 @@ class ServingEngine(Engine[Worker]):
         )
 
     @contextmanager
-    def loaded(self, models: Mapping[str, PuzzleForCausalLM], scratch: Path) -> Iterator[Mapping[str, Worker]]:
+    def loaded(self, models: Mapping[str, PreTrainedModel], scratch: Path) -> Iterator[Mapping[str, Worker]]:
         """See `Engine.loaded`. Models are exported without tokenizer, and not verified: only times are of interest."""
         children = {name: Child(model, None) for name, model in models.items()}
         for child in children.values():
@@ -271,7 +284,7 @@ class ServingEngine(Engine[Worker]):
         """See `Engine.describe`."""
         with self.start() as worker:
             version = self.version(worker)
-        own = replace(machine, device=torch.device(self.device))
+        own = replace(machine, device=torch.device(self.device), dtype=self.weights_dtype(machine.dtype))
         return {"engine": self.name, **describe(own), **version}
 
     def log_probabilities(self, model: Worker, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -279,16 +292,28 @@ class ServingEngine(Engine[Worker]):
         return model.ask("log_probabilities", prompts=[list(p) for p in prompts])
 
     def continue_greedily(self, model: Worker, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
-        """The `num_tokens` likeliest next tokens of each prompt, never stopping early. Prompts run batched."""
+        """The `num_tokens` most likely next tokens of each prompt, never stopping early. Prompts run batched."""
         return model.ask("continue_greedily", prompts=[list(p) for p in prompts], num_tokens=num_tokens)
 
     def tokenize(self, model: Worker, text: str) -> list[int]:
         """Token ids of a text by the engine's own tokenizer, with what it puts around text."""
         return model.ask("tokenize", text=text)
 
-    def quantise(self, exported: Path, kind: str) -> None:
-        """Replace an export's weights by quantised ones, in place. `kind` is one of `quantised`."""
+    def quantise(self, exported: Path, kind: str) -> dict[str, int]:
+        """Replace an export's weights by quantised ones, in place. `kind` is one of `quantised`.
+
+        Returns:
+            How many tensors are of which type now: what a type does not fit stays, or becomes another one.
+        """
         raise NotImplementedError
+
+    def tensor_types(self, exported: Path) -> dict[str, int]:
+        """How many tensors of an export are of which type, where its file says so."""
+        return {}
+
+    def logits(self, model: Worker, prompts: Sequence[Sequence[int]], path: Path) -> None:
+        """Write what the engine computes after every token of prompts of one length: float32 [B, T, V], raw."""
+        model.ask("logits", prompts=[list(prompt) for prompt in prompts], path=str(path))
 
     def prepare(self, model: Worker) -> None:
         """See `Engine.prepare`."""
@@ -336,7 +361,7 @@ class _LoadedModels(Mapping[str, Worker]):
         return worker
 
     def _load(self, worker: Worker, child: Child) -> None:
-        precision = str(child.model.dtype).removeprefix("torch.")
+        precision = str(self._engine.weights_dtype(child.model.dtype)).removeprefix("torch.")
         with explained_disk_errors(self._scratch):
             self._scratch.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._scratch) as folder:

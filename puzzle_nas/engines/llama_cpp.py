@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
+
+from gguf import GGUFReader
 
 from puzzle_nas.artifacts import explained_disk_errors
 from puzzle_nas.engines.base import LOOPBACK, ServingEngine, Tolerance
 from puzzle_nas.engines.worker import Worker
+from puzzle_nas.errors import EngineError
+from puzzle_nas.machine import usable_cores
 
 WORKERS = Path(__file__).parent / "workers"
-SERVED_CONTEXT_TOKENS = 4096
+CONTEXT_FIELD = "deci.context_length"
 
 
 class LlamaCppEngine(ServingEngine):
@@ -20,6 +25,7 @@ class LlamaCppEngine(ServingEngine):
     formats = ("gguf",)
     requirements = ("llama-cpp-python[server]==0.3.36", "gguf>=0.17")
     worker_script = WORKERS / "llama_cpp_worker.py"
+    gives_logits = True
     reads_tokenizer = True
     quantised = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
     kv_dtypes = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -37,19 +43,40 @@ class LlamaCppEngine(ServingEngine):
         "q4_0": Tolerance(mean_nats=3.0, max_nats=14.0),
     }
 
-    def quantise(self, exported: Path, kind: str) -> None:
+    def quantise(self, exported: Path, kind: str) -> dict[str, int]:
         """See `ServingEngine.quantise`."""
         whole, smaller = exported / "model.gguf", exported / f"{kind}.gguf"
         with explained_disk_errors(exported):
             with Worker(self.name, self.python(), self.worker_script, self.environment()) as worker:
                 worker.ask("quantise", source=str(whole), target=str(smaller), kind=kind)
             os.replace(smaller, whole)
+        return self.tensor_types(exported)
 
-    def server_command(self, exported: Path, port: int) -> list[str]:
+    def tensor_types(self, exported: Path) -> dict[str, int]:
+        """See `ServingEngine.tensor_types`."""
+        types = Counter(tensor.tensor_type.name for tensor in GGUFReader(exported / "model.gguf").tensors)
+        return dict(types.most_common())
+
+    def server_command(self, exported: Path, port: int, context: int | None) -> list[str]:
         """See `ServingEngine.server_command`."""
-        threads = str(len(os.sched_getaffinity(0)))
+        if context is not None and context > (positions := _positions(exported)):
+            raise EngineError(f"The model has {positions} positions; serve it with --context {positions} or less.")
+        threads = str(usable_cores())
         return [
             *(str(self.python()), str(WORKERS / "llama_cpp_server.py")),
             *("--model", str(exported / "model.gguf"), "--host", LOOPBACK, "--port", str(port)),
-            *("--n_ctx", str(SERVED_CONTEXT_TOKENS), "--n_threads", threads, "--n_threads_batch", threads),
+            # 0 is the model's own context.
+            *("--n_ctx", str(context or 0), "--n_threads", threads, "--n_threads_batch", threads),
         ]
+
+    def last_words(self, lines: list[str]) -> str:
+        """See `ServingEngine.last_words`. A KV cache too large for memory is the context's fault."""
+        said = super().last_words(lines)
+        too_large = any("failed to allocate" in line or "Failed to create llama_context" in line for line in lines)
+        return f"{said}; a shorter --context needs less memory" if too_large else said
+
+
+def _positions(exported: Path) -> int:
+    field = GGUFReader(exported / "model.gguf").get_field(CONTEXT_FIELD)
+    assert field is not None
+    return int(field.contents())

@@ -37,8 +37,13 @@ class Server:
 
 
 @contextmanager
-def served(engine: ServingEngine, exported: Path, port: int, timeout_seconds: float = 300.0) -> Iterator[Server]:
-    """Start the server and wait until it answers; it ends with the context.
+def served(
+    engine: ServingEngine, exported: Path, port: int, context: int | None = None, timeout_seconds: float = 300.0
+) -> Iterator[Server]:
+    """Start the server and wait until it answers; it ends with the block.
+
+    Args:
+        context: tokens of the longest request; None means the model's own.
 
     Raises:
         EngineError: the port is taken, or the server ends or stays silent; quotes its last words.
@@ -49,7 +54,7 @@ def served(engine: ServingEngine, exported: Path, port: int, timeout_seconds: fl
             probe.bind((LOOPBACK, port))
         except OSError:
             raise EngineError(f"Port {port} is taken; choose another one with --port.") from None
-    command = engine.server_command(exported.resolve(), port)
+    command = engine.server_command(exported.resolve(), port, context)
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **engine.environment()}

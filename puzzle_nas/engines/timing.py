@@ -1,4 +1,4 @@
-"""Times of several models, taken in turns. Of any engine."""
+"""Times of several models, interleaved. Of any engine."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from puzzle_nas.engines.base import Engine, RequestTime
 
 STEADY = 0.01
 """Standard error of a median, over the median, up to which it is believed."""
+TURNS = 2
+"""How often a model and the one beside it are timed alternately each time that it is loaded."""
 MOST_TIMES = 4
 """How many times as many repeats as asked for are made at most, while their median is not to be believed."""
 
@@ -42,15 +44,15 @@ def interleaved_times(
     """Times by model, then scenario; every repeat measures every model, so that drift hits all alike.
 
     A model's time is the mean of the fastest two thirds of its repeats: what else a machine does only ever slows it
-    down, and their median varies more (benchmarks/timing.py).
+    down, and their median varies more (docs/results.md).
 
     There are more repeats, up to MOST_TIMES as many, while most models' times differ too much from one to the next;
     `on_more` is told how many models each adds.
 
-    Where every repeat must load models anew, it takes so long that drift within it counts, and a model's first request
-    of a kind is slow. Then each model does such a request, the model `beside`, which stays loaded, is timed, and then
-    the model, so that either finds the caches as the other left them. The model's time is that of `beside` times the
-    median of its ratios to it, and there are no more repeats than asked for.
+    Where every repeat must load models again, it takes so long that drift within it counts, and a model's first request
+    of a kind is slow. Then each model does such a request, and TURNS times the model `beside`, which stays loaded, is
+    timed, and then the model, so that either finds the caches as the other left them. The model's time is that of
+    `beside` times the median of its ratios to it, and there are no more repeats than asked for.
     """
     samples: dict[tuple[str, str], list[RequestTime]] = {}
     ratios: dict[tuple[str, str], list[RequestTime]] = {}
@@ -69,10 +71,11 @@ def interleaved_times(
                     totals_ms[model][-1] += time.total_ms(scenario)
                     continue
                 measure(model, scenario)
-                reference = measure(beside, scenario)
-                samples.setdefault((beside, name), []).append(reference)
-                ratio = _combined(_ratio, measure(model, scenario), reference)
-                ratios.setdefault((model, name), []).append(ratio)
+                for _ in range(TURNS):
+                    reference = measure(beside, scenario)
+                    samples.setdefault((beside, name), []).append(reference)
+                    ratio = _combined(_ratio, measure(model, scenario), reference)
+                    ratios.setdefault((model, name), []).append(ratio)
             on_model()
 
     def result(model: str, name: str) -> RequestTime:

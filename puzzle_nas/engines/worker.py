@@ -31,7 +31,7 @@ class Worker:
             self._process = subprocess.Popen(self._command, text=True, env=self._environment, **pipes)
         except OSError as error:
             raise EngineError(
-                f"{self.engine}'s Python does not start; delete its folder and install it anew: {error}"
+                f"{self.engine}'s Python does not start; delete its folder and install it again: {error}"
             ) from error
         return self
 

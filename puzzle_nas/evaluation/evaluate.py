@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import torch
 
 from puzzle_nas.artifacts import RunFolder, write_json
 from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.data.sources import is_local, local_files
 from puzzle_nas.data.task_items import half_of, read_task
 from puzzle_nas.errors import RecipeError
 from puzzle_nas.evaluation.long_context import FIRST_LENGTH, evaluate_lengths
-from puzzle_nas.evaluation.models import Evaluated, Subject, comparable
+from puzzle_nas.evaluation.models import RUN_CHILD, Evaluated, Subject, comparable
+from puzzle_nas.evaluation.served import engine_of, served_model
 from puzzle_nas.evaluation.tasks import LoadedTasks, evaluate_tasks
 from puzzle_nas.evaluation.text import compare_texts, domain_tokens, named_files, num_batches
-from puzzle_nas.families.loading import describe
+from puzzle_nas.machine import describe
 from puzzle_nas.progress import progress
 
 VALIDATION = "validation"
@@ -59,14 +62,36 @@ def evaluate(model: Path, parent: Path | None, asked: Asked) -> dict[str, Any]:
     subject = Subject.of(model, parent)
     only_text = not asked.tasks and not asked.long_context
     if subject.run is None and not asked.data and only_text:
-        raise RecipeError(f"{model} is no run folder; say what to evaluate it on: --data, --tasks or --long-context.")
+        raise RecipeError(f"{model} is not a run folder; name what to evaluate it on: --data, --tasks, --long-context.")
     scored = None if subject.recipe is None else subject.recipe.scoring.task
     names = asked.tasks or ((str(scored),) if scored is not None and only_text and not asked.data else ())
     seen = {item.key for item in half_of(read_task(scored), True, scored)} if scored is not None and names else set()
     # Whatever is missing comes out before anything is computed.
     tasks = LoadedTasks.of(names, asked.limit, asked.held_out, seen) if names else None
-    child, above = subject.open()
-    domains = _domains(above or child, subject, asked) if asked.data or only_text else None
+    files = named_files(asked.data)
+    for name in filter(is_local, chain.from_iterable(files.values())):
+        local_files(name)
+    engine = engine_of(subject.checkpoint)
+    if engine is None:
+        return _evaluated(*subject.open(), subject, asked, files, tasks, only_text)
+    above = subject.open_parent()
+    if above is None or asked.long_context:
+        why = "its tokenizer is the parent's: name it with --parent" if above is None else "leave out --long-context"
+        raise RecipeError(f"{model} is an export; {why}.")
+    with served_model(engine, subject.checkpoint, above) as child:
+        return _evaluated(child, above, subject, asked, files, tasks, only_text)
+
+
+def _evaluated(
+    child: Evaluated,
+    above: Evaluated | None,
+    subject: Subject,
+    asked: Asked,
+    files: dict[str, list[str]],
+    tasks: LoadedTasks | None,
+    only_text: bool,
+) -> dict[str, Any]:
+    domains = _domains(child, above, subject, asked, files) if asked.data or only_text else None
     texts = domains is not None or asked.long_context
     if above is not None and texts:
         comparable(child, above)
@@ -78,8 +103,8 @@ def evaluate(model: Path, parent: Path | None, asked: Asked) -> dict[str, Any]:
             "parent": None if above is None else str(subject.parent),
             "machine": describe(subject.machine),
         }
-        if subject.run is not None:
-            # The report shows it until the child is made anew.
+        if subject.run is not None and subject.checkpoint.name == RUN_CHILD:
+            # The report shows it until the child is made again.
             parts[name]["made_from"] = (subject.run.record("distill_child") or {}).get("outputs_fingerprint")
             write_json(evaluation_path(subject.run, name), parts[name])
 
@@ -90,7 +115,7 @@ def evaluate(model: Path, parent: Path | None, asked: Asked) -> dict[str, Any]:
     if tasks is not None:
         keep("tasks", evaluate_tasks(child, above, tasks))
     if asked.long_context:
-        keep("long_context", _long_context(child, above, subject, asked))
+        keep("long_context", _long_context(child, above, subject, asked, files))
     return parts
 
 
@@ -99,28 +124,35 @@ def evaluation_path(run: RunFolder, part: str) -> Path:
     return run / "evaluations" / f"{part}.json"
 
 
-def _long_context(child: Evaluated, parent: Evaluated | None, subject: Subject, asked: Asked) -> dict[str, Any]:
+def _long_context(
+    child: Evaluated, parent: Evaluated | None, subject: Subject, asked: Asked, files: dict[str, list[str]]
+) -> dict[str, Any]:
     longest = asked.max_length or (parent or child).max_length
     if longest is None:
         raise RecipeError("The model does not say how many positions it knows; give --max-length.")
     text = None
     if asked.data:
-        files = [file for files in named_files(asked.data).values() for file in files]
+        all_files = list(chain.from_iterable(files.values()))
         wanted = max(asked.tokens, LONG_SEQUENCES * longest)
         shortest = min(FIRST_LENGTH, longest)
-        text = domain_tokens(files, (parent or child).tokenizer, shortest, wanted, subject.seed, largest=longest)
+        text = domain_tokens(all_files, (parent or child).tokenizer, shortest, wanted, subject.seed, largest=longest)
     elif subject.run is not None:
         text = load_tokens(subject.run, VALIDATION)
     return evaluate_lengths(child, parent, text, longest, asked.questions, subject.seed)
 
 
-def _domains(of: Evaluated, subject: Subject, asked: Asked) -> dict[str, torch.Tensor]:
-    """Tokens [S, T] by domain."""
+def _domains(
+    child: Evaluated, parent: Evaluated | None, subject: Subject, asked: Asked, files: dict[str, list[str]]
+) -> dict[str, torch.Tensor]:
+    """Tokens [S, T] by domain; T is at most what both models have positions for."""
     if not asked.data:
         assert subject.run is not None
         return {VALIDATION: load_tokens(subject.run, VALIDATION)}
-    length = min(asked.sequence_length, of.max_length or asked.sequence_length)
+    models = [child] if parent is None else [child, parent]
+    length = min([asked.sequence_length, *(model.max_length for model in models if model.max_length is not None)])
+    if length < asked.sequence_length:
+        print(f"Sequences have {length} tokens instead of {asked.sequence_length}: more positions there are not.")
     return {
-        domain: domain_tokens(files, of.tokenizer, length, asked.tokens, subject.seed)
-        for domain, files in named_files(asked.data).items()
+        domain: domain_tokens(names, models[-1].tokenizer, length, asked.tokens, subject.seed)
+        for domain, names in files.items()
     }

@@ -7,7 +7,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 
 from puzzle_nas.evaluation.models import Evaluated
-from puzzle_nas.training.likelihood import log_likelihoods
+from puzzle_nas.scoring.likelihood import log_likelihoods
 
 
 class HarnessModel(HFLM):

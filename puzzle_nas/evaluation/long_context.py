@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from puzzle_nas.errors import DataError
+from puzzle_nas.estimates import above, estimate, preserved
 from puzzle_nas.evaluation.models import Evaluated
 from puzzle_nas.evaluation.ruler import KINDS, Question, question
-from puzzle_nas.evaluation.statistics import above, estimate, preserved
 from puzzle_nas.evaluation.text import compare_texts, num_batches
+from puzzle_nas.parents.tokenizer import prompt_ids
 from puzzle_nas.progress import progress
 
 FIRST_LENGTH = 512
@@ -87,11 +88,12 @@ def _cut(text_ST: torch.Tensor | None, length: int) -> torch.Tensor | None:
 
 @torch.inference_mode()
 def _answer_score(model: Evaluated, asked: Question, on_answer: Callable[[], None]) -> float:
-    inputs = model.tokenizer(asked.prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    inputs = torch.tensor([prompt_ids(model.tokenizer, asked.prompt)], device=model.device)
     end = model.tokenizer.pad_token_id if model.tokenizer.pad_token_id is not None else model.tokenizer.eos_token_id
-    written = model.whole.generate(**inputs, max_new_tokens=asked.answer_tokens, do_sample=False, pad_token_id=end)
+    settings = {"max_new_tokens": asked.answer_tokens, "do_sample": False, "pad_token_id": end}
+    written = model.whole.generate(inputs, attention_mask=torch.ones_like(inputs), **settings)
     on_answer()
-    return asked.score(model.tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return asked.score(model.tokenizer.decode(written[0, inputs.shape[1] :], skip_special_tokens=True))
 
 
 def _scores(scores: Mapping[str, list[list[float]]]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,37 +16,48 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.errors import CheckpointError
-from puzzle_nas.families import FAMILIES, Machine, load_model, load_tokenizer
-from puzzle_nas.families.loading import LOADING_ERRORS, explain_loading, machine_of, parent_checkpoint, this_machine
-from puzzle_nas.modeling import PuzzleConfig
-from puzzle_nas.recipe import Recipe, parse_recipe
+from puzzle_nas.families import FAMILIES, Anatomy, Head, load_model, load_tokenizer
+from puzzle_nas.families.anatomy import parent_type
+from puzzle_nas.families.loading import LOADING_ERRORS, explain_loading, load_with_tokenizer, parent_checkpoint
+from puzzle_nas.machine import Machine, machine_of, this_machine
+from puzzle_nas.recipe import Recipe, load_run_recipe
 
 RUN_CHILD = "child-gkd"
 """The folder of a run's result."""
 
 
 class Evaluated(nn.Module):
-    """A model as comparisons need it: `model(tokens).last_hidden_state` and `lm_head`, whose product is its logits.
+    """A model as comparisons need it: final hidden states and a head (`training.comparison.Evaluable`).
 
-    Where a family does more than that to its logits, the body gives logits and the head passes them on.
+    Where a family that is not known does more to its logits than a product, final states are logits and the head
+    passes them on.
     """
 
     def __init__(self, whole: Any, tokenizer: Any):
         super().__init__()
         self.whole, self.tokenizer = whole, tokenizer
-        self.model, self.lm_head = whole.base_model, whole.get_output_embeddings()
-        if not isinstance(whole.config, PuzzleConfig) and not self._factors():
-            self.model, self.lm_head = _Logits(whole), _Same(whole.dtype)
+        self.body = whole.base_model
+        if parent_type(whole.config) in FAMILIES:
+            self.head = Anatomy(whole).head
+        elif self._factors():
+            self.head = Head(whole.get_output_embeddings())
+        else:
+            self.body, self.head = _Logits(whole), Head(Same(whole.dtype))
         self.eval()
+
+    def final_states(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """What the head receives, [B, T, D]."""
+        return self.body(tokens_BT, use_cache=False).last_hidden_state
 
     @torch.inference_mode()
     def _factors(self) -> bool:
         """Whether the logits are the head's product with the last hidden state, and nothing more."""
-        if self.lm_head is None:
+        head = self.whole.get_output_embeddings()
+        if head is None:
             return False
         tokens = torch.arange(8, device=self.device).unsqueeze(0)
         logits = self.whole(tokens, use_cache=False).logits
-        product = self.lm_head(self.model(tokens, use_cache=False).last_hidden_state)
+        product = head(self.final_states(tokens))
         return product.shape == logits.shape and torch.allclose(product, logits, rtol=1e-2, atol=1e-2)
 
     @property
@@ -74,7 +85,9 @@ class _Logits(nn.Module):
         return SimpleNamespace(last_hidden_state=self.whole[0](tokens_BT, **arguments).logits)
 
 
-class _Same(nn.Module):
+class Same(nn.Module):
+    """A head that passes logits on."""
+
     def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.weight = torch.empty(0, dtype=dtype)
@@ -96,16 +109,18 @@ class FirstEntries(nn.Module):
 
 
 def open_model(checkpoint: Path, machine: Machine) -> Evaluated:
-    """A parent, a child, or any other causal transformers model, in eval mode, without gradients.
+    """A parent (also a .gguf file), a child, or any other causal transformers model, in eval mode, without gradients.
 
     Raises:
         CheckpointError: missing, damaged, or no causal language model.
     """
+    if checkpoint.suffix == ".gguf" and checkpoint.is_file():
+        return Evaluated(*load_with_tokenizer(checkpoint, machine))
     if not (checkpoint / "config.json").is_file():
         raise CheckpointError(f"There is no checkpoint at {checkpoint}.")
     try:
         config = AutoConfig.from_pretrained(checkpoint)
-        if isinstance(config, PuzzleConfig) or config.model_type in FAMILIES:
+        if parent_type(config) in FAMILIES:
             whole = load_model(checkpoint, machine)
         else:
             whole = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=machine.dtype)
@@ -129,17 +144,22 @@ class Subject:
 
     @classmethod
     def of(cls, model: Path, parent: Path | None) -> Subject:
-        """A run folder's child and its parent, or the checkpoints as given."""
-        if not (model / "recipe.yaml").is_file():
+        """The child of a run folder, or an export of it, and its parent; or the checkpoints as given."""
+        is_export = model.parent.name == "exports" and (model.parent.parent / "recipe.yaml").is_file()
+        run = RunFolder(model.parent.parent if is_export else model)
+        if not run.recipe.is_file():
             return cls(model, parent, this_machine(), None, None, 0)
-        run = RunFolder(model)
-        recipe = parse_recipe(run.recipe.read_text(), name=str(run.recipe))
-        return cls(model / RUN_CHILD, parent or parent_checkpoint(run), machine_of(recipe), run, recipe, recipe.seed)
+        recipe = load_run_recipe(run.recipe)
+        child = model if is_export else model / RUN_CHILD
+        return cls(child, parent or parent_checkpoint(run), machine_of(recipe), run, recipe, recipe.seed)
+
+    def open_parent(self) -> Evaluated | None:
+        """The parent, where there is one."""
+        return None if self.parent is None else open_model(self.parent, self.machine)
 
     def open(self) -> tuple[Evaluated, Evaluated | None]:
         """The model and its parent."""
-        child = open_model(self.checkpoint, self.machine)
-        return child, None if self.parent is None else open_model(self.parent, self.machine)
+        return open_model(self.checkpoint, self.machine), self.open_parent()
 
 
 def comparable(child: Evaluated, parent: Evaluated) -> None:
@@ -156,4 +176,4 @@ def comparable(child: Evaluated, parent: Evaluated) -> None:
     size = min(child.vocab_size, parent.vocab_size)
     for model in (child, parent):
         if model.vocab_size > size:
-            model.lm_head = FirstEntries(model.lm_head, size)
+            model.head = replace(model.head, matrix=FirstEntries(model.head.matrix, size))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
+
+from puzzle_nas.report.terminal import FigureTable
 
 
 def show_evaluation(parts: Mapping[str, Any]) -> RenderableType:
@@ -22,15 +23,6 @@ def with_error(of: Mapping[str, Any], form: str, scale: float = 1.0) -> str:
     """`mean ±standard error`."""
     error = of["standard_error"]
     return format(scale * of["mean"], form) + ("" if error is None else f" ±{format(scale * error, form)}")
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=None)
-    for name in columns:
-        table.add_column(name, justify="left" if name == columns[0] else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _text(part: Mapping[str, Any]) -> list[RenderableType]:
@@ -49,7 +41,7 @@ def _text(part: Mapping[str, Any]) -> list[RenderableType]:
             ]
         rows.append(row)
     title = f"Text, sequences of {part['sequence_length']} tokens (± standard error over sequences)"
-    return [_table(title, columns, rows if len(rows) > 2 else rows[:1])]
+    return [FigureTable(title, columns, rows if len(rows) > 2 else rows[:1])]
 
 
 def _share(of: Mapping[str, Any] | None) -> str:
@@ -73,7 +65,7 @@ def _tasks(part: Mapping[str, Any]) -> list[RenderableType]:
         rows.append(row)
     if against:
         rows.append(["average", *[""] * 6, _share(part["average_preserved"])])
-    pieces: list[RenderableType] = [_table("Tasks (± standard error over items)", columns, rows)]
+    pieces: list[RenderableType] = [FigureTable("Tasks (± standard error over items)", columns, rows)]
     if against and part["left_out"]:
         pieces.append(Text("* The parent is not above chance there; left out of the average."))
     return pieces
@@ -91,7 +83,7 @@ def _long_context(part: Mapping[str, Any]) -> list[RenderableType]:
             if against:
                 row += [with_error(found["lm_loss_increase_nats"], ".3f"), with_error(found["kl_nats"], ".3f")]
             rows.append(row)
-        pieces.append(_table("Text by length, second half of each sequence", columns, rows))
+        pieces.append(FigureTable("Text by length, second half of each sequence", columns, rows))
     asked = {length: row for length, row in part["lengths"].items() if "tasks" in row}
     if asked:
         kinds = list(next(iter(asked.values()))["tasks"])
@@ -106,7 +98,7 @@ def _long_context(part: Mapping[str, Any]) -> list[RenderableType]:
                 row.append(f"{100 * score['score']['mean']:.0f}{parent}")
             rows.append([*row, _share(found["average"]["preserved"])] if against else row)
         who = "model / parent" if against else "model"
-        pieces.append(_table(f"Questions by length, % of answers found, {who}", columns, rows))
+        pieces.append(FigureTable(f"Questions by length, % of answers found, {who}", columns, rows))
     return pieces
 
 

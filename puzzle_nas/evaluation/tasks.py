@@ -14,8 +14,8 @@ import numpy as np
 
 from puzzle_nas.data.task_items import half_of, is_task_file, read_task
 from puzzle_nas.errors import DataError, RecipeError
+from puzzle_nas.estimates import above, estimate, preserved
 from puzzle_nas.evaluation.models import Evaluated
-from puzzle_nas.evaluation.statistics import above, estimate, preserved
 from puzzle_nas.progress import progress
 
 PREFERRED_METRIC = "acc_norm"

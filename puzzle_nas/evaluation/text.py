@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from puzzle_nas.data.packing import separator_id
+from puzzle_nas.data.packing import Encoder, in_blocks
 from puzzle_nas.data.sources import documents
 from puzzle_nas.errors import DataError
+from puzzle_nas.estimates import estimate, exponential
 from puzzle_nas.evaluation.models import Evaluated
-from puzzle_nas.evaluation.statistics import estimate, exponential
 from puzzle_nas.recipe import SourceSettings
-from puzzle_nas.training.comparison import BATCH_TOKENS, ParentReference
+from puzzle_nas.scoring.comparison import BATCH_TOKENS, ParentReference
 from puzzle_nas.training.losses import Divergence
 
 LARGEST_PART = 8
@@ -40,7 +40,7 @@ def named_files(texts: Iterable[str]) -> dict[str, list[str]]:
 def domain_tokens(
     files: Iterable[str], tokenizer: Any, length: int, num_tokens: int, seed: int, largest: int | None = None
 ) -> torch.Tensor:
-    """Sequences [S, T] from the documents of some files, in an order that `seed` decides, separators between them.
+    """Sequences [S, T] from the documents of some files, in an order that `seed` decides, as the parent's own data.
 
     Args:
         largest: tokens that one document may give as long as there are others; None means an eighth of all.
@@ -48,15 +48,15 @@ def domain_tokens(
     Raises:
         DataError: a file is missing or damaged, or all hold less than one sequence.
     """
-    files, separator = list(files), separator_id(tokenizer)
+    files, encoder = list(files), Encoder(tokenizer)
     sequences = max(1, num_tokens // length)
     streams = [documents(SourceSettings(source=file), seed) for file in files]
     pieces: list[list[int]] = []
     rests: list[list[int]] = []
     missing = sequences * length
     largest = largest or max(length, missing // LARGEST_PART)
-    for text in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*streams))):
-        ids = [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], separator]
+    for document in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*streams))):
+        (ids,) = encoder([document])
         pieces.append(ids[:largest])
         rests.append(ids[largest:])
         missing -= len(pieces[-1])
@@ -65,7 +65,7 @@ def domain_tokens(
     flat = list(itertools.chain(*pieces, *rests))[: sequences * length]
     if len(flat) < length:
         raise DataError(f"{', '.join(files)} hold {len(flat)} tokens, less than one sequence of {length}; name more.")
-    return torch.tensor(flat[: len(flat) // length * length]).view(-1, length)
+    return torch.from_numpy(in_blocks(np.asarray(flat[: len(flat) // length * length]), length, encoder.beginning))
 
 
 def compare_texts(

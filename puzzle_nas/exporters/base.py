@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from puzzle_nas.architecture import Architecture, Spec
 from puzzle_nas.errors import ExportError
-from puzzle_nas.families.loading import Machine, architecture_of, build, child_config, load_model, load_tokenizer
-from puzzle_nas.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle_nas.families import FAMILIES, Anatomy, architecture_of, build, child_config, load_model, load_tokenizer
+from puzzle_nas.families.anatomy import parent_type
+from puzzle_nas.formats.stored import Matrix, put, read_matrices
+from puzzle_nas.machine import Machine
 from puzzle_nas.servable import SERVERS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -29,11 +31,13 @@ class Child:
     Verification needs float32 on the CPU.
     """
 
-    model: PuzzleForCausalLM
+    model: PreTrainedModel
     tokenizer: Any
     """None writes none, for models that are only timed."""
     own_dtype: torch.dtype = torch.float32
     """What the checkpoint stores."""
+    matrices: Mapping[str, Matrix] = field(default_factory=dict)
+    """What it stores in formats, by the names of the weights; without them writers round to nearest."""
 
     @classmethod
     def load(cls, checkpoint: Path) -> Child:
@@ -45,10 +49,13 @@ class Child:
         machine = Machine(torch.device("cpu"), torch.float32)
         model = load_model(checkpoint, machine)
         own = AutoConfig.from_pretrained(checkpoint).dtype
-        return cls(model, load_tokenizer(checkpoint), own or torch.float32)
+        matrices = read_matrices(checkpoint)
+        put(model, matrices)
+        dtype = own if isinstance(own, torch.dtype) else torch.float32
+        return cls(model, load_tokenizer(checkpoint), dtype, matrices)
 
     @property
-    def config(self) -> PuzzleConfig:
+    def config(self) -> PreTrainedConfig:
         """The model's configuration."""
         return self.model.config
 
@@ -58,23 +65,35 @@ class Child:
         return architecture_of(self.model.config)
 
     def layer_weights(self, layer: int) -> dict[str, torch.Tensor]:
-        """The weights of one layer, named relative to it."""
-        return {name: weight.detach() for name, weight in self.model.model.layers[layer].state_dict().items()}
+        """The weights of one layer, named relative to it; what it stores in formats as files hold it."""
+        parts = Anatomy(self.model)
+        weights = {name: weight.detach() for name, weight in parts.layers[layer].state_dict().items()}
+        stored = {name: self.matrices.get(f"{parts.layer_prefix}{layer}.{name}") for name in weights}
+        return {name: weights[name] if matrix is None else matrix.packed() for name, matrix in stored.items()}
 
     def rounded(self, dtype: torch.dtype) -> Child:
-        """The same child with every weight rounded to `dtype`; arithmetic stays float32."""
-        weights = {name: w.to(dtype).to(torch.float32) for name, w in self.model.state_dict().items()}
-        return Child(build(self.config, weights), self.tokenizer)
+        """The same child with every weight rounded to `dtype`, or as its format stores it; arithmetic stays float32."""
+        stored = {self.model.get_parameter(name).data_ptr() for name in self.matrices}
+        weights = {
+            name: weight if weight.data_ptr() in stored else weight.to(dtype).to(torch.float32)
+            for name, weight in self.model.state_dict().items()
+        }
+        return Child(build(child_config(self.config, self.architecture.plain), weights), self.tokenizer)
+
+    @property
+    def family(self) -> str:
+        """transformers' name of the parent's family."""
+        return parent_type(self.config)
 
     def truncated(self, num_layers: int) -> Child:
-        """The first `num_layers` layers, then final norm and LM head."""
-        config = child_config(self.config, Architecture(self.architecture.layers[:num_layers]))
-        weights = {
-            name: w
-            for name, w in self.model.state_dict().items()
-            if not name.startswith("model.layers.") or int(name.split(".")[2]) < num_layers
-        }
-        return Child(build(config, weights), self.tokenizer)
+        """The first `num_layers` layers, nothing in the others, then final norm and LM head."""
+        removed = range(num_layers, len(self.architecture.layers))
+        prefix = Anatomy(self.model).layer_prefix
+        gone = tuple(f"{prefix}{layer}." for layer in removed)
+        weights = {name: w for name, w in self.model.state_dict().items() if not name.startswith(gone)}
+        left = build(child_config(self.config, self.architecture.without(removed)), weights)
+        matrices = {name: matrix for name, matrix in self.matrices.items() if name in weights}
+        return Child(left, self.tokenizer, self.own_dtype, matrices)
 
 
 class Exporter(ABC):
@@ -90,6 +109,8 @@ class Exporter(ABC):
     """Keys of `DTYPES` that it can be written in."""
     writers: ClassVar[Mapping[type[Spec], Callable[..., Any]]]
     """What writes each kind of variant; a kind that is missing here is refused."""
+    families: ClassVar[Collection[str]] = FAMILIES
+    """Those whose parents' own layers it can hold; others are refused."""
 
     def refuse(self, child: Child) -> None:
         """Refuse what the format cannot hold.
@@ -97,6 +118,11 @@ class Exporter(ABC):
         Raises:
             ExportError: names every layer and why.
         """
+        if reasons := self.reasons(child):
+            raise ExportError(f"This child cannot be exported to {self.name}: {'; '.join(reasons)}.")
+
+    def reasons(self, child: Child) -> list[str]:
+        """Why the format cannot hold a model, each a clause that names the layers; none where it can."""
         server = SERVERS[self.server]
         reasons: dict[str, list[int]] = {}
         for layer, _, spec in child.architecture:
@@ -106,12 +132,22 @@ class Exporter(ABC):
             if reason:
                 reasons.setdefault(reason, []).append(layer)
         texts = [f"{reason} (layer {', '.join(map(str, layers))})" for reason, layers in reasons.items()]
-        texts += [f"it has {reason}" for reason in self.family_problems(child.config)]
-        if texts:
-            raise ExportError(f"This child cannot be exported to {self.name}: {'; '.join(texts)}.")
+        if reason := server.refusal(len(child.architecture.layers), child.architecture.head):
+            texts.append(f"{reason} (embeddings and LM head)")
+        if child.family in self.families:
+            return texts + self.family_problems(child)
+        return [*texts, f"it has no layers of {child.family}"]
 
-    def family_problems(self, config: PuzzleConfig) -> list[str]:
-        """What of the parent's family the format lacks, as `norms on queries and keys, which deci lacks`."""
+    def family_problems(self, child: Child) -> list[str]:
+        """What of a parent of one of `families` the format cannot hold, each a clause."""
+        return []
+
+    def differing(self, child: Child, folder: Path, dtype: str) -> list[str]:
+        """The tensors of a written file whose values, as an engine reads them, are not the child's; none by default."""
+        return []
+
+    def notes(self, child: Child) -> list[str]:
+        """What of the child the format does not say, where it can be written all the same."""
         return []
 
     @abstractmethod

@@ -12,31 +12,31 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from transformers import PreTrainedConfig
 
-from puzzle_nas.architecture import GatedFFN, GroupedAttention, NoOpAttention, NoOpFFN, Spec
+from puzzle_nas.architecture import GatedFFN, GroupedAttention, NoOp, Spec
 from puzzle_nas.artifacts import explained_disk_errors
 from puzzle_nas.exporters.base import DTYPES, Child, Exporter
-from puzzle_nas.modeling import PuzzleConfig
+from puzzle_nas.exporters.llama_like import FAMILIES, has_bias, problems
+from puzzle_nas.exporters.older_readers import spell_for_older_readers
+from puzzle_nas.families import head_dim_of
 
 CONFIGURATION_CODE = Path(__file__).parent / "configuration_decilm.py"
 
 
-def _grouped_attention(spec: GroupedAttention, config: PuzzleConfig) -> dict[str, Any]:
+def _grouped_attention(spec: GroupedAttention, config: PreTrainedConfig) -> dict[str, Any]:
     group = config.num_attention_heads // spec.num_key_value_heads
     return {"n_heads_in_group": group, "no_op": False, "replace_with_linear": False}
 
 
-def _no_attention(_: NoOpAttention, __: PuzzleConfig) -> dict[str, Any]:
-    return {"n_heads_in_group": None, "no_op": True, "replace_with_linear": False}
-
-
-def _gated_ffn(spec: GatedFFN, _: PuzzleConfig) -> dict[str, Any]:
+def _gated_ffn(spec: GatedFFN, _: PreTrainedConfig) -> dict[str, Any]:
     # No ffn_mult: vLLM would take it over the width, and rounds it up to a multiple of 256.
     return {"intermediate_size": spec.intermediate_size, "no_op": False, "replace_with_linear": False}
 
 
-def _no_ffn(_: NoOpFFN, __: PuzzleConfig) -> dict[str, Any]:
-    return {"no_op": True, "replace_with_linear": False}
+def _nothing(spec: NoOp, _: PreTrainedConfig) -> dict[str, Any]:
+    heads = {"n_heads_in_group": None} if spec.slot == "attention" else {}
+    return {**heads, "no_op": True, "replace_with_linear": False}
 
 
 class DeciLMExporter(Exporter):
@@ -45,27 +45,23 @@ class DeciLMExporter(Exporter):
     name = "decilm"
     server = "vllm-stock"
     engine = "vllm-stock"
+    families = FAMILIES
     writers: dict[type[Spec], Callable[..., dict[str, Any]]] = {
         GroupedAttention: _grouped_attention,
-        NoOpAttention: _no_attention,
         GatedFFN: _gated_ffn,
-        NoOpFFN: _no_ffn,
+        NoOp: _nothing,
     }
 
-    def family_problems(self, config: PuzzleConfig) -> list[str]:
+    def family_problems(self, child: Child) -> list[str]:
         """See `Exporter.family_problems`."""
-        problems = {
-            "norms on queries and keys, which nemotron-nas lacks": config.query_key_norm,
-            "a sliding window, which nemotron-nas lacks": "sliding_attention" in config.layer_types,
-            "a bias on the attention's output alone, which nemotron-nas lacks": config.attention_output_bias
-            and not config.query_key_value_bias,
-        }
-        return [text for text, is_so in problems.items() if is_so]
+        found = problems(child, "nemotron-nas")
+        if has_bias(child, "self_attn.o_proj") and not has_bias(child, "self_attn.q_proj"):
+            found.append("it has a bias on the attention's output alone, which nemotron-nas lacks")
+        return found
 
     def config_json(self, child: Child, dtype: str) -> dict[str, Any]:
         """The checkpoint's config.json."""
         config = child.config
-        # Sizes that differ between layers can be read of the whole only so.
         whole = config.to_dict()
         same = (
             "vocab_size",
@@ -74,7 +70,6 @@ class DeciLMExporter(Exporter):
             "num_hidden_layers",
             "num_attention_heads",
             "num_key_value_heads",
-            "head_dim",
             "hidden_act",
             "max_position_embeddings",
             "initializer_range",
@@ -82,7 +77,6 @@ class DeciLMExporter(Exporter):
             "use_cache",
             "tie_word_embeddings",
             "rope_parameters",
-            "mlp_bias",
             "pad_token_id",
             "bos_token_id",
             "eos_token_id",
@@ -93,8 +87,10 @@ class DeciLMExporter(Exporter):
             "auto_map": {"AutoConfig": f"{CONFIGURATION_CODE.stem}.DeciLMConfig"},
             "dtype": dtype,
             **{name: whole[name] for name in same},
-            "attention_bias": config.attention_output_bias,
-            "qkv_bias": config.query_key_value_bias,
+            "head_dim": head_dim_of(config),
+            "mlp_bias": has_bias(child, "mlp.down_proj"),
+            "attention_bias": has_bias(child, "self_attn.o_proj"),
+            "qkv_bias": has_bias(child, "self_attn.q_proj"),
             "block_configs": [
                 {slot: self.writers[type(spec)](spec, config) for slot, spec in block.items()}
                 for block in child.architecture.layers
@@ -113,3 +109,4 @@ class DeciLMExporter(Exporter):
             child.model.generation_config.save_pretrained(folder)
             if child.tokenizer is not None:
                 child.tokenizer.save_pretrained(folder)
+            spell_for_older_readers(folder)

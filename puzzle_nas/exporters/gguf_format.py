@@ -3,7 +3,7 @@
 llama.cpp's `deci` layer is a norm and a mixer (attention or one matrix), then a norm and a gated FFN. It loads other
 layers too but then leaves out the attention (one without FFN) or stops (a first layer without mixer, a last one
 without FFN, a model without any attention). So a child is taken apart into its sub-blocks, and these are packed into
-full layers anew: a linear FFN is a mixer of one matrix, what has no FFN behind it gets a tiny one of zeros, a first
+full layers again: a linear FFN is a mixer of one matrix, what has no FFN behind it gets a tiny one of zeros, a first
 layer without mixer a matrix of zeros, a model without attention one head of zeros, and empty layers vanish. The number
 of layers in the file is therefore not the child's.
 
@@ -14,16 +14,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
-from puzzle_nas.architecture import GatedFFN, GroupedAttention, LinearAttention, LinearFFN, NoOpAttention, NoOpFFN, Spec
+from puzzle_nas.architecture import GatedFFN, GroupedAttention, Linear, NoOp, Spec
 from puzzle_nas.exporters.base import DTYPES, Child, Exporter
-from puzzle_nas.exporters.gguf_tokenizer import write_tokenizer
-from puzzle_nas.modeling import PuzzleConfig
+from puzzle_nas.exporters.gguf_tokenizer import tokenizer_notes, write_tokenizer
+from puzzle_nas.exporters.llama_like import FAMILIES, problems
+from puzzle_nas.families import head_dim_of
+from puzzle_nas.formats.registry import format_of
 
 FILE_NAME = "model.gguf"
 SMALLEST_WIDTH = 32
@@ -44,6 +48,8 @@ class Mixer:
     num_heads: int
     num_key_value_heads: int
     tensors: Weights
+    format: str | None = None
+    """Of its matrices, besides the file's precision."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,10 @@ class FeedForward:
 
     width: int
     tensors: Weights
+    format: str | None = None
 
 
-def _grouped_attention(spec: GroupedAttention, weights: Weights, config: PuzzleConfig) -> list[Mixer]:
+def _grouped_attention(spec: GroupedAttention, weights: Weights, config: PreTrainedConfig) -> list[Mixer]:
     tensors = {"attn_norm.weight": weights["input_layernorm.weight"]}
     names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
     heads = {"q_proj": config.num_attention_heads, "k_proj": spec.num_key_value_heads}
@@ -65,19 +72,17 @@ def _grouped_attention(spec: GroupedAttention, weights: Weights, config: PuzzleC
     return [Mixer(config.num_attention_heads, spec.num_key_value_heads, tensors)]
 
 
-def _matrix(norm: torch.Tensor, matrix: torch.Tensor, config: PuzzleConfig) -> Mixer:
+def _matrix(norm: torch.Tensor, matrix: torch.Tensor, config: PreTrainedConfig) -> Mixer:
     return Mixer(config.num_attention_heads, 0, {"attn_norm.weight": norm, "attn_output.weight": matrix})
 
 
-def _linear_attention(_: LinearAttention, weights: Weights, config: PuzzleConfig) -> list[Mixer]:
-    return [_matrix(weights["input_layernorm.weight"], weights["self_attn.linear_attn.weight"], config)]
+def _linear(spec: Linear, weights: Weights, config: PreTrainedConfig) -> list[Mixer]:
+    of_attention = spec.slot == "attention"
+    norm, mixer = ("input_layernorm", "self_attn") if of_attention else ("post_attention_layernorm", "mlp")
+    return [_matrix(weights[f"{norm}.weight"], weights[f"{mixer}.linear.weight"], config)]
 
 
-def _linear_ffn(_: LinearFFN, weights: Weights, config: PuzzleConfig) -> list[Mixer]:
-    return [_matrix(weights["post_attention_layernorm.weight"], weights["mlp.linear_mlp.weight"], config)]
-
-
-def _gated_ffn(spec: GatedFFN, weights: Weights, _: PuzzleConfig) -> list[FeedForward]:
+def _gated_ffn(spec: GatedFFN, weights: Weights, _: PreTrainedConfig) -> list[FeedForward]:
     tensors = {"ffn_norm.weight": weights["post_attention_layernorm.weight"]}
     for ours, theirs in {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}.items():
         for part in ("weight", "bias"):
@@ -90,9 +95,9 @@ def _nothing(*_) -> list:
     return []
 
 
-def _idle_attention(config: PuzzleConfig) -> Mixer:
+def _idle_attention(config: PreTrainedConfig) -> Mixer:
     """One head of zeros."""
-    hidden, head = config.hidden_size, config.head_dim
+    hidden, head = config.hidden_size, head_dim_of(config)
     matrices = {f"attn_{name}.weight": torch.zeros(head, hidden) for name in "qkv"}
     tensors = {"attn_norm.weight": torch.ones(hidden), **matrices, "attn_output.weight": torch.zeros(hidden, head)}
     return Mixer(1, 1, tensors)
@@ -104,7 +109,7 @@ def neighbouring_pairs(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def packed(parts: Iterable[Mixer | FeedForward], config: PuzzleConfig) -> list[tuple[Mixer | None, FeedForward]]:
+def packed(parts: Iterable[Mixer | FeedForward], config: PreTrainedConfig) -> list[tuple[Mixer | None, FeedForward]]:
     """Sub-blocks in order as `deci` layers that llama.cpp computes rightly."""
     hidden = config.hidden_size
     idle_ffn = FeedForward(
@@ -139,31 +144,32 @@ class GGUFExporter(Exporter):
     name = "gguf"
     server = "llama.cpp"
     engine = "llama.cpp"
+    families = FAMILIES
     writers: dict[type[Spec], Callable[..., list]] = {
         GroupedAttention: _grouped_attention,
-        LinearAttention: _linear_attention,
-        NoOpAttention: _nothing,
         GatedFFN: _gated_ffn,
-        LinearFFN: _linear_ffn,
-        NoOpFFN: _nothing,
+        Linear: _linear,
+        NoOp: _nothing,
     }
 
-    def family_problems(self, config: PuzzleConfig) -> list[str]:
+    def family_problems(self, child: Child) -> list[str]:
         """See `Exporter.family_problems`."""
-        rope = config.rope_parameters or {}
-        problems = {
-            "norms on queries and keys, which deci lacks": config.query_key_norm,
-            "a sliding window, which deci lacks": "sliding_attention" in config.layer_types,
-            f"the activation {config.hidden_act}, where deci has silu": config.hidden_act != "silu",
-            f"rotary positions of type {rope.get('rope_type')}, which are not written yet": rope.get("rope_type")
-            not in ("default", "llama3", "linear"),
-        }
-        return [text for text, is_so in problems.items() if is_so]
+        found = problems(child, "deci")
+        config, rope_type = child.config, (child.config.rope_parameters or {}).get("rope_type")
+        if config.hidden_act != "silu":
+            found.append(f"it has the activation {config.hidden_act}, where deci has silu")
+        if rope_type not in ("default", "llama3", "linear"):
+            found.append(f"it has rotary positions of type {rope_type}, which are not written yet")
+        return found
+
+    def notes(self, child: Child) -> list[str]:
+        """See `Exporter.notes`."""
+        return tokenizer_notes(child.tokenizer, end_tokens(child))
 
     def parts(self, child: Child) -> list[Mixer | FeedForward]:
         """The child's sub-blocks in order; those that do nothing are left out."""
         return [
-            part
+            replace(part, format=spec.format)
             for layer, _, spec in child.architecture
             for part in self.writers[type(spec)](spec, child.layer_weights(layer), child.config)
         ]
@@ -175,38 +181,40 @@ class GGUFExporter(Exporter):
         writer = gguf.GGUFWriter(folder / FILE_NAME, "deci")
         self._write_sizes(writer, config, layers)
         writer.add_file_type(FILE_TYPES[dtype])
-        write_tokenizer(writer, child.tokenizer, config.vocab_size)
-        whole = child.model.state_dict()
-        tensors = {
-            "token_embd.weight": whole["model.embed_tokens.weight"],
-            "output_norm.weight": whole["model.norm.weight"],
-        }
-        if not config.tie_word_embeddings:
-            tensors["output.weight"] = whole["lm_head.weight"]
-        if config.rope_parameters and config.rope_parameters["rope_type"] == "llama3":
-            tensors["rope_freqs.weight"] = _llama3_factors(config)
-        for number, (mixer, ffn) in enumerate(layers):
-            for part in (mixer, ffn):
-                if part is not None:
-                    tensors |= {f"blk.{number}.{name}": w for name, w in part.tensors.items()}
-        for name, weight in tensors.items():
-            _add(writer, name, weight, dtype)
+        write_tokenizer(writer, child.tokenizer, config.vocab_size, end_tokens(child))
+        for name, (weight, form) in _tensors(child, layers).items():
+            _add(writer, name, weight, dtype, form)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
+    def differing(self, child: Child, folder: Path, dtype: str) -> list[str]:
+        """See `Exporter.differing`. Vectors are in float32, whatever `dtype`."""
+        rounded = child.rounded(DTYPES[dtype])
+        expected = _tensors(rounded, packed(self.parts(rounded), rounded.config))
+        for name, tensor in _tensors(child, packed(self.parts(child), child.config)).items():
+            if tensor[0].ndim < 2:
+                expected[name] = tensor
+        found = gguf.GGUFReader(folder / FILE_NAME).tensors
+        names = {tensor.name for tensor in found} ^ set(expected)
+        for tensor in found:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            if tensor.name not in names and not np.array_equal(values, expected[tensor.name][0].float().numpy()):
+                names.add(tensor.name)
+        return sorted(names)
+
     @staticmethod
-    def _write_sizes(writer: gguf.GGUFWriter, config: PuzzleConfig, layers) -> None:
+    def _write_sizes(writer: gguf.GGUFWriter, config: PreTrainedConfig, layers) -> None:
         rope = config.rope_parameters or {}
         writer.add_block_count(len(layers))
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)
         writer.add_vocab_size(config.vocab_size)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
-        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_key_length(head_dim_of(config))
+        writer.add_value_length(head_dim_of(config))
+        writer.add_rope_dimension_count(head_dim_of(config))
         writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
         if rope.get("rope_type") == "linear":
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -216,10 +224,40 @@ class GGUFExporter(Exporter):
         writer.add_feed_forward_length([ffn.width for _, ffn in layers])
 
 
-def _add(writer: gguf.GGUFWriter, name: str, weight: torch.Tensor, dtype: str) -> None:
-    """Matrices in `dtype`, vectors in float32, as llama.cpp's own converter does."""
+def end_tokens(child: Child) -> list[int]:
+    """The tokens at which answers end, by the model's generation settings."""
+    ends = child.model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _tensors(child: Child, layers) -> dict[str, tuple[torch.Tensor, str | None]]:
+    """All weights of a file, and the format of those that have one."""
+    config, head = child.config, child.architecture.head.format
+    ends = {name: child.model.get_parameter(name).detach() for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    ends = {name: child.matrices[name].packed() if name in child.matrices else w for name, w in ends.items()}
+    tensors = {
+        "token_embd.weight": (ends["model.embed_tokens.weight"], head),
+        "output_norm.weight": (child.model.get_parameter("model.norm.weight").detach(), None),
+    }
+    if not config.tie_word_embeddings:
+        tensors["output.weight"] = (ends["lm_head.weight"], head)
+    if config.rope_parameters and config.rope_parameters["rope_type"] == "llama3":
+        tensors["rope_freqs.weight"] = (_llama3_factors(config), None)
+    for number, (mixer, ffn) in enumerate(layers):
+        for part in (mixer, ffn):
+            if part is not None:
+                tensors |= {f"blk.{number}.{name}": (w, part.format) for name, w in part.tensors.items()}
+    return tensors
+
+
+def _add(writer: gguf.GGUFWriter, name: str, weight: torch.Tensor, dtype: str, form: str | None = None) -> None:
+    """Matrices in `form`, else in `dtype`, vectors in float32, as llama.cpp's own converter does."""
     weight = weight.cpu()
-    if weight.ndim < 2 or dtype == "float32":
+    if form is not None and weight.ndim > 1:
+        if weight.dtype != torch.uint8:
+            weight = format_of(form).pack(format_of(form).nearest(weight))["weight"]
+        writer.add_tensor(name, weight.contiguous().numpy(), raw_dtype=gguf.GGMLQuantizationType[form.upper()])
+    elif weight.ndim < 2 or dtype == "float32":
         writer.add_tensor(name, weight.float().contiguous().numpy())
     elif dtype == "float16":
         writer.add_tensor(name, weight.to(DTYPES[dtype]).contiguous().numpy())
@@ -228,10 +266,11 @@ def _add(writer: gguf.GGUFWriter, name: str, weight: torch.Tensor, dtype: str) -
         writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
 
 
-def _llama3_factors(config: PuzzleConfig) -> torch.Tensor:
+def _llama3_factors(config: PreTrainedConfig) -> torch.Tensor:
     """What Llama 3 divides each rotary frequency by, [head_dim / 2]."""
     rope = config.rope_parameters or {}
     old, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
-    frequencies = rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+    head_dim = head_dim_of(config)
+    frequencies = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     smooth = ((old * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - smooth) / rope["factor"] + smooth)).float()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
@@ -23,8 +24,15 @@ _SPACE = "▁"
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
-def write_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
+MORE_ENDS = 2
+"""End tokens that GGUF can name besides the tokenizer's own: of a turn, and of a message."""
+
+
+def write_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int, end_tokens: Sequence[int] = ()) -> None:
     """Vocabulary, merges, how text is split before merging, special tokens, chat template; for None that there is none.
+
+    Args:
+        end_tokens: those at which answers end.
 
     Raises:
         ExportError: the tokenizer is of a kind that we cannot write.
@@ -48,6 +56,7 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None
         writer.add_token_scores([-float(ranks.get(token, len(merges))) for token in tokens])
     else:
         writer.add_tokenizer_model("gpt2")
+        _normalisers(data)
         writer.add_tokenizer_pre(_pre_tokenizer_name(data))
         writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_token_list(tokens)
@@ -60,12 +69,52 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int) -> None
     ):
         if (index := getattr(tokenizer, f"{name}_token_id")) is not None:
             add(index)
+    more = (writer.add_eot_token_id, writer.add_eom_token_id)
+    for index, add in zip(_more_ends(tokenizer, end_tokens), more, strict=False):
+        add(index)
     # What the tokenizer itself puts around text.
     around = tokenizer("a").input_ids
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and around[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(tokenizer.eos_token_id is not None and around[-1] == tokenizer.eos_token_id)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def tokenizer_notes(tokenizer: Any, end_tokens: Sequence[int] = ()) -> list[str]:
+    """What of a tokenizer that can be written GGUF does not say, in sentences."""
+    if tokenizer is None:
+        return []
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    notes = []
+    if not data["model"].get("byte_fallback") and _normalisers(data):
+        notes.append(
+            "The child's tokenizer puts text into Unicode's composed form (NFC) and llama.cpp does not: text with "
+            "combining accents is split otherwise there; send composed text."
+        )
+    if lost := _more_ends(tokenizer, end_tokens)[MORE_ENDS:]:
+        names = ", ".join(tokenizer.convert_ids_to_tokens(lost))
+        notes.append(f"GGUF names three end tokens at most: llama.cpp may not end answers at {names}.")
+    return notes
+
+
+def _more_ends(tokenizer: Any, end_tokens: Sequence[int]) -> list[int]:
+    """End tokens besides the tokenizer's own."""
+    return [index for index in dict.fromkeys(end_tokens) if index != tokenizer.eos_token_id]
+
+
+def _normalisers(data: dict) -> list[str]:
+    """What a tokenizer of bytes does to text before it splits it: nothing, or Unicode's composed form.
+
+    Raises:
+        ExportError: anything else, which GGUF cannot say.
+    """
+    kinds = [step["type"] for step in _steps(data["normalizer"], "normalizers")]
+    if others := [kind for kind in kinds if kind != "NFC"]:
+        raise ExportError(
+            "This child cannot be exported to gguf: its tokenizer changes text "
+            f"({', '.join(others)}) as GGUF cannot say."
+        )
+    return kinds
 
 
 def _vocabulary(data: dict, vocab_size: int) -> tuple[list[str], list[TokenType]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from puzzle_nas.architecture import SPEC_KINDS
+from puzzle_nas.architecture import KINDS
 from puzzle_nas.exporters.base import DTYPES, Child, Exporter
-from puzzle_nas.families.loading import build, child_config, save_model
-from puzzle_nas.modeling import PuzzleConfig
+from puzzle_nas.exporters.older_readers import spell_for_older_readers
+from puzzle_nas.families import build, child_config, save_model
+from puzzle_nas.families.loading import entry_of
 
 
 class TransformersExporter(Exporter):
@@ -16,7 +17,7 @@ class TransformersExporter(Exporter):
     name = "transformers"
     server = "transformers"
     engine = "transformers"
-    writers = {kind: kind.layer_config for kind in SPEC_KINDS.values()}
+    writers = dict.fromkeys(KINDS.values(), entry_of)
 
     def write(self, child: Child, folder: Path, dtype: str) -> None:
         """See `Exporter.write`."""
@@ -25,9 +26,10 @@ class TransformersExporter(Exporter):
 
 def write_checkpoint(child: Child, folder: Path, dtype: str) -> None:
     """The child as transformers saves it, weights in `dtype` (a key of `DTYPES`)."""
-    config: PuzzleConfig = child_config(child.config, child.architecture)
+    config = child_config(child.config, child.architecture)
     config.dtype = DTYPES[dtype]
     weights = {name: weight.to(DTYPES[dtype]) for name, weight in child.model.state_dict().items()}
     model = build(config, weights)
     model.generation_config = child.model.generation_config
     save_model(model, child.tokenizer, folder)
+    spell_for_older_readers(folder)

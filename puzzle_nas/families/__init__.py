@@ -1,30 +1,41 @@
-"""Parent families: one small adapter each, and loading a parent or a child."""
+"""Parent families: one small adapter each, taking models apart, loading them."""
 
+from puzzle_nas.families.anatomy import Anatomy, Head, LayerInputs, SubBlock
 from puzzle_nas.families.loading import (
-    Machine,
+    architecture_of,
+    build,
     child_config,
     find_checkpoint,
+    head_dim_of,
     load_model,
     load_parent,
     load_tokenizer,
-    machine_of,
+    load_with_tokenizer,
     open_parent,
+    parent_checkpoint,
+    probe_model,
     save_model,
-    to_puzzle,
 )
 from puzzle_nas.families.registry import FAMILIES, family_of
 
 __all__ = [
     "FAMILIES",
-    "Machine",
+    "Anatomy",
+    "Head",
+    "LayerInputs",
+    "SubBlock",
+    "architecture_of",
+    "build",
     "child_config",
     "family_of",
     "find_checkpoint",
+    "head_dim_of",
     "load_model",
     "load_parent",
     "load_tokenizer",
-    "machine_of",
+    "load_with_tokenizer",
     "open_parent",
+    "parent_checkpoint",
+    "probe_model",
     "save_model",
-    "to_puzzle",
 ]

@@ -4,14 +4,6 @@ from puzzle_nas.families.base import Family
 
 
 class Llama(Family):
-    """Optional biases, no sliding window."""
+    """The shape that others differ from."""
 
     model_type = "llama"
-
-    def specifics(self, config):
-        """See `Family.specifics`."""
-        return {
-            "query_key_value_bias": config.attention_bias,
-            "attention_output_bias": config.attention_bias,
-            "mlp_bias": config.mlp_bias,
-        }

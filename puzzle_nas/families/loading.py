@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import importlib.metadata
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -27,100 +21,25 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils.logging import disable_progress_bar
 
-from puzzle_nas.architecture import (
-    Architecture,
-    GatedFFN,
-    GroupedAttention,
-    LinearAttention,
-    LinearFFN,
-    NoOpAttention,
-    NoOpFFN,
-    ParentShape,
-    Spec,
-)
+from puzzle_nas.architecture import Architecture, GroupedAttention, Head, Spec, spec_from_dict
 from puzzle_nas.artifacts import RunFolder, explained_disk_errors, read_json
-from puzzle_nas.errors import CheckpointError, RecipeError
+from puzzle_nas.errors import CheckpointError
+from puzzle_nas.families.anatomy import parent_type
+from puzzle_nas.families.base import Place
 from puzzle_nas.families.registry import family_of
 from puzzle_nas.families.streaming import WeightFiles, streamed
-from puzzle_nas.modeling import PuzzleConfig, PuzzleForCausalLM
-from puzzle_nas.recipe import Recipe, parse_recipe
+from puzzle_nas.hub import go_offline_if_unreachable
+from puzzle_nas.machine import Machine, machine_of
+from puzzle_nas.modeling import PuzzleConfig, config_class_of, contiguous_last_token
+from puzzle_nas.parents import Examined, examine
+from puzzle_nas.parents.fit import quiet
+from puzzle_nas.parents.tokenizer import read_tokenizer
+from puzzle_nas.recipe import Recipe
 
 # Loading takes seconds; its bars only disturb ours. The GGUF reader draws one of its own.
 disable_progress_bar()
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CACHE_LINE_BYTES = 64
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Of malloc.h."""
-KEPT_BYTES = 2**30
-"""Freed memory at the end of the heap above which it goes back to the system."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where and how forward passes run."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def autocast(self) -> bool:
-        """Whether training multiplies in bfloat16 (its master weights are always float32)."""
-        return self.dtype == torch.bfloat16
-
-
-def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether bfloat16 products have hardware of their own."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("amx_bf16", "amx", "avx512_bf16", "sve_bf16"))
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what tensors free for the next ones, instead of giving it back page by page.
-
-    A step of training makes and frees the same tensors each time, and getting their pages anew takes long.
-    """
-    allocator = ctypes.CDLL(None)
-    if hasattr(allocator, "gnu_get_libc_version"):
-        allocator.mallopt(M_MMAP_MAX, 0)
-        allocator.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
-def machine_of(recipe: Recipe) -> Machine:
-    """Choose device and precision, set the thread count and what happens to freed memory.
-
-    Raises:
-        RecipeError: a GPU was asked for and there is none.
-    """
-    name = recipe.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("The recipe asks for device=cuda, but torch sees no GPU here; use device=cpu.")
-    keep_freed_memory()
-    torch.set_num_threads(recipe.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1)
-    device = torch.device(name)
-    precision = recipe.precision
-    if precision == "auto":
-        precision = "bfloat16" if bfloat16_is_fast(device) else "float32"
-    return Machine(device, DTYPES[precision])
-
-
-def this_machine() -> Machine:
-    """Device and precision without a recipe: a GPU when there is one, bfloat16 where it is fast."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Machine(device, torch.bfloat16 if bfloat16_is_fast(device) else torch.float32)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that this process could still take, a GPU's own where that is the device."""
-    if device.type == "cpu":
-        return psutil.virtual_memory().available
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def find_checkpoint(parent: str, download_dir: Path) -> Path | str:
@@ -140,6 +59,7 @@ def find_checkpoint(parent: str, download_dir: Path) -> Path | str:
     looks_local = parent.startswith((".", "/", "~")) or parent.count("/") != 1 or path.suffix == ".gguf"
     if looks_local:
         raise CheckpointError(f"There is no checkpoint at {parent}.")
+    go_offline_if_unreachable()
     return parent
 
 
@@ -192,58 +112,43 @@ def explain_loading(where: Path | str, error: Exception) -> CheckpointError:
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError)
 
 
-def open_parent(where: Path | str) -> tuple[PreTrainedModel, Any]:
+def open_parent(where: Path | str, examined: Examined | None = None) -> tuple[PreTrainedModel, Any]:
     """A parent in transformers' own class (float32 or its own precision, on the CPU) and its tokenizer.
 
+    Args:
+        examined: what `examine` found, where that was done already.
+
     Raises:
-        CheckpointError: missing, truncated, or of an unknown family.
+        CheckpointError: missing, truncated, of an unknown family, or what else `examine` refuses.
     """
-    arguments: dict[str, Any] = {}
-    folder = where
-    if isinstance(where, Path) and where.suffix == ".gguf":
-        folder, arguments = where.parent, {"gguf_file": where.name}
-    elif isinstance(where, Path) and not (where / "config.json").is_file():
-        raise CheckpointError(f"{where} is no checkpoint: it has no config.json.")
+    examined = examined or examine(where, lambda config: family_of(config.model_type))
+    folder = examined.path if examined.gguf is None else examined.path.parent
     try:
-        config = AutoConfig.from_pretrained(folder, **arguments)
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=examined.config, dtype="auto", **examined.loading_arguments
+            )
     except LOADING_ERRORS as error:
         raise explain_loading(where, error) from error
-    family_of(config.model_type)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype="auto", output_loading_info=True, **arguments
-        )
-        model, loading = loaded
-        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
-    except LOADING_ERRORS as error:
-        raise explain_loading(where, error) from error
-    if missing := sorted(loading["missing_keys"]):
-        raise CheckpointError(f"The checkpoint {where} lacks {len(missing)} weights, {missing[0]} among them.")
-    if arguments:
-        # GGUF keeps 1e-5 as a float32: 9.99e-06.
-        model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.2e}")
+    model.generation_config = examined.generation_config
+    if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    return model, tokenizer
+    return model, examined.tokenizer
 
 
-def to_puzzle(parent: PreTrainedModel) -> PuzzleForCausalLM:
-    """The same function, with the same weights (shared, not copied), as a `PuzzleForCausalLM`."""
-    family = family_of(parent.config.model_type)
-    config = PuzzleConfig(**family.puzzle_fields(parent.config), dtype=parent.dtype)
-    weights = {family.rename(name): weight for name, weight in parent.state_dict().items()}
-    model = build(config, weights)
-    model.generation_config = parent.generation_config
-    return model
+def usable(model: PreTrainedModel) -> PreTrainedModel:
+    """A model for inference: in eval mode, without gradients."""
+    return model.eval().requires_grad_(False)
 
 
-def build(config: PuzzleConfig, weights: Mapping[str, torch.Tensor]) -> PuzzleForCausalLM:
-    """A model of `config` that shares the given weights.
+def build(config: PreTrainedConfig, weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """A child, or a parent, of `config` that shares the given weights.
 
     Raises:
         CheckpointError: a weight is missing, too many, or of another shape.
     """
     with no_init_weights():
-        model = PuzzleForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     weights = dict(weights)
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
@@ -252,50 +157,84 @@ def build(config: PuzzleConfig, weights: Mapping[str, torch.Tensor]) -> PuzzleFo
     except RuntimeError as error:
         raise CheckpointError(f"Weights do not fit the architecture: {str(error).splitlines()[-1].strip()}") from error
     model.tie_weights()
-    return model.eval().requires_grad_(False)
+    return usable(model)
 
 
-def child_config(parent_config: PuzzleConfig, architecture: Architecture) -> PuzzleConfig:
-    """The parent's configuration with every layer as `architecture` says; fewer layers are the first ones."""
-    fields = parent_config.to_dict()
-    fields["num_hidden_layers"] = len(architecture.layers)
-    fields["layer_types"] = fields["layer_types"][: len(architecture.layers)]
-    for name in ("per_layer_config", "model_type", "architectures", "transformers_version", "auto_map"):
-        fields.pop(name, None)
-    config = PuzzleConfig(**fields, per_layer_config=architecture.per_layer_config())
-    config._attn_implementation = parent_config._attn_implementation
-    return config
+NOT_OF_A_CHILD = ("per_layer_config", "model_type", "architectures", "transformers_version", "auto_map")
 
 
-def architecture_of(config: PuzzleConfig) -> Architecture:
-    """What stands in every layer; the inverse of `child_config`."""
+def child_config(config: PreTrainedConfig, architecture: Architecture) -> PuzzleConfig:
+    """The configuration of a parent, or of another child of it, with every layer as `architecture` says.
+
+    Raises:
+        ValueError: an attention is said to see other tokens than the parent's own layer does.
+    """
+    fields = {name: value for name, value in config.to_dict().items() if name not in NOT_OF_A_CHILD}
+    family = parent_type(config)
+    places: dict[str, dict[str, Any]] = {}
     layers = []
-    for layer in config.per_layer_config:
-        skip = getattr(layer, "skip", [])
-        attention: Spec = GroupedAttention(layer.num_key_value_heads)
-        if "attention" in skip:
-            attention = NoOpAttention()
-        elif layer.attention_linear:
-            attention = LinearAttention()
-        ffn: Spec = GatedFFN(layer.intermediate_size)
-        if "mlp" in skip:
-            ffn = NoOpFFN()
-        elif layer.mlp_linear:
-            ffn = LinearFFN()
-        layers.append({"attention": attention, "ffn": ffn})
-    return Architecture(tuple(layers))
+    for layer, block in enumerate(architecture.layers):
+        for slot, found in family_of(family).slots(config, layer).items():
+            places[slot] = place_of(found.place)
+            if isinstance(spec := block[slot], GroupedAttention) and spec.window != found.own.window:
+                raise ValueError(f"Layer {layer} of the parent has a window of {found.own.window}, not {spec.window}.")
+        layers.append({slot: entry_of(spec, family) for slot, spec in block.items()})
+    head = {"format": architecture.head.format}
+    fields |= {"parent_type": family, "puzzle_layers": layers, "puzzle_places": places, "puzzle_head": head}
+    made = config_class_of(family)(**fields)
+    made._attn_implementation = config._attn_implementation
+    return made
+
+
+def place_of(place: Place) -> dict[str, Any]:
+    """What a child's configuration says of where a slot is."""
+    return {name: getattr(place, name) for name in ("norm", "mixer", "output_norm", "pair")}
+
+
+def entry_of(spec: Spec, family: str) -> dict[str, Any]:
+    """What the configuration of a child of such a family says of a sub-block."""
+    changes = {"changes": family_of(family).fields(spec.changes)} if spec.changes else {}
+    return {name: value for name, value in spec.to_dict().items() if name != "slot"} | changes
+
+
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """What stands in every layer of a parent or child."""
+    if isinstance(config, PuzzleConfig):
+        return Architecture(
+            tuple(
+                {
+                    slot: spec_from_dict({"slot": slot} | {n: value for n, value in entry.items() if n != "changes"})
+                    for slot, entry in entries.items()
+                }
+                for entries in config.puzzle_layers or ()
+            ),
+            Head(**(config.puzzle_head or {})),
+        )
+    family = family_of(config.model_type)
+    return Architecture(
+        tuple(
+            {slot: found.own for slot, found in family.slots(config, layer).items()}
+            for layer in range(config.num_hidden_layers)
+        )
+    )
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Numbers in a key or value of one head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def probe_model(
-    parent: PuzzleForCausalLM, architecture: Architecture, placeholders: dict[tuple, torch.Tensor] | None = None
-) -> PuzzleForCausalLM:
+    parent: PreTrainedModel, architecture: Architecture, placeholders: dict[tuple, torch.Tensor] | None = None
+) -> PreTrainedModel:
     """A model to be timed: the parent's weights, shared, where they fit the architecture, random ones elsewhere.
 
     `placeholders` keeps the random ones, so that several probes share them.
     """
     placeholders = {} if placeholders is None else placeholders
-    with torch.device("meta"):
-        wanted = PuzzleForCausalLM(child_config(parent.config, architecture)).state_dict()
+    config = child_config(parent.config, architecture)
+    with torch.device("meta"), no_init_weights():
+        wanted = AutoModelForCausalLM.from_config(config).state_dict()
     given = parent.state_dict()
     generator = torch.Generator().manual_seed(0)
     weights = {}
@@ -308,16 +247,10 @@ def probe_model(
             random = torch.randn(meta.shape, generator=generator).mul_(0.02)
             placeholders[key] = random.to(device=parent.device, dtype=parent.dtype)
         weights[name] = placeholders[key]
-    return build(child_config(parent.config, architecture), weights)
+    return build(config, weights)
 
 
-def shape_of(config: PreTrainedConfig) -> ParentShape:
-    """The sizes that decide which variants exist."""
-    names = ParentShape.__dataclass_fields__
-    return ParentShape(**{name: getattr(config, name) for name in names})
-
-
-def load_model(checkpoint: Path, machine: Machine) -> PuzzleForCausalLM:
+def load_model(checkpoint: Path, machine: Machine) -> PreTrainedModel:
     """A parent or child from its checkpoint, in eval mode, without gradients.
 
     Raises:
@@ -327,17 +260,27 @@ def load_model(checkpoint: Path, machine: Machine) -> PuzzleForCausalLM:
         raise CheckpointError(f"There is no checkpoint at {checkpoint}.")
     try:
         config = AutoConfig.from_pretrained(checkpoint)
-        if isinstance(config, PuzzleConfig):
-            model = PuzzleForCausalLM.from_pretrained(checkpoint, dtype=machine.dtype)
-        else:
-            family_of(config.model_type)
-            model = to_puzzle(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=machine.dtype))
+        family_of(parent_type(config))
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=machine.dtype)
     except LOADING_ERRORS as error:
         raise explain_loading(checkpoint, error) from error
-    model = model.to(machine.device).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.data = aligned(parameter.data)
-    return model
+    if not isinstance(config, PuzzleConfig):
+        model.get_output_embeddings().register_forward_pre_hook(contiguous_last_token)
+    return usable(model.to(machine.device))
+
+
+def load_with_tokenizer(checkpoint: Path, machine: Machine) -> tuple[PreTrainedModel, Any]:
+    """A parent (also a .gguf file) or child for inference, and its tokenizer.
+
+    Raises:
+        CheckpointError: missing, truncated, or of an unknown family.
+    """
+    if checkpoint.suffix == ".gguf":
+        model, tokenizer = open_parent(checkpoint)
+        return usable(model.to(machine.device, machine.dtype)), tokenizer
+    return load_model(checkpoint, machine), load_tokenizer(checkpoint)
 
 
 def aligned(weight: torch.Tensor) -> torch.Tensor:
@@ -353,7 +296,7 @@ def parent_checkpoint(run: RunFolder) -> Path:
     return (run.path / read_json(run.parent, "prepare-parent")["checkpoint"]).resolve()
 
 
-def stream_model(checkpoint: Path, machine: Machine) -> PuzzleForCausalLM:
+def stream_model(checkpoint: Path, machine: Machine) -> PreTrainedModel:
     """A parent as `load_model` gives it, but with its layers left on disk until they are asked for.
 
     Raises:
@@ -361,10 +304,8 @@ def stream_model(checkpoint: Path, machine: Machine) -> PuzzleForCausalLM:
     """
     try:
         config = AutoConfig.from_pretrained(checkpoint)
-        family = family_of(config.model_type)
-        fields = family.puzzle_fields(config)
-        files = WeightFiles(checkpoint, family, machine.device, machine.dtype)
-        model = streamed(PuzzleConfig(**fields, dtype=machine.dtype), files)
+        family_of(config.model_type)
+        model = streamed(config, WeightFiles(checkpoint, machine.device, machine.dtype))
         model.generation_config = GenerationConfig.from_model_config(config)
         if (checkpoint / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint)
@@ -373,62 +314,28 @@ def stream_model(checkpoint: Path, machine: Machine) -> PuzzleForCausalLM:
     return model
 
 
-def load_parent(run: RunFolder, by_layer: bool = False) -> tuple[PuzzleForCausalLM, ParentShape]:
-    """The run's parent on the recipe's device, in its precision, and its sizes.
+def load_parent(recipe: Recipe, run: RunFolder, by_layer: bool = False) -> PreTrainedModel:
+    """The run's parent on the recipe's device, in its precision.
 
     Args:
         by_layer: the caller goes through the layers in order, so that they can be streamed where the recipe asks.
     """
-    facts = read_json(run.parent, "prepare-parent")
-    recipe = parse_recipe(run.recipe.read_text(), name=str(run.recipe))
     load = stream_model if by_layer and recipe.memory != "all" else load_model
-    return load(parent_checkpoint(run), machine_of(recipe)), ParentShape(**facts["shape"])
+    return load(parent_checkpoint(run), machine_of(recipe))
 
 
 def load_tokenizer(checkpoint: Path):
-    """The tokenizer of a checkpoint, with its chat template.
+    """The tokenizer of a checkpoint, as its own file says, with its chat template.
 
     Raises:
         CheckpointError: there is none.
     """
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint)
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"The checkpoint {checkpoint} has no usable tokenizer.") from error
+    return read_tokenizer(checkpoint)[0]
 
 
-def save_model(model: PuzzleForCausalLM, tokenizer: Any, folder: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Write a checkpoint, with tokenizer (unless None), chat template and modelling code, into an existing folder."""
     with explained_disk_errors(folder):
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-
-
-def describe(machine: Machine) -> dict[str, Any]:
-    """What a measurement belongs to, besides its engine."""
-    on_gpu = machine.device.type == "cuda" and torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if on_gpu else _processor_name()
-    return {
-        "device": machine.device.type,
-        "processor": name,
-        "precision": str(machine.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _processor_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    import platform
-
-    return platform.processor() or platform.machine()
-
-
-def shape_to_dict(shape: ParentShape) -> dict[str, int]:
-    """JSON form of the sizes."""
-    return asdict(shape)

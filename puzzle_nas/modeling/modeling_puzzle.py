@@ -1,350 +1,313 @@
-"""A Puzzle child as an ordinary transformers model. Needs torch and transformers only.
+"""A Puzzle child: its parent's own transformers model with pieces exchanged. Needs torch and transformers only.
 
-Shapes: B batch, T tokens, D hidden, H query heads, K key-value heads, C head_dim, F FFN channels, V vocabulary.
+The parent's classes run everything that is not exchanged, and weights keep the parent's names. Exchanged are a layer's
+mixers (its attention, its FFN, ...): for the same class with other sizes, for one matrix, or for nothing.
+
+Shapes: B batch, T tokens, D hidden.
 """
 
+import copy
+import functools
 import inspect
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import (
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .configuration_puzzle import PuzzleConfig
+from .configuration_puzzle import PuzzleConfig, config_class_of
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-"""What this transformers calls the KV cache: renamed in 5.24, the old name goes in 5.40. Models here take either."""
+"""What this transformers calls the KV cache: renamed in 5.24, the old name goes in 5.40."""
+WINDOW_MASKS = "window_masks"
+"""The argument, handed on by every layer to its attention, that holds the masks of windows by their size."""
 
 
-class PuzzleAttention(nn.Module):
-    """Grouped-query softmax attention with rotary positions."""
+class Linear(nn.Module):
+    """One matrix in place of a mixer: tokens do not mix, nothing is cached."""
 
-    def __init__(self, config: PuzzleConfig, cache_slot: int, sliding_window: int | None):
+    last_matrix = "linear"
+
+    def __init__(self, hidden_size, pair):
         super().__init__()
-        self.config = config
-        self.cache_slot = cache_slot
-        self.layer_idx = cache_slot
-        self.sliding_window = sliding_window
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        query_size, key_value_size = (
-            config.num_attention_heads * self.head_dim,
-            config.num_key_value_heads * self.head_dim,
-        )
-        bias = config.query_key_value_bias
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
-        if config.query_key_norm:
-            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.linear = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.pair = pair
 
-    def context(self, x_BTD, position_embeddings, attention_mask=None, cache=None, **kwargs):
-        """What the output projection receives: the heads' outputs side by side, [B, T, H * C]."""
-        shape = (*x_BTD.shape[:-1], -1, self.head_dim)
-        q_BTHC, k_BTKC = self.q_proj(x_BTD).view(shape), self.k_proj(x_BTD).view(shape)
-        if self.config.query_key_norm:
-            q_BTHC, k_BTKC = self.q_norm(q_BTHC), self.k_norm(k_BTKC)
-        q_BHTC, k_BKTC = q_BTHC.transpose(1, 2), k_BTKC.transpose(1, 2)
-        v_BKTC = self.v_proj(x_BTD).view(shape).transpose(1, 2)
-        q_BHTC, k_BKTC = apply_rotary_pos_emb(q_BHTC, k_BKTC, *position_embeddings)
+    def forward(self, hidden_states, *_, **__):
+        """[B, T, D] -> [B, T, D]."""
+        added = self.linear(hidden_states)
+        return (added, None) if self.pair else added
+
+
+class Nothing(nn.Module):
+    """In place of a mixer that was removed: zero, without any shape."""
+
+    last_matrix = None
+
+    def __init__(self, pair):
+        super().__init__()
+        self.pair = pair
+
+    def forward(self, hidden_states, *_, **__):
+        """A scalar, which broadcasts."""
+        added = hidden_states.new_zeros(())
+        return (added, None) if self.pair else added
+
+
+@functools.cache
+def empty_class_of(layer_class):
+    """A layer in which nothing is left: the residual stream passes by."""
+    fields = {"__module__": __name__, "forward": lambda self, hidden_states, *_, **__: hidden_states}
+    return type(f"Empty{layer_class.__name__}", (layer_class,), fields)
+
+
+def changed_config(config, changes):
+    """A copy of a configuration in which some fields differ; itself where none do."""
+    changes = {name: value for name, value in changes.items() if getattr(config, name, None) != value}
+    if not changes:
+        return config
+    config = copy.deepcopy(config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def exchanged_layer(layer, config, index, entries, places):
+    """A layer of the parent's class with what `entries` (see `PuzzleConfig`) say, by slot. New weights are at random.
+
+    Args:
+        layer: the parent's, which is changed, or left where another one is made.
+        entries: some or all slots of the layer; the others stay as they are.
+    """
+    changes = {}
+    for entry in entries.values():
+        changes |= entry.get("changes", {})
+    if (own := changed_config(config, changes)) is not config:
+        layer = type(layer)(own, index)
+    for slot, entry in entries.items():
+        place = places[slot]
+        if entry["kind"] == "linear":
+            setattr(layer, place["mixer"], Linear(config.hidden_size, place["pair"]))
+        elif entry["kind"] == "no_op":
+            setattr(layer, place["mixer"], Nothing(place["pair"]))
+            for norm in (place["norm"], place["output_norm"]):
+                if norm is not None:
+                    setattr(layer, norm, nn.Identity())
+        elif entry["kind"] == "grouped":
+            getattr(layer, place["mixer"]).own_window = entry.get("window")
+        elif entry["kind"] == "window":
+            attend_within(getattr(layer, place["mixer"]), entry["window"])
+    if entries and not any(True for _ in layer.parameters()):
+        layer.__class__ = empty_class_of(type(layer))
+        layer._modules.clear()
+    return layer
+
+
+def attend_within(attention, window):
+    """Let an attention module see the last `window` tokens only."""
+    attention.window = window
+    # The mask says it, and some implementations of attention want to be told besides: each family from elsewhere.
+    if hasattr(attention, "sliding_window"):
+        attention.sliding_window = window
+    attention.config = changed_config(attention.config, {"sliding_window": window})
+    attention.mask_hook = attention.register_forward_pre_hook(_take_window_mask, with_kwargs=True)
+
+
+@functools.cache
+def names_window(attention_class):
+    """Whether a family's attention tells its implementation of its window by itself."""
+    return "sliding_window" in inspect.getsource(attention_class.forward)
+
+
+def _take_window_mask(attention, args, kwargs):
+    masks = kwargs.pop(WINDOW_MASKS)
+    kwargs["attention_mask"] = masks[attention.window]
+    if not names_window(type(attention)):
+        kwargs["sliding_window"] = attention.window
+    return args, kwargs
+
+
+def window_of(attention):
+    """Tokens that an attention module of a child sees at most; None for all."""
+    return getattr(attention, "window", getattr(attention, "own_window", None))
+
+
+def window_masks(config, windows, example_BTD, attention_mask=None, cache=None, position_ids=None):
+    """The causal mask of each window, by its size, as this model's attention wants them.
+
+    Args:
+        windows: by size, the cache layer of an attention with that window (None without a cache).
+        example_BTD: of the pass's batch size, tokens, dtype and device.
+        attention_mask: [B, all tokens], 0 where there is padding.
+    """
+    masks = {}
+    for window, cache_layer in windows.items():
+        seen = cache
         if cache is not None:
-            k_BKTC, v_BKTC = cache.update(k_BKTC, v_BKTC, self.cache_slot)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        out_BTHC, weights = attend(
-            self,
-            q_BHTC,
-            k_BKTC,
-            v_BKTC,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return out_BTHC.reshape(*x_BTD.shape[:-1], -1).contiguous(), weights
-
-    def forward(self, x_BTD, position_embeddings, attention_mask=None, cache=None, **kwargs):
-        context, weights = self.context(x_BTD, position_embeddings, attention_mask, cache, **kwargs)
-        return self.o_proj(context), weights
+            # Masks are sized by the first sliding layer of a cache, and windows may differ.
+            seen = copy.copy(cache)
+            seen.layers = [cache_layer]
+        arguments = {"inputs_embeds": example_BTD, "attention_mask": attention_mask, "position_ids": position_ids}
+        own = copy.copy(config)
+        own.sliding_window = window
+        masks[window] = create_sliding_window_causal_mask(config=own, **arguments, **{CACHE: seen})
+    return masks
 
 
-class PuzzleLinearAttention(nn.Module):
-    """One matrix in place of attention: tokens do not mix, nothing is cached."""
-
-    def __init__(self, config: PuzzleConfig):
-        super().__init__()
-        self.linear_attn = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(self, x_BTD, *_, **__):
-        return self.linear_attn(x_BTD), None
+def contiguous_last_token(head, args):
+    """A slice of one token keeps strides with which the bfloat16 product on CPUs takes 25 times as long."""
+    hidden = args[0]
+    if hidden.ndim == 3 and hidden.shape[1] == 1:
+        return (hidden.clone(memory_format=torch.contiguous_format),)
+    return None
 
 
-class PuzzleMLP(nn.Module):
-    """A gated FFN."""
+class PuzzleForCausalLM(PreTrainedModel, GenerationMixin):
+    """What all children have in common; `model_class_of` makes one class for each kind of parent."""
 
-    def __init__(self, config: PuzzleConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
+    config_class = PuzzleConfig
 
-    def channels(self, x_BTD):
-        """What the down projection receives, [B, T, F]."""
-        return self.act_fn(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        body: Any = self.base_model
+        for index, entries in enumerate(config.puzzle_layers):
+            body.layers[index] = exchanged_layer(body.layers[index], config, index, entries, config.puzzle_places)
+        self._number_caches()
+        body.register_forward_pre_hook(_prepare_pass, with_kwargs=True)
+        self.get_output_embeddings().register_forward_pre_hook(contiguous_last_token)
+        self.init_weights()
 
-    def forward(self, x_BTD):
-        return self.down_proj(self.channels(x_BTD))
+    @classmethod
+    def from_pretrained(cls, path, *args, config=None, **kwargs):
+        """See `PreTrainedModel.from_pretrained`; the result is of the class that belongs to the parent."""
+        if cls is not PuzzleForCausalLM:
+            return super().from_pretrained(path, *args, config=config, **kwargs)
+        if config is None:
+            config = PuzzleConfig.from_pretrained(path)
+        return model_class_of(config.parent_type).from_pretrained(path, *args, config=config, **kwargs)
 
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        if cls is not PuzzleForCausalLM:
+            return super()._from_config(config, **kwargs)
+        return model_class_of(config.parent_type)._from_config(config, **kwargs)
 
-class PuzzleLinearMLP(nn.Module):
-    """One matrix in place of the FFN."""
+    def _number_caches(self):
+        """Number the mixers that cache from 0 on, so that the first layer of a cache always holds something.
 
-    def __init__(self, config: PuzzleConfig):
-        super().__init__()
-        self.linear_mlp = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(self, x_BTD):
-        return self.linear_mlp(x_BTD)
-
-
-class PuzzleDecoderLayer(GradientCheckpointingLayer):
-    """One block. A skipped sub-block has neither module nor norm; the residual stream passes by."""
-
-    def __init__(self, config: PuzzleConfig, layer_config: PuzzleConfig, layer_type: str, cache_slot: int):
-        super().__init__()
-        skip = getattr(layer_config, "skip", [])
-        self.layer_type = layer_type
-        self.input_layernorm = self.self_attn = self.post_attention_layernorm = self.mlp = None
-        if "attention" not in skip:
-            self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            window = config.sliding_window if layer_type == "sliding_attention" else None
-            self.self_attn = (
-                PuzzleLinearAttention(layer_config)
-                if layer_config.attention_linear
-                else PuzzleAttention(layer_config, cache_slot, window)
-            )
-        if "mlp" not in skip:
-            self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            self.mlp = PuzzleLinearMLP(layer_config) if layer_config.mlp_linear else PuzzleMLP(layer_config)
-
-    @property
-    def caches(self) -> bool:
-        """Whether this layer keeps keys and values."""
-        return isinstance(self.self_attn, PuzzleAttention)
-
-    def attend(self, x_BTD, attention_mask=None, **kwargs):
-        """The residual stream after attention."""
-        if self.self_attn is None:
-            return x_BTD
-        if isinstance(attention_mask, dict):
-            attention_mask = attention_mask.get(self.layer_type)
-        return x_BTD + self.self_attn(self.input_layernorm(x_BTD), attention_mask=attention_mask, **kwargs)[0]
-
-    def feed_forward(self, x_BTD):
-        """The residual stream after the FFN."""
-        return x_BTD if self.mlp is None else x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
-
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
-        return self.feed_forward(self.attend(hidden_states, attention_mask, **kwargs))
-
-
-class PuzzlePreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of the family."""
-
-    config: PuzzleConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["PuzzleDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-
-class PuzzleModel(PuzzlePreTrainedModel):
-    """Embedding, blocks and final norm."""
-
-    def __init__(self, config: PuzzleConfig):
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        layers, cache_slot = [], 0
-        for layer_config, layer_type in zip(config.per_layer_config, config.layer_types, strict=True):
-            layers.append(PuzzleDecoderLayer(config, layer_config, layer_type, cache_slot))
-            cache_slot += layers[-1].caches
-        self.layers = nn.ModuleList(layers)
-        self.attending_types = sorted({layer.layer_type for layer in layers if layer.caches})
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def new_cache(self) -> DynamicCache:
-        """An empty cache of one layer for each layer with attention.
-
-        transformers' own way reads every layer's configuration, which takes longer than a decoding step.
+        transformers asks that one how long the sequence is.
         """
-        cache = DynamicCache()
-        windows = [layer.self_attn.sliding_window for layer in self.layers if layer.caches]
-        cache.layers = [
-            DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=window) for window in windows
-        ]
+        body: Any = self.base_model
+        body.cached_layers, windows = [], {}
+        body.windows = windows
+        for index, layer in enumerate(body.layers):
+            for mixer in caching_mixers(layer):
+                mixer.layer_idx = len(body.cached_layers)
+                if hasattr(mixer, "window"):
+                    windows.setdefault(mixer.window, mixer.layer_idx)
+                body.cached_layers.append((index, getattr(mixer, "window", None)))
+        if windows:
+            self._give_parents_windows_masks()
+
+    def _give_parents_windows_masks(self):
+        """Beside other windows, the parent's own no longer fit the one mask that it makes for all of its windows."""
+        body: Any = self.base_model
+        windows = body.windows
+        for layer in body.layers:
+            for mixer in caching_mixers(layer):
+                if not hasattr(mixer, "window") and (window := window_of(mixer)) is not None:
+                    attend_within(mixer, window)
+                    windows.setdefault(window, mixer.layer_idx)
+
+    def new_cache(self):
+        """An empty cache, with a layer for each mixer that caches."""
+        cache = DynamicCache(config=self.config)
+        keep_used_layers(self.base_model, cache)
         return cache
 
-    def drop_unused_cache_layers(self, cache: Cache) -> None:
-        """Keep one cache layer for each layer with attention, in order.
+    def set_attn_implementation(self, *args, **kwargs):
+        """See `PreTrainedModel`; layers whose sizes differ have configurations of their own."""
+        super().set_attn_implementation(*args, **kwargs)
+        for module in self.base_model.layers.modules():
+            if isinstance(own := getattr(module, "config", None), PuzzleConfig):
+                own._attn_implementation = self.config._attn_implementation
 
-        transformers makes one for every layer and asks the first how long the sequence is; a layer without
-        attention would answer 0 for ever.
-        """
-        caching = [layer.caches for layer in self.layers]
-        if len(cache.layers) == len(caching) and not all(caching):
-            cache.layers = [kept for kept, used in zip(cache.layers, caching, strict=True) if used]
-
-    def layer_inputs(self, hidden_states, attention_mask=None, cache=None, position_ids=None):
-        """What every layer receives besides the residual stream: masks by layer type, rotary positions, cache."""
-        if position_ids is None:
-            seen = cache.get_seq_length() if cache is not None else 0
-            position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
-        if not isinstance(attention_mask, dict):
-            arguments = {
-                "config": self.config,
-                "inputs_embeds": hidden_states,
-                "attention_mask": attention_mask,
-                CACHE: cache,
-                "position_ids": position_ids,
-            }
-            create = {
-                "full_attention": create_causal_mask,
-                "sliding_attention": create_sliding_window_causal_mask,
-            }
-            attention_mask = {kind: create[kind](**arguments) for kind in self.attending_types}
-        return {
-            "attention_mask": attention_mask,
-            "position_embeddings": self.rotary_emb(hidden_states, position_ids=position_ids),
-            "cache": cache,
-        }
-
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        use_cache=None,
-        output_hidden_states=None,
-        cache=None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast:
-        """Shapes: input_ids [B, T]; last_hidden_state [B, T, D], after the final norm.
-
-        `hidden_states`, when asked for, are the embeddings and the residual stream after each block, all of them
-        before the final norm.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        cache = past_key_values if cache is None else cache
-        if use_cache and cache is None:
-            cache = self.new_cache()
-        if cache is not None:
-            self.drop_unused_cache_layers(cache)
-        inputs = self.layer_inputs(hidden_BTD, attention_mask, cache, position_ids)
-        every_hidden = [hidden_BTD]
-        for layer in self.layers:
-            hidden_BTD = layer(hidden_BTD, **inputs, **kwargs)
-            if output_hidden_states:
-                every_hidden.append(hidden_BTD)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_BTD),
-            hidden_states=tuple(every_hidden) if output_hidden_states else None,
-            **{CACHE: cache if use_cache else None},
-        )
-
-
-class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
-    """A Puzzle child with its language-model head."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: PuzzleConfig):
-        super().__init__(config)
-        self.model = PuzzleModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    def create_masks_for_generate(self, attention_mask=None, **kwargs):
+        """Windows have masks of their own, made in each pass from the padding alone."""
+        if self.base_model.windows:
+            return attention_mask
+        inherited = getattr(super(), "create_masks_for_generate", None)
+        if inherited is None:
+            from transformers.masking_utils import create_masks_for_generate as inherited
+        return inherited(attention_mask=attention_mask, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        wants_dynamic = generation_config.use_cache and generation_config.cache_implementation in (None, "dynamic")
-        if wants_dynamic and model_kwargs.get(CACHE) is None:
-            model_kwargs[CACHE] = self.model.new_cache()
-            return None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep: int | torch.Tensor = 0,
-        cache=None,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Shapes: input_ids [B, T]; logits [B, T, V], or of the last `logits_to_keep` positions only."""
-        kwargs.pop("return_dict", None)
-        loss_arguments = {"num_items_in_batch": kwargs.pop("num_items_in_batch", None)}
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=past_key_values if cache is None else cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden_BTD = outputs.last_hidden_state[:, kept, :]
-        if hidden_BTD.shape[1] == 1:
-            # A slice of one token keeps strides with which the bfloat16 product on CPUs takes 25 times as long.
-            hidden_BTD = hidden_BTD.clone(memory_format=torch.contiguous_format)
-        logits = self.lm_head(hidden_BTD)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **loss_arguments)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            **{CACHE: outputs.get(CACHE)},
-        )
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if (cache := model_kwargs.get(CACHE)) is not None:
+            keep_used_layers(self.base_model, cache)
+        return result
 
 
-__all__ = ["CACHE", "PuzzleForCausalLM", "PuzzleModel"]
+def caching_mixers(layer):
+    """Those parts of a layer that keep something of earlier tokens."""
+    return [module for module in layer.children() if hasattr(module, "layer_idx")]
+
+
+def keep_used_layers(body, cache):
+    """Of a cache with a layer for each of the model's, keep those that are used; windows get layers of theirs."""
+    if len(cache.layers) != len(body.layers) or getattr(cache, "holds_used_layers", False):
+        return
+    cache.holds_used_layers = True
+    kept = []
+    for index, window in body.cached_layers:
+        layer = cache.layers[index]
+        if window is not None and type(cache) is DynamicCache:
+            layer = DynamicSlidingWindowLayer(sliding_window=window)
+        kept.append(layer)
+    if not any(isinstance(layer, CacheLayerMixin) for layer in kept):
+        # transformers asks attention's layers how long the sequence is: without any, one is there and stays empty.
+        kept.append(next(layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)))
+    cache.layers = kept
+
+
+@functools.cache
+def argument_names(body_class):
+    """What a body's forward pass takes, in order."""
+    return list(inspect.signature(body_class.forward).parameters)[1:]
+
+
+def _prepare_pass(body, args, kwargs):
+    """Before a pass through the body: its cache has a layer for each mixer that caches, its windows have masks."""
+    kwargs |= dict(zip(argument_names(type(body)), args, strict=False))
+    cache = kwargs.get("cache") if kwargs.get("cache") is not None else kwargs.get("past_key_values")
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = body.config.use_cache and not body.training
+    if cache is None and use_cache:
+        cache = kwargs[CACHE] = DynamicCache(config=body.config)
+    if cache is not None:
+        keep_used_layers(body, cache)
+    if body.windows and WINDOW_MASKS not in kwargs:
+        tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        dtype = next(body.parameters()).dtype
+        example = torch.empty(*tokens.shape[:2], 1, dtype=dtype, device=tokens.device)
+        layers = {w: None if cache is None else cache.layers[place] for w, place in body.windows.items()}
+        arguments = (kwargs.get("attention_mask"), cache, kwargs.get("position_ids"))
+        kwargs[WINDOW_MASKS] = window_masks(body.config, layers, example, *arguments)
+    return (), kwargs
+
+
+@functools.cache
+def model_class_of(parent_type):
+    """The class of children of such a parent."""
+    base = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[parent_type]]
+    fields = {"__module__": __name__, "config_class": config_class_of(parent_type), "__doc__": base.__doc__}
+    return type("PuzzleForCausalLM", (PuzzleForCausalLM, base), fields)
+
+
+__all__ = ["CACHE", "PuzzleForCausalLM"]

@@ -38,7 +38,7 @@ def render_bench(result: Mapping[str, Any]) -> str:
     )
     chosen = ", ".join(f"{name} {value}" for name, value in result["loading"].items() if value is not None)
     text = paragraph(
-        f"Parent and child in turns on {result['engine']}, each at its best batch size; medians. Exported in "
+        f"Parent and child interleaved on {result['engine']}, each at its best batch size; medians. Exported in "
         f"{result['precision']['parent']} and {result['precision']['child']}; {chosen}. Load of the machine at the "
         f"start {result['load_average_1_min']:.2f}, at the end {result['load_average_1_min_after']:.2f}."
     )

@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from puzzle_nas.architecture import SLOTS
 from puzzle_nas.artifacts import RunFolder, read_json, written_by_this_version
 from puzzle_nas.errors import RecipeError
-from puzzle_nas.report.facts import percent_of_parent
-from puzzle_nas.report.figures.common import SLOT_NAMES
+from puzzle_nas.report.facts import percents_of_parent, slots_of
+from puzzle_nas.report.figures.common import slot_name
 from puzzle_nas.report.figures.layers import runtimes_figure
 from puzzle_nas.report.figures.tradeoffs import Point, decision_figure
 from puzzle_nas.report.layout import document, figure, paragraph, section, table
+from puzzle_nas.report.tables import number
+from puzzle_nas.report.terminal import FigureTable
 
 Summary = Mapping[str, Any]
+LONGEST_CELL = 36
+"""Characters in a line of a cell; longer than any figure."""
 
 
 @dataclass(frozen=True)
@@ -55,35 +57,32 @@ def load_runs(folders: Sequence[RunFolder]) -> list[ComparedRun]:
 
 
 def _summary(folder: RunFolder) -> Summary:
-    summary = read_json(folder.summary, "report")
-    with written_by_this_version(folder.summary, "report"):
+    summary = read_json(folder.summary, "write-report")
+    with written_by_this_version(folder.summary, "write-report"):
         for cell in ROWS.values():
             cell(summary)
     return summary
 
 
 def _made_of(summary: Summary, slot: str) -> str:
-    counts = Counter(row[slot].removeprefix(f"{slot}.") for row in summary["architecture"])
+    found = [row["slots"][slot]["variant"] for row in summary["architecture"] if slot in row["slots"]]
+    counts = Counter(variant.removeprefix(f"{slot}.") for variant in found)
     return ", ".join(f"{count} {name}" for name, count in counts.most_common())
-
-
-def _optional(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else format(value, form) + unit
 
 
 ROWS: dict[str, Callable[[Summary], str]] = {
     "parent": lambda s: s["parent"]["source"],
     "engine": lambda s: f"{s['engine']}, {s['machine'].get('processor', s['machine'].get('device', '-'))}",
     "asked for": lambda s: ", ".join(f"{name}={value:g}" for name, value in s["child"]["limits"].items()) or "-",
-    "speed-up, predicted": lambda s: _optional(s["child"]["speedup_predicted"], ".3f", "x"),
-    "speed-up, measured": lambda s: _optional(s["child"]["speedup_measured"], ".3f", "x"),
-    "its standard error": lambda s: _optional(s["child"]["speedup_measured_standard_error"], ".3f", "x"),
-    "KL, assembled": lambda s: _optional(s["child"]["validation_kl_nats_assembled"], ".4f"),
-    "KL, distilled": lambda s: _optional(s["child"]["validation_kl_nats_distilled"], ".4f"),
-    "standard error": lambda s: _optional(s["child"]["validation_kl_nats_standard_error"], ".4f"),
-    "perplexity": lambda s: _optional(s["child"]["validation_perplexity"], ".2f"),
-    "parent's perplexity": lambda s: _optional(s["parent"]["validation_perplexity"], ".2f"),
-    "top-1 agreement": lambda s: _optional(100 * s["child"]["top1_agreement"], ".1f", " %"),
+    "speed-up, predicted": lambda s: number(s["child"]["speedup_predicted"], ".3f", unit="x"),
+    "speed-up, measured": lambda s: number(s["child"]["speedup_measured"], ".3f", unit="x"),
+    "its standard error": lambda s: number(s["child"]["speedup_measured_standard_error"], ".3f", unit="x"),
+    "KL, assembled": lambda s: number(s["child"]["validation_kl_nats_assembled"], ".4f"),
+    "KL, distilled": lambda s: number(s["child"]["validation_kl_nats_distilled"], ".4f"),
+    "standard error": lambda s: number(s["child"]["validation_kl_nats_standard_error"], ".4f"),
+    "perplexity": lambda s: number(s["child"]["validation_perplexity"], ".2f"),
+    "parent's perplexity": lambda s: number(s["parent"]["validation_perplexity"], ".2f"),
+    "top-1 agreement": lambda s: number(s["child"]["top1_agreement"], ".1f", 100, " %"),
     "parameters": lambda s: f"{s['child']['parameters'] / 1e6:.1f} M of {s['parent']['parameters'] / 1e6:.1f} M",
     "memory": lambda s: f"{s['child']['memory_bytes'] / 1e6:.0f} MB of {s['parent']['memory_bytes'] / 1e6:.0f} MB",
     "attention": lambda s: _made_of(s, "attention"),
@@ -125,12 +124,7 @@ def comparison_json(runs: Sequence[ComparedRun]) -> dict[str, Any]:
 
 def show_comparison(runs: Sequence[ComparedRun]) -> RenderableType:
     """The runs side by side for the terminal."""
-    shown = Table(box=None)
-    shown.add_column("", no_wrap=True)
-    for run in runs:
-        shown.add_column(run.name, justify="right", overflow="fold")
-    for cells in comparison_rows(runs):
-        shown.add_row(*cells)
+    shown = FigureTable("", ("", *(run.name for run in runs)), comparison_rows(runs), fold=LONGEST_CELL)
     notes = comparison_notes(runs)
     return Group(shown, Text(), Text("\n".join(notes))) if notes else shown
 
@@ -151,11 +145,9 @@ def render_comparison(runs: Sequence[ComparedRun]) -> str:
         decision += figure("decision", drawn, "Quality against speed", caption)
     decision += table(("", *(run.name for run in runs)), comparison_rows(runs))
     percents = {
-        f"{run.name}, {SLOT_NAMES[slot]}": [
-            percent_of_parent(run.summary, row, slot) for row in run.summary["architecture"]
-        ]
+        f"{run.name}, {slot_name(slot)}": percents_of_parent(run.summary["architecture"], slot)
         for run in runs
-        for slot in SLOTS
+        for slot in slots_of(run.summary["architecture"])
     }
     layers = figure("layers", runtimes_figure(percents), "Runtime of each sub-block, percent of the parent's")
     return document(

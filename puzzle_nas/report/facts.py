@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from puzzle_nas.architecture import SLOTS, SPEC_KINDS, Architecture, ParentShape, Spec, spec_from_dict
-from puzzle_nas.architecture_search import ArchitectureSearch
+from puzzle_nas.architecture import KINDS, Architecture, Spec, spec_from_dict
 from puzzle_nas.artifacts import RunFolder, read_json
-from puzzle_nas.costs import CostTable
+from puzzle_nas.choosing.architecture_search import ArchitectureSearch, parent_of
+from puzzle_nas.choosing.costs import CostTable
 from puzzle_nas.errors import PuzzleError
 from puzzle_nas.recipe import Recipe
 
@@ -35,11 +35,14 @@ class Library:
                 for path in sorted(run.variant(layer, "any", library).parent.glob("*.json")):
                     fact = read_json(path)
                     spec = spec_from_dict(fact["spec"])
+                    if spec.format:
+                        continue
                     facts[layer, spec.id] = fact
                     size_of.setdefault(spec, fact["parameters"])
-        kinds = list(SPEC_KINDS)
-        specs = sorted(size_of, key=lambda spec: (kinds.index((spec.slot, spec.kind)), -size_of[spec]))
-        by_slot = {slot: [spec for spec in specs if spec.slot == slot] for slot in SLOTS}
+        kinds = list(KINDS)
+        specs = sorted(size_of, key=lambda spec: (kinds.index(spec.kind), -size_of[spec]))
+        slots = sorted({spec.slot for spec in specs})
+        by_slot = {slot: [spec for spec in specs if spec.slot == slot] for slot in slots}
         return cls(num_layers, by_slot, found["initial"], found["main"])
 
     def values(self, spec: Spec, key: str) -> list[Any]:
@@ -61,9 +64,15 @@ class Facts:
         return Library.load(self.run, len(self.summary["architecture"]))
 
     @cached_property
-    def shape(self) -> ParentShape | None:
-        """The parent's sizes."""
-        return ParentShape(**read_json(self.run.parent)["shape"]) if self.run.parent.exists() else None
+    def parent(self) -> Architecture | None:
+        """What stands in every layer of the parent."""
+        return parent_of(self.run) if self.run.parent.exists() else None
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The slots of the child's layers, in the order in which they run."""
+        rows = self.summary["architecture"]
+        return slots_of(rows)
 
     @cached_property
     def child(self) -> Architecture | None:
@@ -84,16 +93,16 @@ class Facts:
         except PuzzleError:
             return None
 
-    def percent_of_parent(self, row: Mapping[str, Any], slot: str) -> float:
-        """Runtime of one sub-block of the child relative to the parent's own; `row` is of `summary.architecture`."""
-        return percent_of_parent(self.summary, row, slot)
-
     def file(self, name: str) -> Any:
         """The JSON of one file of the run, None where there is none."""
         return read_json(self.run / name) if (self.run / name).exists() else None
 
 
-def percent_of_parent(summary: Mapping[str, Any], row: Mapping[str, Any], slot: str) -> float:
-    """Runtime of one sub-block of a child relative to the parent's own, in percent."""
-    full = summary["parent_share_of_runtime"][slot]
-    return 100 * row[f"{slot}_share_of_parent_runtime"] / full if full else 0.0
+def slots_of(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The slots of `summary.architecture`, in the order in which they run."""
+    return tuple(dict.fromkeys(slot for row in rows for slot in row["slots"]))
+
+
+def percents_of_parent(rows: Sequence[Mapping[str, Any]], slot: str) -> list[float | None]:
+    """By layer, runtime relative to the parent's own sub-block in percent; None where a layer has no such slot."""
+    return [row["slots"][slot]["percent_of_parent"] if slot in row["slots"] else None for row in rows]

@@ -24,7 +24,7 @@ FRONTIER_MODELS = {
 
 
 def render_frontier(frontier: Mapping[str, Any], parent: str) -> str:
-    """What `puzzle_nas.frontier` solved, as a picture and a table."""
+    """What `puzzle_nas.choosing.frontier` solved, as a picture and a table."""
     column, axis = {
         "memory_bytes": ("memory_bytes", "memory of parameters, KV cache and working space, bytes"),
         "parameters": ("parameters", "parameters"),

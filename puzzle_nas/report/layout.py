@@ -111,11 +111,12 @@ def _scrolling(content: str) -> str:
 def figure(name: str, drawn: go.Figure, title: str, caption: str = "") -> str:
     """A figure, drawn once it can be seen. No `<` stands in the script, so no label can end it."""
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    label = escape(title)
+    label, content = escape(title), drawn.to_plotly_json()
+    height = content["layout"]["height"]
     return (
         f"<figure><h3>{label}</h3>\n"
-        f'<div id="{name}" class="plot" role="img" aria-label="{label}" style="height:{drawn.layout.height}px"></div>'
-        f'<script type="application/json">{_script_json(drawn.to_plotly_json())}</script>\n'
+        f'<div id="{name}" class="plot" role="img" aria-label="{label}" style="height:{height}px"></div>'
+        f'<script type="application/json">{_script_json(content)}</script>\n'
         f"{below}</figure>\n"
     )
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 
-from puzzle_nas.architecture import SLOTS, Architecture
+from puzzle_nas.architecture import Architecture
 
 
 def model_card(parent: str, architecture: Architecture, version: str, how: str) -> str:
     """Markdown that says what a child is and how it was made."""
-    counts = {slot: Counter(block[slot].id for block in architecture.layers) for slot in SLOTS}
-    rows = "\n".join(
-        f"| {layer} | {block['attention'].id} | {block['ffn'].id} |" for layer, block in enumerate(architecture.layers)
-    )
+    counts = {slot: Counter(s.id for _, place, s in architecture if place == slot) for slot in architecture.slots}
+    slots = architecture.slots
+    lines = [("layer", *slots), ("---",) * (1 + len(slots))]
+    lines += [
+        (str(layer), *(block[slot].id if slot in block else "-" for slot in slots))
+        for layer, block in enumerate(architecture.layers)
+    ]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     made_of = "; ".join(
         f"{slot}: " + ", ".join(f"{count} x {name}" for name, count in sorted(counter.items()))
         for slot, counter in counts.items()
@@ -33,7 +37,5 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 
-| layer | attention | ffn |
-|---|---|---|
-{rows}
+{table}
 """

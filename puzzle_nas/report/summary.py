@@ -4,32 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
-from puzzle_nas.architecture import SLOTS, Architecture, ParentShape
+from puzzle_nas.architecture import Architecture, Spec
 from puzzle_nas.artifacts import RunFolder, read_json, written_by_this_version
-from puzzle_nas.costs import CostTable
+from puzzle_nas.choosing.architecture_search import parent_of
+from puzzle_nas.choosing.costs import CostTable
 from puzzle_nas.recipe import Recipe
 
 
 def build_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
     """The content of summary.json; paths are relative to the run folder."""
     facts = read_json(run.parent, "prepare-parent")
-    search = read_json(run.architecture(), "search")
+    search = read_json(run.architecture(), "search-architecture")
     quality = read_json(run / "evaluation.json", "evaluate-child")
     measured = read_json(run / "measured.json", "evaluate-child")
-    gkd, refit = read_json(run / "gkd.json", "distill-child"), read_json(run / "refit.json", "refit")
+    gkd, refit = read_json(run / "gkd.json", "distill-child"), read_json(run / "refit.json", "refit-child")
     with written_by_this_version(run / "measured.json", "evaluate-child"):
         speed = {
             "speedup_measured": measured["speedup"],
             "speedup_measured_standard_error": measured["speedup_standard_error"],
             "speedup_measured_repeats": len(measured["speedup_by_repeat"]),
+            "other_load_percent": measured["other_load_percent"],
         }
+        quantised = measured["quantised_parents"]
     costs = CostTable.load(run, recipe)
     architecture = Architecture.from_list(search["architecture"])
-    parent = Architecture.of_parent(ParentShape(**facts["shape"]))
+    parent = parent_of(run)
     stages = {"assembled": "child", "refitted": "child-refit", "distilled": "child-gkd"}
     kl = {name: quality["child"].get(name, {}).get("kl_nats") for name in stages}
     distilled = quality["child"]["distilled"]
     parent_ms = costs.mix_ms(parent)
+
+    def described(layer: int, spec: Spec) -> dict[str, Any]:
+        runtime, full = (costs.columns_of(layer, s)["runtime_ms"] for s in (spec, parent.layers[layer][spec.slot]))
+        percent = 100 * (runtime / full) if full else 0.0
+        return {"variant": spec.id, "share_of_parent_runtime": runtime / parent_ms, "percent_of_parent": percent}
+
     return {
         "parent": {
             "source": facts["source"],
@@ -65,6 +74,7 @@ def build_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
                 "validation_perplexity": quality["baselines"].get(name, {}).get("perplexity"),
                 "top1_agreement": quality["baselines"].get(name, {}).get("top1_agreement"),
                 "speedup_predicted": found.get("speedup_predicted"),
+                "speedup_measured": quantised.get(name, {}).get("speedup"),
                 "memory_bytes": found.get("memory_bytes"),
                 "parameters": found.get("parameters"),
                 "infeasible": found.get("infeasible"),
@@ -74,17 +84,11 @@ def build_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
         "architecture": [
             {
                 "layer": layer,
-                **{slot: block[slot].id for slot in SLOTS},
-                **{
-                    f"{slot}_share_of_parent_runtime": costs.columns_of(block[slot])["runtime_ms"] / parent_ms
-                    for slot in SLOTS
-                },
+                "slots": {slot: described(layer, spec) for slot, spec in block.items()},
             }
             for layer, block in enumerate(architecture.layers)
         ],
-        "parent_share_of_runtime": {
-            slot: costs.columns_of(parent.layers[0][slot])["runtime_ms"] / parent_ms for slot in SLOTS
-        },
+        "head": architecture.head.id,
         "prediction": {
             "parent_measured_over_predicted": measured["mix_ms"]["parent"] / parent_ms,
             "child_measured_over_predicted": measured["mix_ms"]["child"] / costs.mix_ms(architecture),
@@ -98,4 +102,22 @@ def build_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
         "scenarios": [vars(s) for s in costs.scenarios],
         "seconds": {name: round(value, 1) for name, value in run.seconds().items()},
         "peak_memory_bytes": run.peak_memory_bytes(),
+        "made_from": _made_from(run),
     }
+
+
+def _made_from(run: RunFolder) -> dict[str, str]:
+    """Fingerprints of what every finished stage has made, the report aside."""
+    names = [path.stem for path in sorted((run / "stages").glob("*.json")) if not path.stem.endswith(".begun")]
+    records = {name: run.record(name) for name in names}
+    return {
+        name: record["outputs_fingerprint"]
+        for name, record in records.items()
+        if record is not None and name != "write_report"
+    }
+
+
+def made_since(summary: dict[str, Any], run: RunFolder) -> list[str]:
+    """The stages that have made something else, or begun to, since the summary was written."""
+    now = _made_from(run)
+    return [name for name, before in summary["made_from"].items() if now.get(name) != before]

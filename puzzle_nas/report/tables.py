@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
+
+from puzzle_nas.report.terminal import FigureTable
 
 
 def show(summary: dict[str, Any]) -> RenderableType:
@@ -16,43 +17,51 @@ def show(summary: dict[str, Any]) -> RenderableType:
     return Group(_layers(summary), Text(), _models(summary), Text(), _footer(summary))
 
 
-def _layers(summary: dict[str, Any]) -> Table:
-    full = summary["parent_share_of_runtime"]
+def _layers(summary: dict[str, Any]) -> FigureTable:
+    slots = list(dict.fromkeys(slot for row in summary["architecture"] for slot in row["slots"]))
     title = "The child, layer by layer (share of the parent's runtime)"
-    table = Table(title=title, title_justify="left", box=None)
-    for name in ("layer", "attention", "", "", "ffn", "", ""):
-        table.add_column(name, justify="right" if name == "layer" else "left", no_wrap=True)
+    rows = []
     for row in summary["architecture"]:
-        cells = [str(row["layer"])]
-        for slot in ("attention", "ffn"):
-            share = row[f"{slot}_share_of_parent_runtime"]
-            filled = round(10 * share / full[slot]) if full[slot] else 0
-            cells += [row[slot], f"{100 * share:4.2f} %", "█" * filled + "·" * (10 - min(10, filled))]
-        table.add_row(*cells)
-    return table
+        cells = [f"{row['layer']:5d}"]
+        for slot in slots:
+            if (found := row["slots"].get(slot)) is None:
+                cells += [""] * 3
+                continue
+            filled, share = round(found["percent_of_parent"] / 10), found["share_of_parent_runtime"]
+            cells += [found["variant"], f"{100 * share:4.2f} %", "█" * filled + "·" * (10 - min(10, filled))]
+        rows.append(cells)
+    columns = ("layer", *(column for slot in slots for column in (slot, "", "")))
+    units = tuple((3 * place + 1, 3 * place + 2, 3 * place + 3) for place in range(len(slots)))
+    return FigureTable(title, columns, rows, units=units)
 
 
-def _number(value: float | None, form: str, scale: float = 1.0, unit: str = "") -> str:
+def number(value: float | None, form: str, scale: float = 1.0, unit: str = "") -> str:
+    """A figure as text; `-` where there is none."""
     return "-" if value is None else format(scale * value, form) + unit
+
+
+def model_name(name: str) -> str:
+    """A baseline as people read it: `max-params`, `parent@q8_0`."""
+    return name if "@" in name else name.replace("_", "-")
 
 
 MODEL_COLUMNS = ("model", "KL nats", "ppl", "top-1", "params", "memory", "pred.", "measured")
 
 
-def model_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+def model_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The summary table, one row of cells for each model; `-` where nothing was measured."""
     parent, child = summary["parent"], summary["child"]
 
     def row(name, kl, perplexity, agreement, owner, predicted, measured=None) -> tuple[str, ...]:
         return (
             name,
-            _number(kl, ".4f"),
-            _number(perplexity, ".2f" if perplexity is None or perplexity < 1000 else ".0f"),
-            _number(agreement, ".1f", 100, " %"),
-            _number(owner.get("parameters"), ".1f", 1e-6, " M"),
-            _number(owner.get("memory_bytes"), ".0f", 1e-6, " MB"),
-            _number(predicted, ".3f", unit="x"),
-            _number(measured, ".3f", unit="x"),
+            number(kl, ".4f"),
+            number(perplexity, ".2f" if perplexity is None or perplexity < 1000 else ".0f"),
+            number(agreement, ".1f", 100, " %"),
+            number(owner.get("parameters"), ".1f", 1e-6, " M"),
+            number(owner.get("memory_bytes"), ".0f", 1e-6, " MB"),
+            number(predicted, ".3f", unit="x"),
+            number(measured, ".3f", unit="x"),
         )
 
     predicted = child["speedup_predicted"]
@@ -76,32 +85,32 @@ def model_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     )
     return rows + [
         row(
-            name.replace("_", "-"),
+            model_name(name),
             found["validation_kl_nats_assembled"],
             found["validation_perplexity"],
             found["top1_agreement"],
             found,
             found["speedup_predicted"],
+            found["speedup_measured"],
         )
         for name, found in summary["baselines"].items()
     ]
 
 
-def _models(summary: dict[str, Any]) -> Table:
+def _models(summary: dict[str, Any]) -> FigureTable:
     title = "Validation split, against the parent (baselines are assembled, not distilled)"
-    table = Table(title=title, title_justify="left", box=None)
-    for name in MODEL_COLUMNS:
-        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
-    for cells in model_rows(summary):
-        table.add_row(*cells)
-    return table
+    return FigureTable(title, MODEL_COLUMNS, model_rows(summary))
 
 
 RELIABLE = 0.02
 """Standard error of a measured speed-up, over it, up to which it is believed."""
 
 
-def speed_note(summary: dict[str, Any]) -> str:
+QUIET_PERCENT = 10.0
+"""Load by others, over all processors, up to which a measured speed-up is believed."""
+
+
+def speed_note(summary: Mapping[str, Any]) -> str:
     """What was asked for and what was measured."""
     child = summary["child"]
     error, repeats = child["speedup_measured_standard_error"], child["speedup_measured_repeats"]
@@ -110,15 +119,21 @@ def speed_note(summary: dict[str, Any]) -> str:
         f"Asked for {asked}. Measured {child['speedup_measured']:.3f}x +- {error:.3f} ({repeats} repeats), "
         f"parent and child side by side on {summary['engine']}."
     )
+    load = child["other_load_percent"]
+    doubts = []
+    if load > QUIET_PERCENT:
+        doubts.append(f"other work kept {load:.0f} % of the machine busy meanwhile")
     if error > RELIABLE * child["speedup_measured"]:
+        doubts.append("the repeats differ much")
+    if doubts:
         note += (
-            " The repeats differ so much that the machine must have had other work: do not rely on this speed-up, and "
-            "measure it again when the machine is idle (puzzle evaluate-child RUN --again)."
+            f" Do not rely on this speed-up: {' and '.join(doubts)}. Measure it again when the machine is idle: "
+            "puzzle evaluate-child RUN --again, then puzzle write-report RUN."
         )
     return note
 
 
-def prediction_note(summary: dict[str, Any]) -> str:
+def prediction_note(summary: Mapping[str, Any]) -> str:
     """How far measured times are from predicted ones."""
     prediction = summary["prediction"]
     return (
@@ -127,15 +142,29 @@ def prediction_note(summary: dict[str, Any]) -> str:
     )
 
 
+def beaten_note(summary: Mapping[str, Any]) -> str:
+    """Which parent in a format is both faster and nearer than the child; empty where none is."""
+    child = summary["child"]
+    speed, kl = child["speedup_measured"], child["validation_kl_nats_distilled"]
+    better = [
+        f"{name} ({found['speedup_measured']:.2f}x, KL {found['validation_kl_nats_assembled']:.4f})"
+        for name, found in summary["baselines"].items()
+        if (found["speedup_measured"] or 0.0) >= speed and found["validation_kl_nats_assembled"] <= kl
+    ]
+    if not better:
+        return ""
+    return f"Do not use this child: faster and nearer to the parent is {', '.join(better)}. Ask for more speed."
+
+
 def _footer(summary: dict[str, Any]) -> Text:
     seconds = summary["seconds"]
     stages = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
     time = f"Time: {sum(seconds.values()):.0f} s ({stages})."
-    notes = [speed_note(summary), prediction_note(summary), search_note(summary), time]
+    notes = [beaten_note(summary), speed_note(summary), prediction_note(summary), search_note(summary), time]
     return Text("\n".join(note for note in notes if note))
 
 
-def search_note(summary: dict[str, Any]) -> str:
+def search_note(summary: Mapping[str, Any]) -> str:
     """Among how many measured children the child was chosen; empty where none were measured."""
     tried = [row["selection_kl_nats"] for row in summary["search"]["children_measured"]]
     if not tried:
@@ -155,16 +184,9 @@ def frontier_rows(frontier: Mapping[str, Any]) -> tuple[list[str], list[list[str
         at = [row for row in frontier["rows"] if row["limit"] == value]
         sums = {m: [row["score_sum"] for row in at if row["model"] == m and "score_sum" in row] for m in models}
         rows.append([f"{value:.4g}", *(f"{statistics.median(s):.4f}" if s else "-" for s in sums.values())])
-    return [frontier["limit"], *(model.replace("_", "-") for model in models)], rows
+    return [frontier["limit"], *map(model_name, models)], rows
 
 
-def show_frontier(frontier: Mapping[str, Any]) -> Table:
+def show_frontier(frontier: Mapping[str, Any]) -> FigureTable:
     """A frontier for the terminal."""
-    columns, rows = frontier_rows(frontier)
-    title = "Summed score at each limit (random: the median of several)"
-    table = Table(title=title, title_justify="left", box=None)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    for cells in rows:
-        table.add_row(*cells)
-    return table
+    return FigureTable("Summed score at each limit (random: the median of several)", *frontier_rows(frontier))

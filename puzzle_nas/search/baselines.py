@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,7 @@ class _Option:
     rows: tuple[Fraction, ...]
 
 
-def greedy(problem: Problem, groups: Mapping[Position, Hashable] | None = None) -> Solution:
+def greedy(problem: Problem, groups: Mapping[Any, Hashable] | None = None) -> Solution:
     """Layer by layer, each within its share of every budget (Puzzle, table 11).
 
     Each budget (a limit less the fixed part) is split equally over the layers. Layers are visited in
@@ -137,7 +138,7 @@ def _options(problem: Problem, program: Program, positions: list[int]) -> list[_
     ]
 
 
-def _layers(table: Table, groups: Mapping[Position, Hashable] | None) -> dict[Hashable, list[int]]:
+def _layers(table: Table, groups: Mapping[Any, Hashable] | None) -> dict[Hashable, list[int]]:
     """Indices of the positions of each layer, layers in order of first appearance."""
     if table.has_spans:
         raise RecipeError("This baseline needs one variant for each layer; leave out variants that span several.")
@@ -159,13 +160,13 @@ def homogeneous(
     problem: Problem,
     column: str,
     target: float,
-    groups: Mapping[Position, Hashable] | None = None,
-    slots: Mapping[Position, Hashable] | None = None,
+    groups: Mapping[Any, Hashable] | None = None,
+    slots: Mapping[Any, Hashable] | None = None,
 ) -> Solution:
     """One choice for all layers, mixed to within 1 % below a target cost and never above it.
 
-    Every slot has the same variant in all layers, except that one slot (every slot, when one is not enough)
-    mixes two variants that are neighbours in `column`, the cheaper one in evenly spaced layers. Among the
+    Every slot has the same variant in all layers that have it, except that one slot (every slot, when one is not
+    enough) mixes two variants that are neighbours in `column`, the cheaper one in evenly spaced layers. Among the
     mixes that meet the problem's limits and cost 99-100 % of `target` the best-scored one is taken; if there
     is none, the dearest one below.
 
@@ -218,14 +219,15 @@ class _Setting:
 
 
 def _slot_positions(
-    table: Table, layers: Mapping[Hashable, list[int]], slots: Mapping[Position, Hashable] | None
+    table: Table, layers: Mapping[Hashable, list[int]], slots: Mapping[Any, Hashable] | None
 ) -> list[list[int]]:
     found: dict[Hashable, list[int]] = {}
     for positions in layers.values():
-        for index in positions:
-            found.setdefault(_lookup(slots, table.positions[index], "", "slot"), []).append(index)
-    if any(len(positions) != len(layers) for positions in found.values()):
-        raise RecipeError("The homogeneous baseline needs every slot exactly once in every layer.")
+        names = [_lookup(slots, table.positions[index], "", "slot") for index in positions]
+        if len(set(names)) < len(names):
+            raise RecipeError("The homogeneous baseline needs every slot at most once in a layer.")
+        for name, index in zip(names, positions, strict=True):
+            found.setdefault(name, []).append(index)
     return list(found.values())
 
 

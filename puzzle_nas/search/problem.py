@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from puzzle_nas.errors import RecipeError
+from puzzle_nas.text_files import opened
 
 Position: TypeAlias = Hashable
 KEYS = ("layer", "variant")
@@ -163,7 +164,7 @@ def _number(value: Any, column: str, where: str) -> float:
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    with opened(path, newline="") as file:
         rows: list[dict[str, Any]] = list(csv.DictReader(file))
     for row in rows:
         row.pop(None, None)  # type: ignore[call-overload]
@@ -176,12 +177,13 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is not an object")
-            rows.append(row)
+    with opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number} is not an object")
+                rows.append(row)
     return rows
 
 

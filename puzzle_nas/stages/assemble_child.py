@@ -7,33 +7,34 @@ from pathlib import Path
 from puzzle_nas import __version__
 from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, complete_folder, read_json
-from puzzle_nas.families import load_parent, load_tokenizer, save_model
-from puzzle_nas.families.loading import parent_checkpoint
+from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.families import load_parent, load_tokenizer, parent_checkpoint, save_model
+from puzzle_nas.formats.stored import write_matrices
 from puzzle_nas.library import assemble
 from puzzle_nas.recipe import Recipe
 from puzzle_nas.report.model_card import model_card
-
-NAME = "assemble_child"
-COMMAND = "assemble"
-NEEDS = ("search_architecture",)
-SETTINGS = ()
-OUTPUTS = ("child/*", "baselines/*/*")
+from puzzle_nas.training.refitting import refit, room_for_goals
 
 
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Assemble the child and the baselines."""
-    result = read_json(run.architecture(), "search")
+    result = read_json(run.architecture(), "search-architecture")
     # Runs from before coupled BLD do not name the library.
     library = result.get("library", "main")
-    parent, _ = load_parent(run, by_layer=True)
+    parent = load_parent(recipe, run, by_layer=True)
     tokenizer = load_tokenizer(parent_checkpoint(run))
     targets: dict[Path, list] = {run / "child": result["architecture"]}
     for name, baseline in result["baselines"].items():
         if "architecture" in baseline:
             targets[run / "baselines" / name] = baseline["architecture"]
+    calibration = load_tokens(run, "calibration")
+    goals = room_for_goals(parent, calibration)
     for folder, layers in targets.items():
         architecture = Architecture.from_list(layers)
         with complete_folder(folder) as partial:
-            save_model(assemble(run, parent, architecture, library), tokenizer, partial)
+            child = assemble(run, parent, architecture, library)
+            if architecture.formats:
+                write_matrices(refit(parent, child, calibration, None, goals=goals), partial)
+            save_model(child, tokenizer, partial)
             card = model_card(recipe.parent, architecture, __version__, "assembled from the block library")
             (partial / "README.md").write_text(card)

@@ -1,7 +1,7 @@
 """Parent against child on a serving engine, scenario by scenario, as in Puzzle's Table 3.
 
 Both are exports, so both have been verified. For each scenario and each of the two the batch size with the highest
-throughput is taken; then the two are timed in turns, so that other load hits both alike.
+throughput is taken; then the two are interleaved, so that other load hits both alike.
 """
 
 from __future__ import annotations

@@ -5,28 +5,28 @@ from __future__ import annotations
 from puzzle_nas.architecture import Spec
 from puzzle_nas.artifacts import RunFolder, read_json
 from puzzle_nas.data.batches import block_order, load_tokens
-from puzzle_nas.families import load_parent
-from puzzle_nas.library import facts_path, read_variant, write_variant
+from puzzle_nas.families import architecture_of, load_parent
+from puzzle_nas.library import facts_path, read_variant, variant_is_stored, write_variant
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.training import parallel
 from puzzle_nas.training.block_distillation import distill_blocks
 from puzzle_nas.training.block_steps import Job
 
-NAME = "distill_blocks"
-COMMAND = "distill-blocks"
-NEEDS = ("build_library",)
-SETTINGS = ("seed", "bld")
-OUTPUTS = ("library/main/*/*",)
+NAME = __name__.rpartition(".")[2]
 
 
 def run(recipe: Recipe, run: RunFolder) -> None:
-    """Train every variant that has weights; copy those that have none."""
-    parent, shape = load_parent(run, by_layer=True)
+    """Train every variant that has weights; copy those that have none, and what is rounded."""
+    parent = load_parent(recipe, run, by_layer=True)
     parallel.divide_threads()
-    jobs = [
-        [_job(run, index, spec) for slot, specs in slots.items() for spec in specs if spec != shape.parent_spec(slot)]
-        for index, slots in enumerate(search_space_of(recipe, shape).options)
-    ]
+    space = search_space_of(recipe, architecture_of(parent.config))
+    rounded = [(layer, spec) for layer, (spec,) in space.scored() if spec.format]
+    for layer, spec in parallel.share(rounded):
+        if not variant_is_stored(run.variant(layer, spec.id)):
+            job = _job(run, layer, spec)
+            write_variant(job.path, job.specs, job.start(), {"tokens": 0})
+    plain = [[spec for spec in space.variants(index) if not spec.format] for index in range(len(space.options))]
+    jobs = [[_job(run, index, spec) for spec in specs] for index, specs in enumerate(plain)]
     if recipe.bld.tokens == 0:
         for job in parallel.share([job for layer_jobs in jobs for job in layer_jobs]):
             write_variant(job.path, job.specs, job.start(), {"tokens": 0})

@@ -8,29 +8,26 @@ from __future__ import annotations
 import statistics
 
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
-from puzzle_nas.costs import CostTable
+from puzzle_nas.choosing.costs import CostTable
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.engines import ENGINES, interleaved_times, relative_standard_error
-from puzzle_nas.families import load_model, load_parent, machine_of
+from puzzle_nas.families import load_model, load_parent
+from puzzle_nas.machine import OtherLoad, machine_of
 from puzzle_nas.progress import progress
 from puzzle_nas.recipe import Recipe
-from puzzle_nas.training.comparison import ParentReference
+from puzzle_nas.scoring.comparison import ParentReference
 
-NAME = "evaluate_child"
-COMMAND = "evaluate-child"
-NEEDS = ("distill_child",)
-SETTINGS = ("evaluation", "scenarios", "engine")
-OUTPUTS = ("evaluation.json", "measured.json")
+NAME = __name__.rpartition(".")[2]
 
 
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Measure everything that is reported."""
-    parent, _ = load_parent(run)
+    parent = load_parent(recipe, run)
     machine = machine_of(recipe)
     tokens = load_tokens(run, "validation")
     children = {"assembled": run / "child", "refitted": run / "child-refit", "distilled": run / "child-gkd"}
     children = {name: path for name, path in children.items() if path.exists()}
-    search = read_json(run.architecture(), "search")
+    search = read_json(run.architecture(), "search-architecture")
     baselines = {
         name: run / "baselines" / name for name, found in search["baselines"].items() if "architecture" in found
     }
@@ -42,7 +39,13 @@ def run(recipe: Recipe, run: RunFolder) -> None:
                 result[group][name] = reference.compare(load_model(path, machine)).to_dict()
                 ticker.advance()
     write_json(run / "evaluation.json", result)
-    write_json(run / "measured.json", _measure_speed(recipe, run, parent, load_model(run / "child-gkd", machine)))
+    measured = _measure_speed(recipe, run, parent, load_model(run / "child-gkd", machine))
+    measured["quantised_parents"] = {
+        name: _measure_speed(recipe, run, parent, load_model(path, machine))
+        for name, path in baselines.items()
+        if name.startswith("parent@")
+    }
+    write_json(run / "measured.json", measured)
 
 
 def _measure_speed(recipe: Recipe, run: RunFolder, parent, child) -> dict:
@@ -58,6 +61,7 @@ def _measure_speed(recipe: Recipe, run: RunFolder, parent, child) -> dict:
 
     with (
         engine.loaded(models, run.scratch(NAME)) as loaded,
+        OtherLoad() as other_load,
         progress(f"measure speed on {engine.name}, model", recipe.evaluation.timing_repeats * len(models)) as ticker,
     ):
         times = interleaved_times(
@@ -74,15 +78,19 @@ def _measure_speed(recipe: Recipe, run: RunFolder, parent, child) -> dict:
         for i in range(0, len(totals["parent"]), count)
     )
     median = statistics.median(ratios)
+    mix_ms = {
+        model: sum(s.weight * times[model][name].total_ms(s) for name, s in scenarios.items()) for model in models
+    }
+    # Repeats that agree may all be wrong: what the fastest of them say instead is within the error as well.
+    error = max(median * relative_standard_error(ratios), abs(median - mix_ms["parent"] / mix_ms["child"]))
     return {
         "scenarios": {
             name: {model: vars(times[model][name]) | {"request_ms": times[model][name].total_ms(s)} for model in models}
             for name, s in scenarios.items()
         },
-        "mix_ms": {
-            model: sum(s.weight * times[model][name].total_ms(s) for name, s in scenarios.items()) for model in models
-        },
+        "mix_ms": mix_ms,
         "speedup": median,
-        "speedup_standard_error": median * relative_standard_error(ratios),
+        "speedup_standard_error": error,
         "speedup_by_repeat": ratios,
+        "other_load_percent": other_load.percent,
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from puzzle_nas import __version__
 from puzzle_nas.artifacts import complete_folder, file_checksum, write_json
-from puzzle_nas.data.sources import PYTHON_STDLIB, documents
+from puzzle_nas.data.sources import stdlib_documents
 from puzzle_nas.engines import serving_engine
 from puzzle_nas.engines.base import EXPORT_RECORD
 from puzzle_nas.engines.verification import LEAST_TOKENS, cut_prompts, verify, verify_quantised
@@ -19,7 +19,6 @@ from puzzle_nas.errors import ExportError
 from puzzle_nas.exporters import EXPORTERS, Child
 from puzzle_nas.exporters.base import DTYPES
 from puzzle_nas.progress import console
-from puzzle_nas.recipe import SourceSettings
 
 
 def export_child(checkpoint: Path, to: str, dtype: str | None, quantise: str | None, exports: Path) -> Path:
@@ -28,7 +27,7 @@ def export_child(checkpoint: Path, to: str, dtype: str | None, quantise: str | N
     Args:
         checkpoint: a child's (or parent's) folder.
         to: a key of `EXPORTERS`.
-        dtype: precision of the weights; None keeps the checkpoint's own.
+        dtype: precision of the weights; None is the engine's for the checkpoint's (`Engine.weights_dtype`).
         quantise: the engine's quantised type, such as q8_0, or None.
         exports: where the export gets its folder.
 
@@ -43,15 +42,23 @@ def export_child(checkpoint: Path, to: str, dtype: str | None, quantise: str | N
     exporter.refuse(child)
     engine = serving_engine(exporter.engine)
     engine.python()
-    own = str(child.own_dtype).removeprefix("torch.")
-    dtype = dtype or own
+    # What is quantised is not rounded twice.
+    own = child.own_dtype if quantise else engine.weights_dtype(child.own_dtype)
+    dtype = dtype or str(own).removeprefix("torch.")
     if dtype not in exporter.dtypes:
         raise ExportError(f"{to} is not written in {dtype}; precisions: {', '.join(exporter.dtypes)}.")
     if quantise is not None and quantise not in engine.quantised:
         kinds = ", ".join(engine.quantised) or "none"
         raise ExportError(f"{engine.name} does not quantise {to} to {quantise}; types: {kinds}.")
+    formats = child.architecture.formats
+    if formats and quantise is not None:
+        raise ExportError(f"The child is stored in {', '.join(formats)} already; leave out --quantize {quantise}.")
     prompts = cut_prompts(_text_tokens(child), child.config.max_position_embeddings)
-    folder = exports / f"{to}-{quantise or dtype}"
+    folder = exports / f"{to}-{quantise or '+'.join(formats) or dtype}"
+    notes = exporter.notes(child)
+    for note in notes:
+        console.print(f"  {note}")
+    tensor_types: dict[str, int] | None = None
     with complete_folder(folder) as partial:
         checks = {}
         if engine.tolerances[dtype].max_nats > engine.tolerances["float32"].max_nats:
@@ -66,16 +73,29 @@ def export_child(checkpoint: Path, to: str, dtype: str | None, quantise: str | N
         exporter.write(child, partial, dtype)
         console.print(f"  verify with {engine.name}")
         checks[dtype] = verify(exporter, engine, child, partial, dtype, prompts)
+        if formats:
+            if differing := exporter.differing(child, partial, dtype):
+                raise ExportError(f"The file does not hold the child's weights: {', '.join(differing)} differ.")
+            tensor_types = engine.tensor_types(partial)
+            types = ", ".join(f"{count} are {name}" for name, count in tensor_types.items())
+            console.print(f"  of {sum(tensor_types.values())} tensors {types}, all as the child has them")
         if quantise is not None:
             console.print(f"  quantise to {quantise} and verify")
-            engine.quantise(partial, quantise)
+            tensor_types = engine.quantise(partial, quantise)
+            types = ", ".join(f"{count} are {name}" for name, count in tensor_types.items())
+            console.print(
+                f"  of {sum(tensor_types.values())} tensors {types}: what does not fit a type becomes another"
+            )
             checks[quantise] = verify_quantised(exporter, engine, child, partial, quantise, prompts)
         record = {
             "puzzle_nas": __version__,
             "checkpoint": {file.name: file_checksum(file) for file in sorted(checkpoint.glob("*.safetensors"))},
             "format": to,
             "precision": quantise or dtype,
+            "formats": formats,
             "verification": checks,
+            "notes": notes,
+            "tensor_types": tensor_types,
         }
         write_json(partial / EXPORT_RECORD, record)
     for precision, check in checks.items():
@@ -98,4 +118,4 @@ def _text_tokens(child: Child) -> list[int]:
 
 
 def _texts() -> Iterator[str]:
-    return documents(SourceSettings(source=PYTHON_STDLIB), seed=0)
+    return stdlib_documents(seed=0)

@@ -8,38 +8,36 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import psutil
 import torch
+from transformers import AutoConfig, PreTrainedModel
 
-from puzzle_nas.architecture import Architecture, NoOpAttention, NoOpFFN, Scenario, Spec
-from puzzle_nas.architecture_search import ArchitectureSearch
+from puzzle_nas.architecture import Architecture, Head, Scenario, SearchSpace, Spec
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
-from puzzle_nas.cost_fit import fit, random_mixtures, uniform_models
-from puzzle_nas.costs import CostTable
+from puzzle_nas.choosing.architecture_search import ArchitectureSearch
+from puzzle_nas.choosing.cost_fit import PARENT, Part, fit, parts_of, random_mixtures, uniform_models
+from puzzle_nas.choosing.costs import CostTable, group_name
 from puzzle_nas.engines import ENGINES, RequestTime, TorchEngine, interleaved_times
 from puzzle_nas.errors import ArtifactError, RecipeError
-from puzzle_nas.families import load_parent
-from puzzle_nas.families.loading import free_bytes, machine_of, probe_model, shape_of
-from puzzle_nas.modeling import PuzzleForCausalLM
+from puzzle_nas.families import Anatomy, architecture_of, head_dim_of, load_parent, parent_checkpoint, probe_model
+from puzzle_nas.formats.layout import layout_of
+from puzzle_nas.machine import free_bytes, machine_of
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe, search_space_of
-from puzzle_nas.subblocks import variant_of
+from puzzle_nas.subblocks import made_subblock
 
-NAME = "measure_costs"
-COMMAND = "measure-costs"
-NEEDS = ("prepare_parent",)
-SETTINGS = ("precision", "device", "threads", "engine", "search_space", "scenarios", "costs")
-OUTPUTS = ("costs/*.json",)
+NAME = __name__.rpartition(".")[2]
 
 BUSY_PERCENT = 20.0
 
 
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Measure, or take over the recipe's cost table; then see that the recipe's limits can be met at all."""
+    _check_lengths(recipe, run)
     if recipe.costs.file is not None:
         write_json(run.costs(recipe.engine), _given_table(recipe))
     else:
@@ -57,23 +55,35 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     found.solve(limits, recipe.search.gap, recipe.search.time_limit_seconds)
 
 
+def _check_lengths(recipe: Recipe, run: RunFolder) -> None:
+    """Raises: RecipeError: a scenario's requests are longer than the parent's positions."""
+    positions = getattr(AutoConfig.from_pretrained(parent_checkpoint(run)), "max_position_embeddings", None)
+    for scenario in recipe.traffic():
+        if positions is not None and scenario.total_tokens > positions:
+            raise RecipeError(
+                f"The scenario {scenario.name} takes {scenario.total_tokens} tokens, but the parent has {positions} "
+                "positions; lower its prefill_tokens or decode_tokens."
+            )
+
+
 def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
-    parent, shape = load_parent(run)
+    parent = load_parent(recipe, run)
     machine = machine_of(recipe)
     busy = psutil.cpu_percent(interval=0.5)
     if busy > BUSY_PERCENT:
         console.print(
             f"  Other work keeps this machine {busy:.0f} % busy: runtimes will be off. Better measure when it is idle."
         )
-    specs = search_space_of(recipe, shape).kinds()
-    specs += [spec for spec in (NoOpAttention(), NoOpFFN()) if spec not in specs]
-    stacks = uniform_models(shape, specs)
-    models = stacks | random_mixtures(shape, specs, recipe.costs.mixtures, recipe.seed)
-    placeholders: dict[tuple, torch.Tensor] = {}
-    others = {name: architecture for name, architecture in models.items() if name != "parent"}
-    probes = {"parent": parent} | {name: probe_model(parent, a, placeholders) for name, a in others.items()}
-    scenarios = _measurable(recipe, parent)
+    space = search_space_of(recipe, architecture_of(parent.config))
+    weights = {part: part_weights(parent, part) for part in parts_of(space)}
     engine = ENGINES[recipe.engine]
+    itemsize = engine.weights_dtype(parent.dtype).itemsize
+    counted_bytes, shares = _bytes(parent, weights, itemsize), _shares(weights, space)
+    models = uniform_models(space) | random_mixtures(space, recipe.costs.mixtures, recipe.seed)
+    placeholders: dict[tuple, torch.Tensor] = {}
+    others = {name: architecture for name, architecture in models.items() if name != PARENT}
+    probes = {PARENT: parent} | {name: probe_model(parent, a, placeholders) for name, a in others.items()}
+    scenarios = _measurable(recipe, parent, itemsize)
     with (
         engine.loaded(probes, run.scratch(NAME)) as loaded,
         progress(f"measure costs on {engine.name}, model", recipe.costs.repeats * len(probes)) as ticker,
@@ -84,20 +94,20 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
             lambda name, scenario: engine.time_parts(loaded[name], scenario, recipe.costs.decode_steps_measured),
             recipe.costs.repeats,
             ticker.advance,
-            beside=None if engine.holds_all else "parent",
+            beside=None if engine.holds_all else PARENT,
             on_more=ticker.extend,
         )
-        whole = interleaved_times(["parent"], scenarios, lambda name, s: engine.time_request(loaded[name], s), 3)
+        whole = interleaved_times([PARENT], scenarios, lambda name, s: engine.time_request(loaded[name], s), 3)
     return {
         "machine": engine.describe(machine),
         "other_load_percent": busy,
         "load_average_1_min": os.getloadavg()[0],
-        "num_hidden_layers": shape.num_hidden_layers,
-        "bytes": _bytes(parent, {name: probes[name] for name in stacks}, specs),
+        "groups": list(space.parent.groups),
+        "bytes": counted_bytes,
         "scenarios": {
             name: {
-                **_fitted(models, {model: times[model][name] for model in models}, scenario),
-                "parent_measured": asdict(whole["parent"][name]),
+                **_fitted(models, {model: times[model][name] for model in models}, scenario, shares),
+                "parent_measured": asdict(whole[PARENT][name]),
                 "working_bytes": TorchEngine().working_bytes(parent, scenario),
             }
             for name, scenario in scenarios.items()
@@ -105,20 +115,25 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
     }
 
 
-def _measurable(recipe: Recipe, parent: PuzzleForCausalLM) -> dict[str, Scenario]:
+def _measurable(recipe: Recipe, parent: PreTrainedModel, itemsize: int) -> dict[str, Scenario]:
     """By name, what the recipe names, and of its sweeps the batch sizes whose KV cache fits the free memory.
+
+    Args:
+        itemsize: bytes of a number in the cache.
 
     Raises:
         RecipeError: of a sweep nothing fits.
     """
     free = free_bytes(parent.device)
-    own = shape_of(parent.config).parent_spec("attention")
-    per_token = variant_of(own).kv_bytes_per_token(own, parent.config, parent.dtype.itemsize)
-    token_bytes = per_token * parent.config.num_hidden_layers
+    head_dim = head_dim_of(parent.config)
+
+    def cache_bytes(scenario: Scenario) -> int:
+        own = architecture_of(parent.config)
+        one = sum(spec.cache_bytes(scenario.total_tokens, head_dim, itemsize) for _, _, spec in own)
+        return scenario.batch_size * one
+
     named = {s.name for s in recipe.scenarios}
-    fitting = {
-        s.name: s for s in recipe.traffic() if s.name in named or s.batch_size * s.total_tokens * token_bytes < free / 2
-    }
+    fitting = {s.name: s for s in recipe.traffic() if s.name in named or cache_bytes(s) < free / 2}
     for scenario in recipe.traffic():
         if scenario.name not in fitting:
             console.print(f"  {scenario.name}: its KV cache would take more than half of the free memory; left out.")
@@ -127,18 +142,43 @@ def _measurable(recipe: Recipe, parent: PuzzleForCausalLM) -> dict[str, Scenario
     return fitting
 
 
-def _fitted(models: Mapping[str, Architecture], times: Mapping[str, RequestTime], scenario: Scenario) -> dict[str, Any]:
+def part_weights(parent: PreTrainedModel, part: Part) -> Mapping[str, torch.Tensor]:
+    """What a variant, or embeddings with LM head, consists of; tied ones once."""
+    if not isinstance(part.spec, Head):
+        return dict(made_subblock(parent, part.group, part.spec, None).layer.named_parameters())
+    parts = Anatomy(parent)
+    ends = {"LM head": parts.head.weight, "embeddings": parts.embeddings.weight}
+    return {name: weight for name, weight in ends.items() if name == "embeddings" or weight is not ends["embeddings"]}
+
+
+def _shares(weights: Mapping[Part, Mapping[str, torch.Tensor]], space: SearchSpace) -> dict[Part, float]:
+    """By part, the weights in its matrices relative to those of the parent's own sub-block."""
+    counts = {part: sum(w.numel() for w in tensors.values() if w.ndim > 1) for part, tensors in weights.items()}
+    own = {part: counts[Part(part.group, space.own(part.group, part.spec.slot))] for part in weights}
+    return {part: count / own[part] if own[part] else 1.0 for part, count in counts.items()}
+
+
+def _fitted(
+    models: Mapping[str, Architecture],
+    times: Mapping[str, RequestTime],
+    scenario: Scenario,
+    shares: Mapping[Part, float],
+) -> dict[str, Any]:
     """The additive costs of one scenario, and how far off they are on models that the fit has not seen."""
-    parts = {
-        "prefill_ms": fit(models, {name: time.prefill_ms for name, time in times.items()}),
-        "decode_step_ms": fit(models, {name: time.decode_step_ms for name, time in times.items()}),
+    times_ms = {
+        "prefill_ms": fit(models, {name: time.prefill_ms for name, time in times.items()}, shares),
+        "decode_step_ms": fit(models, {name: time.decode_step_ms for name, time in times.items()}, shares),
     }
-    whole = fit(models, {name: time.total_ms(scenario) for name, time in times.items()})
+    whole = fit(models, {name: time.total_ms(scenario) for name, time in times.items()}, shares)
+    groups = models[PARENT].groups
     return {
-        "fixed": {part: found.fixed for part, found in parts.items()},
-        "variants": {
-            variant: {part: found.variants[variant] for part, found in parts.items()}
-            for variant in parts["prefill_ms"].variants
+        "fixed": {time: found.fixed for time, found in times_ms.items()},
+        "variants": by_group(
+            {part: {time: found.parts[part] for time, found in times_ms.items()} for part in shares}, groups
+        ),
+        "measured": {
+            model: {**asdict(time), "prediction_error": whole.relative_errors.get(model)}
+            for model, time in times.items()
         },
         "prediction_error_median": statistics.median(abs(error) for error in whole.relative_errors.values()),
     }
@@ -150,7 +190,7 @@ def _given_table(recipe: Recipe) -> dict:
     if not path.is_file():
         raise ArtifactError(f"There is no cost table {path}; leave out costs.file to measure one.")
     table = read_json(path)
-    lacking = {"machine", "bytes", "scenarios"} - set(table)
+    lacking = {"machine", "groups", "bytes", "scenarios"} - set(table)
     lacking |= {s.name for s in recipe.traffic()} - set(table.get("scenarios", {}))
     if lacking:
         missing = ", ".join(sorted(lacking))
@@ -168,20 +208,48 @@ def _given_table(recipe: Recipe) -> dict:
     return table
 
 
-def _bytes(parent: PuzzleForCausalLM, probes: dict[str, PuzzleForCausalLM], specs: list[Spec]) -> dict:
-    """Counted on real tensors: tied embeddings once, biases and norms included."""
-    itemsize = parent.dtype.itemsize
+def by_group(values: Mapping[Part, Any], groups: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Values of variants as cost tables hold them: by the name of their group, then by id."""
+    result: dict[str, dict[str, Any]] = {}
+    for part, value in values.items():
+        result.setdefault(group_name(part.group, groups), {})[part.spec.id] = value
+    return result
+
+
+def _bytes(
+    parent: PreTrainedModel, weights: Mapping[Part, Mapping[str, torch.Tensor]], itemsize: int
+) -> dict[str, Any]:
+    """Counted on real shapes: tied embeddings once, biases and norms included; matrices as their formats store them.
+
+    Args:
+        itemsize: bytes of a number without a format, and of one in the cache.
+
+    Raises:
+        FormatError: a format does not hold a matrix; the message names both.
+    """
     variants = {}
-    for spec in specs:
-        owner = probes.get(spec.id, parent)
-        prefixes = (
-            ("self_attn.", "input_layernorm.") if spec.slot == "attention" else ("mlp.", "post_attention_layernorm.")
-        )
-        count = sum(w.numel() for name, w in owner.model.layers[0].named_parameters() if name.startswith(prefixes))
-        variants[spec.id] = {
-            "parameters": count,
-            "parameter_bytes": count * itemsize,
-            "kv_bytes_per_token": variant_of(spec).kv_bytes_per_token(spec, parent.config, itemsize),
+    for part, tensors in weights.items():
+        has_state = not part.spec.empty and not isinstance(part.spec, Head)
+        family = Anatomy(parent).family
+        variants[part] = {
+            "parameters": sum(w.numel() for w in tensors.values()),
+            "parameter_bytes": sum(_stored_bytes(name, w, part.spec, itemsize) for name, w in tensors.items()),
+            "state_bytes": family.state_bytes(parent.config, part.spec.slot, itemsize) if has_state else 0,
         }
-    fixed = sum(w.numel() for name, w in parent.named_parameters() if not name.startswith("model.layers."))
-    return {"fixed": {"parameters": fixed, "parameter_bytes": fixed * itemsize}, "variants": variants}
+    parts = Anatomy(parent)
+    ends = (parts.head.weight, parts.embeddings.weight)
+    outside = [w for name, w in parent.named_parameters() if not name.startswith(parts.layer_prefix)]
+    fixed = sum(w.numel() for w in outside if all(w is not end for end in ends))
+    return {
+        "head_dim": head_dim_of(parent.config),
+        "cache_itemsize": itemsize,
+        "fixed": {"parameters": fixed, "parameter_bytes": fixed * itemsize},
+        "variants": by_group(variants, architecture_of(parent.config).groups),
+    }
+
+
+def _stored_bytes(name: str, weight: torch.Tensor, spec: Spec, itemsize: int) -> int:
+    if spec.format is None or weight.ndim != 2:
+        return weight.numel() * itemsize
+    rows, columns = weight.shape
+    return layout_of(spec.format).bytes_of(rows, columns, f"{name} of {spec.id}")

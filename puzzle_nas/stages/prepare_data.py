@@ -16,19 +16,12 @@ from transformers import AutoConfig
 from puzzle_nas.artifacts import RunFolder, fingerprint, read_json, write_bytes, write_json
 from puzzle_nas.data import packing
 from puzzle_nas.data.parent_samples import sample_documents
-from puzzle_nas.data.sources import PARENT_SAMPLES, documents
+from puzzle_nas.data.sources import Document, documents
 from puzzle_nas.errors import DataError
-from puzzle_nas.families import load_parent
-from puzzle_nas.families.loading import load_tokenizer, parent_checkpoint
+from puzzle_nas.families import architecture_of, head_dim_of, load_parent, load_tokenizer, parent_checkpoint
 from puzzle_nas.progress import progress
-from puzzle_nas.recipe import Recipe
+from puzzle_nas.recipe import PARENT_SAMPLES, Recipe
 from puzzle_nas.training import parallel
-
-NAME = "prepare_data"
-COMMAND = "prepare-data"
-NEEDS = ("prepare_parent",)
-SETTINGS = ("data", "seed")
-OUTPUTS = ("data/*.safetensors", "data/data.json", "data/sources/*")
 
 SAMPLING_ROWS = {"cpu": 128, "cuda": 4096}
 """Rows that the parent writes together at most."""
@@ -69,11 +62,11 @@ def run(recipe: Recipe, run: RunFolder) -> None:
             recipe.seed,
             lambda tokens: ticker.advance(min(tokens, total - ticker.done)),
         )
-    _write(recipe, run, names, splits, packing.separator_id(tokenizer))
+    _write(recipe, run, names, splits, packing.Encoder(tokenizer, recipe.data.separator))
 
 
 def _write(
-    recipe: Recipe, run: RunFolder, names: list[str], splits: dict[str, packing.PackedSplit], separator: int
+    recipe: Recipe, run: RunFolder, names: list[str], splits: dict[str, packing.PackedSplit], encoder: packing.Encoder
 ) -> None:
     facts = {}
     for name, split in splits.items():
@@ -94,14 +87,15 @@ def _write(
         run / "data" / "data.json",
         {
             "sequence_length": recipe.data.sequence_length,
-            "separator_id": separator,
+            "separator_id": encoder.separator,
+            "beginning_id": encoder.beginning,
             "sources": sources,
             "splits": facts,
         },
     )
 
 
-def _opened(stream: Iterator[str]) -> Iterator[str]:
+def _opened(stream: Iterator[Document]) -> Iterator[Document]:
     """The same documents, the first of them read already."""
     return itertools.chain([next(stream)], stream)
 
@@ -153,9 +147,10 @@ def _parent_samples(recipe: Recipe, run: RunFolder, parent: dict[str, Any], toke
     kept = _read_samples(_samples_path(run), made_from)
     if kept is not None:
         return kept
-    model, shape = load_parent(run)
-    bytes_per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * model.dtype.itemsize
-    bytes_per_row = bytes_per_token * length + LOGIT_BYTES * parent["vocab_size"]
+    model = load_parent(recipe, run)
+    head_dim, itemsize = head_dim_of(model.config), model.dtype.itemsize
+    cached = sum(spec.cache_bytes(length, head_dim, itemsize) for _, _, spec in architecture_of(model.config))
+    bytes_per_row = cached + LOGIT_BYTES * parent["vocab_size"]
     room = SAMPLING_BYTES if model.device.type == "cpu" else parallel.share_of_memory(model.device) / 2
     batch_size = max(1, min(SAMPLING_ROWS[model.device.type], int(room // bytes_per_row)))
     with progress("parent writes, tokens", num_tokens) as ticker:

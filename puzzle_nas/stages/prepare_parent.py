@@ -1,78 +1,62 @@
-"""Find the parent; convert it to a transformers checkpoint where it is none."""
+"""Find and examine the parent; convert it to a plain transformers checkpoint where it is none."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import torch
+from transformers import PreTrainedModel
 
-from puzzle_nas.artifacts import RunFolder, complete_folder, explained_disk_errors, fingerprint, read_json, write_json
-from puzzle_nas.errors import CheckpointError
-from puzzle_nas.families import Machine, find_checkpoint, load_tokenizer, machine_of, open_parent, to_puzzle
-from puzzle_nas.families.loading import shape_of, shape_to_dict, stream_model
-from puzzle_nas.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle_nas.artifacts import RunFolder, complete_folder, explained_disk_errors, write_json
+from puzzle_nas.families import architecture_of, family_of, find_checkpoint, open_parent
+from puzzle_nas.families.anatomy import check_adapter
+from puzzle_nas.families.loading import stream_model
+from puzzle_nas.machine import Machine, machine_of
+from puzzle_nas.parents import Examined, examine, parent_fingerprint
+from puzzle_nas.progress import console
 from puzzle_nas.recipe import Recipe
-
-NAME = "prepare_parent"
-COMMAND = "prepare-parent"
-NEEDS = ()
-SETTINGS = ("parent", "precision", "device")
-OUTPUTS = ("parent.json", "parent/*")
-
-
-def weights_fingerprint(folder: Path) -> str:
-    """Which weights a checkpoint folder or a file holds: names, sizes, and both ends of every weight file."""
-    facts = []
-    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")) if folder.is_dir() else [folder]
-    for path in files:
-        with open(path, "rb") as file:
-            head = file.read(1 << 20)
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            facts.append([path.name, path.stat().st_size, fingerprint([head.hex(), file.read().hex()])])
-    return fingerprint(facts)
 
 
 def local_weights(recipe: Recipe) -> str | None:
     """Fingerprint of a parent that lies on this machine, so that another in its place is noticed; None elsewhere."""
     path = Path(recipe.parent).expanduser()
-    return weights_fingerprint(path) if path.exists() else None
+    return parent_fingerprint(path) if path.exists() else None
 
 
 def run(recipe: Recipe, run: RunFolder) -> None:
-    """Write parent.json, and parent/ unless the parent is a local checkpoint already."""
+    """Write parent.json, and parent/ unless the parent is a local, plain checkpoint already."""
     where = find_checkpoint(recipe.parent, run / "download")
     machine = machine_of(recipe)
+    examined = examine(where, lambda config: family_of(config.model_type))
+    for line in examined.warnings:
+        console.print(f"  {line}")
+    if recipe.memory != "all":
+        examined.check_streams()
     if recipe.memory != "all" and isinstance(where, Path) and (where / "config.json").is_file():
-        checkpoint, tokenizer = where.resolve(), load_tokenizer(where)
-        config = stream_model(checkpoint, machine).config
+        checkpoint = where.resolve()
+        model = stream_model(checkpoint, machine)
     else:
-        checkpoint, tokenizer, config = _opened(where, run, machine)
-    if len(tokenizer) > config.vocab_size:
-        raise CheckpointError(
-            f"The tokenizer has {len(tokenizer)} entries but the parent's vocabulary only "
-            f"{config.vocab_size}: it belongs to another model."
-        )
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in PuzzleForCausalLM(config).parameters())
+        checkpoint, model = _opened(where, examined, run, machine)
+    config = model.config
+    architecture = architecture_of(config)
+    check_adapter(model, sorted(set(architecture.groups)))
     write_json(
         run.parent,
         {
             "source": recipe.parent,
             "checkpoint": run.relative(checkpoint),
-            "family": read_json(checkpoint / "config.json")["model_type"],
-            "shape": shape_to_dict(shape_of(config)),
+            "family": config.model_type,
+            "architecture": architecture.to_list(),
             "vocab_size": config.vocab_size,
-            "parameters": parameters,
-            "weights_fingerprint": weights_fingerprint(checkpoint),
+            "parameters": examined.parameters,
+            "weights_fingerprint": parent_fingerprint(checkpoint),
         },
     )
 
 
-def _opened(where: Path | str, run: RunFolder, machine: Machine) -> tuple[Path, Any, PuzzleConfig]:
-    """Checkpoint, tokenizer and configuration of a parent, loaded whole and written where it is no local checkpoint."""
-    model, tokenizer = open_parent(where)
-    if isinstance(where, Path) and where.is_dir():
+def _opened(where: Path | str, examined: Examined, run: RunFolder, machine: Machine) -> tuple[Path, PreTrainedModel]:
+    """Checkpoint and model of a parent, loaded whole and written where it is no local, plain checkpoint."""
+    model, tokenizer = open_parent(where, examined)
+    if isinstance(where, Path) and where.is_dir() and examined.quantisation is None:
         checkpoint = where.resolve()
     else:
         # transformers refuses to save a model loaded from GGUF: the weights move into a fresh one.
@@ -84,4 +68,4 @@ def _opened(where: Path | str, run: RunFolder, machine: Machine) -> tuple[Path, 
             fresh.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         model = fresh
-    return checkpoint, tokenizer, to_puzzle(model).config
+    return checkpoint, model

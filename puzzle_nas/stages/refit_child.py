@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import shutil
 
 from puzzle_nas import __version__
 from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, complete_folder, read_json, write_json
 from puzzle_nas.data.batches import load_tokens
-from puzzle_nas.families import load_model, load_parent, load_tokenizer, machine_of, save_model
+from puzzle_nas.families import load_parent, load_tokenizer, save_model
 from puzzle_nas.families.loading import parent_checkpoint
+from puzzle_nas.formats.stored import write_matrices
+from puzzle_nas.library import assemble
 from puzzle_nas.progress import progress
 from puzzle_nas.recipe import Recipe
 from puzzle_nas.report.model_card import model_card
-from puzzle_nas.training.comparison import ParentReference
-from puzzle_nas.training.refitting import refit
-
-NAME = "refit_child"
-COMMAND = "refit"
-NEEDS = ("assemble_child",)
-SETTINGS = ("refit",)
-OUTPUTS = ("refit.json", "child-refit/*")
+from puzzle_nas.scoring.comparison import ParentReference
+from puzzle_nas.training.refitting import refit_if_better
 
 
 def run(recipe: Recipe, run: RunFolder) -> None:
@@ -31,27 +25,27 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     if not recipe.refit.enabled:
         write_json(run / "refit.json", {"tried": False, "kept": False})
         return
-    parent, shape = load_parent(run, by_layer=True)
-    child = load_model(run / "child", machine_of(recipe))
+    parent = load_parent(recipe, run, by_layer=True)
     reference = ParentReference(parent, load_tokens(run, "selection"))
-    before = reference.compare(child).kl_nats
-    refitted = copy.deepcopy(child)
-    with progress("refit, layer", shape.num_hidden_layers) as ticker:
-        refit(parent, refitted, load_tokens(run, "calibration"), recipe.refit.ridge_tokens, ticker.advance)
-    after = reference.compare(refitted).kl_nats
-    kept = after < before
-    if kept:
-        architecture = Architecture.from_list(read_json(run.architecture())["architecture"])
+    found = read_json(run.architecture())
+    architecture = Architecture.from_list(found["architecture"])
+    child, calibration = assemble(run, parent, architecture, found["library"]), load_tokens(run, "calibration")
+    with progress("refit, layer", parent.config.num_hidden_layers) as ticker:
+        better, stored, kl = refit_if_better(
+            parent, child, reference, calibration, recipe.refit.ridge_tokens, ticker.advance
+        )
+    if kl.kept:
         with complete_folder(run / "child-refit") as partial:
-            save_model(refitted, load_tokenizer(parent_checkpoint(run)), partial)
+            save_model(better, load_tokenizer(parent_checkpoint(run)), partial)
+            write_matrices(stored, partial)
             how = "assembled from the block library, then refitted in closed form"
             (partial / "README.md").write_text(model_card(recipe.parent, architecture, __version__, how))
     write_json(
         run / "refit.json",
         {
             "tried": True,
-            "kept": kept,
-            "selection_kl_nats_before": before,
-            "selection_kl_nats_after": after if math.isfinite(after) else None,
+            "kept": kl.kept,
+            "selection_kl_nats_before": kl.before,
+            "selection_kl_nats_after": kl.after,
         },
     )

@@ -1,4 +1,7 @@
-"""Scores, costs and limits -> architectures (Puzzle, section 3). File: search/NAME/architecture.json."""
+"""Scores, costs and limits -> architectures (Puzzle, section 3).
+
+Files: search/NAME/architecture.json; search/main/candidates/, what was measured of each assembled child.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,17 @@ import statistics
 from typing import Any
 
 from puzzle_nas.architecture import Architecture
-from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder, write_json
+from puzzle_nas.choosing.architecture_search import ArchitectureSearch
+from puzzle_nas.choosing.refinement import Refinement, Trials
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.engines import ENGINES, speedups
 from puzzle_nas.errors import InfeasibleError
-from puzzle_nas.families import load_parent
-from puzzle_nas.families.loading import probe_model
+from puzzle_nas.families import load_parent, probe_model
 from puzzle_nas.progress import console
 from puzzle_nas.recipe import Recipe, SearchSettings
-from puzzle_nas.training.refinement import Refinement, Trials
 
-NAME = "search_architecture"
-COMMAND = "search"
-NEEDS = ("score_blocks", "measure_costs", "couple_blocks")
-SETTINGS = ("search", "scenarios", "search_space", "engine", "refit")
-OUTPUTS = ("search/main/architecture.json",)
+NAME = __name__.rpartition(".")[2]
 BASELINES = ("greedy", "homogeneous", "max_params")
 """Those that every run assembles and evaluates."""
 
@@ -29,7 +27,9 @@ BASELINES = ("greedy", "homogeneous", "max_params")
 def search(
     found: ArchitectureSearch, limits: dict[str, float], gap: float, time_limit_seconds: float
 ) -> dict[str, Any]:
-    """The best architecture within the limits, and the baselines at its predicted cost or below.
+    """The program's best architecture within the limits, and the baselines at its predicted cost or below.
+
+    `architecture` and what is predicted of it may later become another child's; `program` stays.
 
     Raises:
         InfeasibleError: names each limit and the tightest value that can be reached.
@@ -42,9 +42,7 @@ def search(
         "limits": limits,
         "scenarios": [s.name for s in found.costs.scenarios],
         **chosen,
-        "status": best.status,
-        "bound": best.bound,
-        "gap": best.gap,
+        "program": {**chosen, "status": best.status, "bound": best.bound, "gap": best.gap},
         "baselines": {},
     }
     baselines = found.baselines(problem, best, gap, time_limit_seconds)
@@ -53,6 +51,7 @@ def search(
             result["baselines"][name] = found.describe(found.architecture(baselines[name]()))
         except InfeasibleError as error:
             result["baselines"][name] = {"infeasible": str(error)}
+    result["baselines"] |= {name: found.describe(parent) for name, parent in found.space.quantised_parents.items()}
     return result
 
 
@@ -64,7 +63,7 @@ MARGIN = 1.005
 
 
 def run(recipe: Recipe, run: RunFolder) -> None:
-    """Search within the limits as measured: the architecture is timed with placeholder weights beside the parent."""
+    """Search within the limits as measured: the architecture is timed with placeholder weights next to the parent."""
     settings, asked = recipe.search, dict(recipe.search.limits)
     found = ArchitectureSearch.at_best_batch_sizes(recipe, run, asked)
     attempts = settings.speed_attempts if "speedup" in asked and recipe.costs.file is None else 0
@@ -86,7 +85,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
             first = search(found, asked, settings.gap, settings.time_limit_seconds)
             limits = corrected(first, timed(first))
         splits = {split: load_tokens(run, split) for split in TRIED_ON}
-        trials = Trials(run, load_parent(run)[0], recipe, splits, found.library)
+        trials = Trials(run, load_parent(recipe, run), recipe, splits, found.library)
         refinement = Refinement(found.by_either_loss(recipe, run), settings, trials)
     try:
         result = _searched(found, settings, limits, refinement)
@@ -116,7 +115,7 @@ def _searched(
 
 
 def _measured_speedup(recipe: Recipe, run: RunFolder, found: ArchitectureSearch, result: dict[str, Any]) -> float:
-    parent, _ = load_parent(run)
+    parent = load_parent(recipe, run)
     probe = probe_model(parent, Architecture.from_list(result["architecture"]))
     engine, steps = ENGINES[recipe.engine], recipe.costs.decode_steps_measured
     with engine.loaded({"parent": parent, "child": probe}, run.scratch(NAME)) as loaded:

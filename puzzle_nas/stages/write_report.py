@@ -7,12 +7,6 @@ from puzzle_nas.recipe import Recipe
 from puzzle_nas.report.page import render_page
 from puzzle_nas.report.summary import build_summary
 
-NAME = "write_report"
-COMMAND = "report"
-NEEDS = ("evaluate_child",)
-SETTINGS = ()
-OUTPUTS = ("summary.json", "report.html")
-
 
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Write both."""

@@ -1,4 +1,4 @@
-"""Variants of attention: fewer key-value heads, one matrix, nothing."""
+"""Variants of softmax attention: fewer key-value heads, a window."""
 
 from __future__ import annotations
 
@@ -6,28 +6,47 @@ from collections.abc import Callable
 
 import torch
 
-from puzzle_nas.architecture import GroupedAttention, LinearAttention, NoOpAttention
-from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
-from puzzle_nas.subblocks.base import Empty, LayerContext, Variant, like, norm_of, solve_ridge
-from puzzle_nas.subblocks.layers import Weights, subblock_layer, subblock_weights
+from puzzle_nas.architecture import GroupedAttention, WindowAttention
+from puzzle_nas.subblocks.base import Origin, Unchanged, Variant, like, solve_ridge
+from puzzle_nas.subblocks.layers import Weights, made_subblock
 from puzzle_nas.subblocks.statistics import Activations, Moments, inverse_norm, moments
 
+FUSED = "qkv_proj"
+"""Some families keep the rows of queries, keys and values in one matrix."""
 
-def grouped_weights(
-    spec: GroupedAttention, layer: PuzzleDecoderLayer, merge: Callable[[torch.Tensor], torch.Tensor]
-) -> Weights:
+
+def merged_heads(origin: Origin, groups: int, merge: Callable[[torch.Tensor], torch.Tensor]) -> Weights:
     """The parent's attention with fewer keys and values.
 
-    `merge` makes one head of each group of neighbours: [groups, heads in a group, ...] -> [groups, ...].
+    Args:
+        groups: how many KV heads are left.
+        merge: makes one head of each group of neighbours: [groups, heads in a group, ...] -> [groups, ...].
     """
-    groups, head_dim = spec.num_key_value_heads, layer.self_attn.head_dim
-    weights = subblock_weights(layer, "attention")
+    config, head_dim = origin.parent.config, origin.mixer.head_dim
+    rows = config.num_key_value_heads * head_dim
+
+    def merged(weight: torch.Tensor) -> torch.Tensor:
+        heads = merge(weight.float().view(groups, -1, head_dim, *weight.shape[1:]))
+        return heads.reshape(groups * head_dim, *weight.shape[1:]).to(weight)
+
+    weights = origin.weights
     for name, weight in weights.items():
-        if ".k_proj." in name or ".v_proj." in name:
-            rest = weight.shape[1:]
-            merged = merge(weight.float().view(groups, -1, head_dim, *rest))
-            weights[name] = merged.reshape(groups * head_dim, *rest).to(weight)
+        part = name.removeprefix(origin.name("")).split(".")[0]
+        if part == FUSED:
+            queries, keys, values = weight.split([len(weight) - 2 * rows, rows, rows])
+            weights[name] = torch.cat([queries, merged(keys), merged(values)])
+        elif part in ("k_proj", "v_proj") or (part == "k_norm" and len(weight) == rows):
+            weights[name] = merged(weight)
     return weights
+
+
+def value_rows(origin: Origin) -> torch.Tensor:
+    """The value projection, [KV heads * head_dim, D]."""
+    attention = origin.mixer
+    if hasattr(attention, FUSED):
+        rows = origin.parent.config.num_key_value_heads * attention.head_dim
+        return getattr(attention, FUSED).weight[-rows:]
+    return attention.v_proj.weight
 
 
 class Grouped(Variant[GroupedAttention]):
@@ -37,79 +56,43 @@ class Grouped(Variant[GroupedAttention]):
     squares keeps one head of each group as it is, and refits the output projection to it; held-back KL says which.
     """
 
-    spec_class = GroupedAttention
-
-    def observations(self, spec, layer):
+    def observations(self, spec, origin):
         """What the output projection receives when one head of each group is kept, against the parent's output."""
 
         def observer(weights: Weights) -> Callable[[Activations], Moments]:
-            grouped = subblock_layer(layer.self_attn.config, layer.layer_type, spec, weights)
+            grouped = made_subblock(origin.parent, origin.layer, spec, weights)
+            bias = origin.weights.get(origin.last_name.replace(".weight", ".bias"))
 
             def observe(batch: Activations) -> Moments:
-                context_BTE = grouped.self_attn.context(batch.attention_in_BTD, **batch.inputs)[0]
-                target = batch.attention_out_ND
-                if layer.self_attn.o_proj.bias is not None:
-                    target = target - layer.self_attn.o_proj.bias
-                return moments(context_BTE.flatten(0, 1), target, inverse_norm(batch.attention_out_ND))
+                received = grouped.with_last_input(batch.read_BTD, batch.inputs)[1]
+                target = batch.mixed_ND if bias is None else batch.mixed_ND - bias
+                return moments(received.flatten(0, 1), target, inverse_norm(batch.mixed_ND))
 
             return observe
 
-        return {f"{spec.id}.{name}": observer(weights) for name, weights in self._kept_heads(spec, layer).items()}
+        return {f"{spec.id}.{name}": observer(weights) for name, weights in self._kept_heads(spec, origin).items()}
 
     def paper(self, spec, context):
         """Mean-pooled keys and values."""
-        return grouped_weights(spec, context.layer, lambda heads: heads.mean(dim=1))
+        return merged_heads(context.origin, spec.num_key_value_heads, lambda heads: heads.mean(dim=1))
 
     def least_squares(self, spec, context):
         """Each head of a group kept, with the output projection that fits it best."""
-        name = "self_attn.o_proj.weight"
+        name = context.origin.last_name
         candidates = {}
-        for choice, weights in self._kept_heads(spec, context.layer).items():
+        for choice, weights in self._kept_heads(spec, context.origin).items():
             output = solve_ridge(context.statistics[f"{spec.id}.{choice}"], context.ridge)
             candidates[choice] = {**weights, name: like(output, weights[name])}
         return candidates
 
     @staticmethod
-    def _kept_heads(spec: GroupedAttention, layer: PuzzleDecoderLayer) -> dict[str, Weights]:
-        group_size = layer.self_attn.config.num_key_value_heads // spec.num_key_value_heads
+    def _kept_heads(spec: GroupedAttention, origin: Origin) -> dict[str, Weights]:
+        group_size = origin.parent.config.num_key_value_heads // spec.num_key_value_heads
         return {
-            f"head_{kept}": grouped_weights(spec, layer, lambda heads, kept=kept: heads[:, kept])
+            f"head_{kept}": merged_heads(origin, spec.num_key_value_heads, lambda heads, kept=kept: heads[:, kept])
             for kept in range(group_size)
         }
 
-    def kv_bytes_per_token(self, spec, config, itemsize):
-        """Keys and values of every KV head."""
-        return 2 * spec.num_key_value_heads * config.head_dim * itemsize
 
-
-class Linear(Variant[LinearAttention]):
-    """One matrix."""
-
-    spec_class = LinearAttention
-
-    def observations(self, spec, layer):
-        """The norm's output against the parent's attention output."""
-        return {spec.id: lambda batch: moments(batch.attention_in_ND, batch.attention_out_ND)}
-
-    def paper(self, spec, context):
-        """W_O W_V, as if each token attended only to itself; V heads repeated for grouped queries."""
-        attention = context.layer.self_attn
-        assert attention is not None
-        value = attention.v_proj.weight.float().view(-1, attention.head_dim, context.config.hidden_size)
-        value = value.repeat_interleave(attention.num_key_value_groups, dim=0).flatten(0, 1)
-        return self._weights(attention.o_proj.weight.float() @ value, context)
-
-    def least_squares(self, spec, context):
-        """The matrix nearest to the parent's attention on calibration text."""
-        return {"linear": self._weights(solve_ridge(context.statistics[spec.id], context.ridge), context)}
-
-    @staticmethod
-    def _weights(matrix: torch.Tensor, context: LayerContext) -> Weights:
-        norm = norm_of(context, "attention")
-        return {**norm, "self_attn.linear_attn.weight": like(matrix, next(iter(norm.values())))}
-
-
-class NoOp(Empty[NoOpAttention]):
-    """Nothing."""
-
-    spec_class = NoOpAttention
+class Window(Unchanged[WindowAttention]):
+    """The parent's attention; what changes is what it sees."""

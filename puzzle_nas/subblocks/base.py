@@ -1,29 +1,65 @@
-"""What every kind of variant can do: start from the parent in three ways, and count its KV cache."""
+"""What every kind of variant can do: start from the parent in three ways."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
 from puzzle_nas.architecture import Spec
-from puzzle_nas.modeling import PuzzleConfig
-from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
-from puzzle_nas.subblocks.layers import PREFIXES, Weights
-from puzzle_nas.subblocks.statistics import Activations, LayerStatistics, Moments
+from puzzle_nas.families.anatomy import Anatomy, SubBlock
+from puzzle_nas.subblocks.layers import Weights, subblock_weights
+from puzzle_nas.subblocks.statistics import LayerStatistics, Moments, Observe
 
 S = TypeVar("S", bound=Spec)
 
 
 @dataclass(frozen=True)
-class LayerContext:
-    """A parent layer and what was observed of it."""
+class Origin:
+    """The parent's own sub-block that variants start from."""
 
-    config: PuzzleConfig
-    layer: PuzzleDecoderLayer
+    parent: PreTrainedModel
+    layer: int
+    slot: str
+
+    @property
+    def subblock(self) -> SubBlock:
+        """Runnable."""
+        return Anatomy(self.parent).subblocks(self.layer)[self.slot]
+
+    @property
+    def mixer(self) -> Any:
+        """The family's own module."""
+        return self.subblock.mixer
+
+    @property
+    def weights(self) -> Weights:
+        """Named relative to the layer."""
+        return subblock_weights(self.subblock)
+
+    def name(self, part: str) -> str:
+        """The name, relative to the layer, of a part of the mixer."""
+        return f"{self.subblock.place.mixer}.{part}"
+
+    @property
+    def last_name(self) -> str:
+        """The name, relative to the layer, of the weight of the mixer's last matrix."""
+        return self.name(f"{self.subblock.place.last}.weight")
+
+    @property
+    def outside(self) -> Weights:
+        """The weights of its norms."""
+        return {name: w for name, w in self.weights.items() if not name.startswith(self.name(""))}
+
+
+@dataclass(frozen=True)
+class Context:
+    """A sub-block of the parent and what was observed of it."""
+
+    origin: Origin
     statistics: LayerStatistics
     ridge: float
 
@@ -31,32 +67,37 @@ class LayerContext:
 class Variant(ABC, Generic[S]):
     """One kind of variant. Weights are named relative to the layer and have the parent's dtype."""
 
-    spec_class: ClassVar[type[Spec]]
-
-    def observations(self, spec: S, layer: PuzzleDecoderLayer) -> dict[str, Callable[[Activations], Moments]]:
+    def observations(self, spec: S, origin: Origin) -> dict[str, Observe]:
         """The sums over calibration tokens that `least_squares` needs; equal keys are computed once."""
         return {}
 
     @abstractmethod
-    def paper(self, spec: S, context: LayerContext) -> Weights:
+    def paper(self, spec: S, context: Context) -> Weights:
         """The paper's initialisation (Puzzle, section 2)."""
 
     @abstractmethod
-    def least_squares(self, spec: S, context: LayerContext) -> dict[str, Weights]:
+    def least_squares(self, spec: S, context: Context) -> dict[str, Weights]:
         """Closed-form initialisations against the parent's output, by name; the caller keeps the best one."""
 
-    def random(self, spec: S, context: LayerContext, generator: torch.Generator) -> Weights:
+    def random(self, spec: S, context: Context, generator: torch.Generator) -> Weights:
         """Matrices drawn as at the start of pretraining; vectors (norms, biases) as in the parent."""
+        scale = context.origin.parent.config.initializer_range
         return {
-            name: torch.randn(w.shape, generator=generator).mul_(context.config.initializer_range).to(w)
-            if w.ndim > 1
-            else w
+            name: torch.randn(w.shape, generator=generator).mul_(scale).to(w) if w.ndim > 1 else w
             for name, w in self.paper(spec, context).items()
         }
 
-    def kv_bytes_per_token(self, spec: S, config: PuzzleConfig, itemsize: int) -> int:
-        """Bytes of KV cache that one token of one sequence takes in this layer."""
-        return 0
+
+class Unchanged(Variant[S]):
+    """The parent's own weights."""
+
+    def paper(self, spec, context):
+        """As they are."""
+        return context.origin.weights
+
+    def least_squares(self, spec, context):
+        """Nothing to solve."""
+        return {"unchanged": context.origin.weights}
 
 
 class Empty(Variant[S]):
@@ -69,12 +110,6 @@ class Empty(Variant[S]):
     def least_squares(self, spec, context):
         """Nothing to solve."""
         return {"no_op": {}}
-
-
-def norm_of(context: LayerContext, slot: str) -> Weights:
-    """The parent's norm in front of a slot."""
-    prefix = PREFIXES[slot][1]
-    return {name: w.detach() for name, w in context.layer.state_dict().items() if name.startswith(prefix)}
 
 
 def solve_ridge(moments: Moments, ridge: float) -> torch.Tensor:
@@ -90,6 +125,6 @@ def damped(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     return gram + ridge * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
-def like(weight: torch.Tensor, model: Any) -> torch.Tensor:
+def like(weight: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     """`weight` in the dtype and on the device of `model`."""
     return weight.to(model).contiguous()

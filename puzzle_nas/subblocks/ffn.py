@@ -1,16 +1,21 @@
-"""Variants of the FFN: fewer channels, one matrix, nothing."""
+"""Variants of the FFN: fewer channels."""
 
 from __future__ import annotations
 
 import torch
 
-from puzzle_nas.architecture import GatedFFN, LinearFFN, NoOpFFN
-from puzzle_nas.subblocks.base import Empty, LayerContext, Variant, damped, like, norm_of, solve_ridge
-from puzzle_nas.subblocks.layers import Weights, subblock_weights
+from puzzle_nas.architecture import GatedFFN
+from puzzle_nas.subblocks.base import Origin, Variant, damped, like, solve_ridge
+from puzzle_nas.subblocks.layers import Weights
 from puzzle_nas.subblocks.statistics import Activations, Moments, inverse_norm, moments
 
 REMOVED_TOGETHER = 32
 """Channels removed between two updates of the inverse Gram matrix."""
+FUSED = "gate_up_proj"
+"""Some families keep the rows of gate and up projection in one matrix."""
+UP = ("up_proj", "w3")
+ROWS = ("gate_proj", "w1", *UP)
+"""What families call them."""
 
 
 def channel_contribution(mean_abs_F: torch.Tensor, down_DF: torch.Tensor) -> torch.Tensor:
@@ -41,92 +46,60 @@ def removal_order(gram_FF: torch.Tensor, down_DF: torch.Tensor, ridge: float) ->
     return torch.cat([alive, *reversed([chunk.flip(0) for chunk in removed])])
 
 
+def kept_channels(origin: Origin, channels: torch.Tensor) -> Weights:
+    """The parent's FFN with some of its channels, [kept] of their numbers."""
+    weights = origin.weights
+    for name, weight in weights.items():
+        part = name.removeprefix(origin.name("")).split(".")[0]
+        if part in ROWS:
+            weights[name] = weight[channels].contiguous()
+        elif part == FUSED:
+            weights[name] = torch.cat([half[channels] for half in weight.chunk(2)])
+        elif name == origin.last_name:
+            weights[name] = weight[:, channels].contiguous()
+    return weights
+
+
+def up_rows(origin: Origin) -> torch.Tensor:
+    """The up projection, [F, D]."""
+    mlp = origin.mixer
+    if hasattr(mlp, FUSED):
+        return getattr(mlp, FUSED).weight.chunk(2)[1]
+    return next(getattr(mlp, name).weight for name in UP if hasattr(mlp, name))
+
+
 class Gated(Variant[GatedFFN]):
     """A gated FFN of fewer channels; least squares chooses them and refits the down projection to them."""
 
-    spec_class = GatedFFN
-
-    def observations(self, spec, layer):
+    def observations(self, spec, origin):
         """The channels' Gram matrix, and their mean magnitudes."""
 
         def gram(batch: Activations) -> Moments:
-            return moments(batch.channels_NF, weights_N=inverse_norm(batch.ffn_out_ND))
+            assert batch.last_input_NI is not None
+            return moments(batch.last_input_NI, weights_N=inverse_norm(batch.mixed_ND))
 
         def magnitude(batch: Activations) -> Moments:
-            return Moments(batch.channels_NF.float().abs().sum(0).double())
+            assert batch.last_input_NI is not None
+            return Moments(batch.last_input_NI.float().abs().sum(0).double())
 
-        return {"ffn.channels": gram, "ffn.magnitude": magnitude}
+        return {"channels": gram, "magnitude": magnitude}
 
     def paper(self, spec, context):
         """The channels of highest Channel Contribution."""
-        weights = subblock_weights(context.layer, "ffn")
-        contribution = channel_contribution(context.statistics["ffn.magnitude"].gram, weights["mlp.down_proj.weight"])
-        return self._keep(contribution.argsort(descending=True, stable=True)[: spec.intermediate_size], weights)
+        down = context.origin.weights[context.origin.last_name]
+        contribution = channel_contribution(context.statistics["magnitude"].gram, down)
+        return kept_channels(
+            context.origin, contribution.argsort(descending=True, stable=True)[: spec.intermediate_size]
+        )
 
     def least_squares(self, spec, context):
         """Channels by backward elimination, and the down projection that makes the best of them."""
-        statistics = context.statistics
-        weights = subblock_weights(context.layer, "ffn")
-        gram, down = statistics["ffn.channels"].gram, weights["mlp.down_proj.weight"].double()
-        if "ffn.order" not in statistics:
+        statistics, origin = context.statistics, context.origin
+        gram, down = statistics["channels"].gram, origin.weights[origin.last_name].double()
+        if "order" not in statistics:
             # One elimination serves every width of the layer.
-            statistics["ffn.order"] = Moments(removal_order(gram, down, context.ridge))
-        kept = statistics["ffn.order"].gram[: spec.intermediate_size]
+            statistics["order"] = Moments(removal_order(gram, down, context.ridge))
+        kept = statistics["order"].gram[: spec.intermediate_size]
         solved = solve_ridge(Moments(gram[kept][:, kept], gram[kept] @ down.T), context.ridge)
-        name = "mlp.down_proj.weight"
-        return {"channels": {**self._keep(kept, weights), name: like(solved, weights[name])}}
-
-    @staticmethod
-    def _keep(channels: torch.Tensor, weights: Weights) -> Weights:
-        kept = dict(weights)
-        for name, weight in weights.items():
-            if ".gate_proj." in name or ".up_proj." in name:
-                kept[name] = weight[channels].contiguous()
-            elif name.endswith("down_proj.weight"):
-                kept[name] = weight[:, channels].contiguous()
-        return kept
-
-
-TOKEN_WEIGHTS = {
-    "by_output": lambda batch: inverse_norm(batch.ffn_out_ND),
-    "by_output_squared": lambda batch: inverse_norm(batch.ffn_out_ND, 2),
-    "by_block_output": lambda batch: inverse_norm(batch.out_ND),
-}
-"""Where a few tokens carry massive activations, no single weighting of tokens is right in every layer."""
-
-
-class Linear(Variant[LinearFFN]):
-    """One matrix."""
-
-    spec_class = LinearFFN
-
-    def observations(self, spec, layer):
-        """The norm's output against the parent's FFN output, under each weighting of tokens."""
-        return {
-            f"{spec.id}.{name}": lambda batch, weigh=weigh: moments(batch.ffn_in_ND, batch.ffn_out_ND, weigh(batch))
-            for name, weigh in TOKEN_WEIGHTS.items()
-        }
-
-    def paper(self, spec, context):
-        """W_down W_up, ignoring the gate."""
-        mlp = context.layer.mlp
-        assert mlp is not None
-        return self._weights(mlp.down_proj.weight.float() @ mlp.up_proj.weight.float(), context)
-
-    def least_squares(self, spec, context):
-        """The matrix nearest to the parent's FFN on calibration text, under each weighting."""
-        return {
-            name: self._weights(solve_ridge(context.statistics[f"{spec.id}.{name}"], context.ridge), context)
-            for name in TOKEN_WEIGHTS
-        }
-
-    @staticmethod
-    def _weights(matrix: torch.Tensor, context: LayerContext) -> Weights:
-        norm = norm_of(context, "ffn")
-        return {**norm, "mlp.linear_mlp.weight": like(matrix, next(iter(norm.values())))}
-
-
-class NoOp(Empty[NoOpFFN]):
-    """Nothing."""
-
-    spec_class = NoOpFFN
+        weights = kept_channels(origin, kept)
+        return {"channels": {**weights, origin.last_name: like(solved, weights[origin.last_name])}}

@@ -5,61 +5,63 @@ Weights are named relative to their layer: `self_attn.q_proj.weight`, `post_atte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from puzzle_nas.architecture import SLOTS, Spec
-from puzzle_nas.modeling import PuzzleConfig
-from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
-
-PREFIXES = {"attention": ("self_attn.", "input_layernorm."), "ffn": ("mlp.", "post_attention_layernorm.")}
-SKIPS = {"attention": "attention", "ffn": "mlp"}
+from puzzle_nas.architecture import Spec, WindowAttention
+from puzzle_nas.families.anatomy import Anatomy, LayerInputs, SubBlock, parent_type, prefixes
+from puzzle_nas.families.loading import entry_of, place_of
+from puzzle_nas.modeling import exchanged_layer
 
 Weights = dict[str, torch.Tensor]
 
 
-def subblock_layer(
-    config: PuzzleConfig, layer_type: str, spec: Spec, weights: Mapping[str, torch.Tensor]
-) -> PuzzleDecoderLayer:
-    """A layer that holds only the sub-block `spec`; the other slot is empty. Weights are shared, not copied.
+def made_subblock(
+    parent: PreTrainedModel, layer: int, spec: Spec, weights: Mapping[str, torch.Tensor] | None
+) -> SubBlock:
+    """A variant alone, in a shell of the parent's layer that holds nothing else.
 
-    `config` is the parent's, which is the same for all layers; `layer_type` says whether attention has a window.
+    Args:
+        weights: shared, not copied; None leaves everything on the meta device.
     """
-    overrides = spec.layer_config()
-    skip = [SKIPS[slot] for slot in SLOTS if slot != spec.slot] + overrides.pop("skip", [])
-    layer_config = PuzzleConfig(**{**plain_fields(config), **overrides})
-    layer_config._attn_implementation = config._attn_implementation
-    layer_config.skip = skip
+    parts = Anatomy(parent)
+    places = parts.places(layer)
+    config = parent.config
     with no_init_weights(), torch.device("meta"):
-        block = PuzzleDecoderLayer(config, layer_config, layer_type, 0)
-    block.load_state_dict(dict(weights), strict=True, assign=True)
-    return block.requires_grad_(False)
+        entries = {spec.slot: entry_of(spec, parent_type(config))}
+        place = {spec.slot: place_of(places[spec.slot])}
+        shell = exchanged_layer(parts.new_layer(config, layer), config, layer, entries, place)
+    kept = {name.split(".")[0] for name in prefixes(places[spec.slot])}
+    for name, _ in list(shell.named_children()):
+        if name not in kept:
+            delattr(shell, name)
+    if weights is not None:
+        shell.load_state_dict(dict(weights), strict=True, assign=True)
+    return SubBlock(shell.eval().requires_grad_(False), spec.slot, places[spec.slot])
 
 
-def plain_fields(config: PuzzleConfig) -> dict[str, Any]:
-    """The fields of a configuration without its layers' differences."""
-    fields = config.to_dict()
-    for name in ("per_layer_config", "model_type", "architectures", "transformers_version", "auto_map"):
-        fields.pop(name, None)
-    return fields
-
-
-def subblock_weights(layer: PuzzleDecoderLayer, slot: str) -> Weights:
+def subblock_weights(subblock: SubBlock) -> Weights:
     """The weights of one slot of a layer."""
-    return {name: w.detach() for name, w in weights_of_slot(layer.state_dict(), slot).items()}
+    return {name: w.detach() for name, w in weights_of_slot(subblock.layer.state_dict(), subblock).items()}
 
 
-def weights_of_slot(weights: Mapping[str, torch.Tensor], slot: str) -> Weights:
+def weights_of_slot(weights: Mapping[str, torch.Tensor], subblock: SubBlock) -> Weights:
     """Those of a layer's weights that belong to one slot."""
-    return {name: w for name, w in weights.items() if name.startswith(PREFIXES[slot])}
+    return {name: w for name, w in weights.items() if name.startswith(subblock.names())}
 
 
 def run_with(
-    layer: PuzzleDecoderLayer, variants: Mapping[str, PuzzleDecoderLayer], x_BTD, inputs: Mapping[str, Any]
+    subblocks: Sequence[SubBlock], variants: Mapping[str, SubBlock], x_BTD: torch.Tensor, inputs: LayerInputs
 ) -> torch.Tensor:
     """The block's output with `variants`, by slot, in place of the layer's own sub-blocks."""
-    attended = variants.get("attention", layer).attend(x_BTD, **inputs)
-    return variants.get("ffn", layer).feed_forward(attended)
+    for own in subblocks:
+        x_BTD = x_BTD + variants.get(own.slot, own).added(x_BTD, inputs)
+    return x_BTD
+
+
+def windows_of(specs: Iterable[Spec]) -> tuple[int, ...]:
+    """The windows among variants, for which attention needs masks that the parent does not make."""
+    return tuple(sorted({spec.window for spec in specs if isinstance(spec, WindowAttention)}))

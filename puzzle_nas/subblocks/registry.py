@@ -1,12 +1,16 @@
 """The variants we know. A new one is one class in one file and one line here."""
 
-from puzzle_nas.architecture import Spec
-from puzzle_nas.subblocks import attention, ffn
+from puzzle_nas.architecture import GatedFFN, GroupedAttention, Linear, Mixture, NoOp, Spec, WindowAttention
+from puzzle_nas.subblocks import attention, experts, ffn, linear
 from puzzle_nas.subblocks.base import Variant
 
 VARIANTS: dict[type[Spec], Variant] = {
-    variant.spec_class: variant()
-    for variant in (attention.Grouped, attention.Linear, attention.NoOp, ffn.Gated, ffn.Linear, ffn.NoOp)
+    GroupedAttention: attention.Grouped(),
+    WindowAttention: attention.Window(),
+    GatedFFN: ffn.Gated(),
+    Mixture: experts.Experts(),
+    Linear: linear.LinearVariant(),
+    NoOp: linear.NoOpVariant(),
 }
 
 

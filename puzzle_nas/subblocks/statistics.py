@@ -1,40 +1,37 @@
 """Sums over calibration tokens, for closed-form initialisation.
 
-Shapes: N tokens, D hidden, F FFN channels, I and O any input and output width.
+Shapes: B batch, T tokens, N = B * T, D hidden, I and O any input and output width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
+from puzzle_nas.families.anatomy import LayerInputs, SubBlock
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What one parent layer computes on a batch, tokens flattened, in the parent's precision."""
+    """What one sub-block of the parent computes on a batch, in the parent's precision."""
 
-    layer: PuzzleDecoderLayer
-    attention_in_BTD: torch.Tensor
-    """After the norm; not flattened, for variants that attend."""
-    inputs: Mapping[str, Any]
-    """Masks and positions."""
-    attention_out_ND: torch.Tensor
-    ffn_in_ND: torch.Tensor
-    channels_NF: torch.Tensor
-    ffn_out_ND: torch.Tensor
-    out_ND: torch.Tensor
-    """The block's output."""
+    inputs: LayerInputs
+    read_BTD: torch.Tensor
+    """What the mixer reads, after the norm; not flattened, for variants that attend."""
+    last_input_NI: torch.Tensor | None
+    """What the mixer's last matrix receives; None where the mixer is opaque."""
+    mixed_ND: torch.Tensor
+    """The mixer's output, before any output norm."""
+    block_output_ND: torch.Tensor
+    """The residual stream after the whole block."""
 
     @property
-    def attention_in_ND(self) -> torch.Tensor:
-        """`attention_in_BTD`, flattened."""
-        return self.attention_in_BTD.flatten(0, 1)
+    def read_ND(self) -> torch.Tensor:
+        """`read_BTD`, flattened."""
+        return self.read_BTD.flatten(0, 1)
 
 
 @dataclass
@@ -52,6 +49,7 @@ class Moments:
 
 
 LayerStatistics = dict[str, Moments]
+Observe = Callable[[Activations], Moments]
 
 
 def moments(x_NI: torch.Tensor, y_NO: torch.Tensor | None = None, weights_N: torch.Tensor | None = None) -> Moments:
@@ -64,7 +62,7 @@ def moments(x_NI: torch.Tensor, y_NO: torch.Tensor | None = None, weights_N: tor
 
 
 @contextmanager
-def fast_products(activations: torch.Tensor):
+def fast_products(activations: torch.Tensor) -> Iterator[None]:
     """Let float32 products multiply in bfloat16 (with float32 sums) where the activations came out of it anyway."""
     backend = torch.backends.cuda.matmul if activations.device.type == "cuda" else torch.backends.mkldnn.matmul
     before = backend.fp32_precision
@@ -81,32 +79,35 @@ def inverse_norm(y_ND: torch.Tensor, power: int = 1) -> torch.Tensor:
     return y_ND.float().norm(dim=-1).clamp_min(1e-6) ** -power
 
 
-def observe_layer(layer: PuzzleDecoderLayer, x_BTD: torch.Tensor, inputs: Mapping[str, Any]) -> Activations:
-    """Everything a parent layer computes on a batch."""
-    attention_in = layer.input_layernorm(x_BTD)
-    masks = inputs["attention_mask"]
-    own_inputs = {
-        **inputs,
-        "attention_mask": masks.get(layer.layer_type) if isinstance(masks, dict) else masks,
+def observed(
+    subblocks: Sequence[SubBlock], x_BTD: torch.Tensor, inputs: LayerInputs
+) -> tuple[dict[str, Activations], torch.Tensor]:
+    """What every sub-block of a layer computes on a batch, by slot, and the block's output, [B, T, D]."""
+    found = {}
+    for subblock in subblocks:
+        read = subblock.read(x_BTD)
+        if subblock.last is None:
+            mixed, received = subblock.mixed(read, inputs), None
+        else:
+            mixed, received = subblock.with_last_input(read, inputs)
+        found[subblock.slot] = (read, received, mixed)
+        x_BTD = x_BTD + subblock.finished(mixed)
+    out_ND = x_BTD.flatten(0, 1)
+    activations = {
+        slot: Activations(
+            inputs, read, None if received is None else received.flatten(0, 1), mixed.flatten(0, 1), out_ND
+        )
+        for slot, (read, received, mixed) in found.items()
     }
-    attention_out = layer.self_attn(attention_in, **own_inputs)[0]
-    middle = x_BTD + attention_out
-    ffn_in = layer.post_attention_layernorm(middle)
-    channels = layer.mlp.channels(ffn_in)
-    ffn_out = layer.mlp.down_proj(channels)
-    out = middle + ffn_out
-    flat = (tensor.flatten(0, 1) for tensor in (attention_out, ffn_in, channels, ffn_out, out))
-    return Activations(layer, attention_in, own_inputs, *flat)
+    return activations, x_BTD
 
 
 def add_observations(
-    statistics: LayerStatistics,
-    observations: Mapping[str, Callable[[Activations], Moments]],
-    batch: Activations,
+    statistics: LayerStatistics, observations: Mapping[str, Observe], activations: Activations
 ) -> None:
-    """Add one batch to a layer's sums, in place."""
+    """Add one batch to a sub-block's sums, in place."""
     for key, observe in observations.items():
         if key in statistics:
-            statistics[key] += observe(batch)
+            statistics[key] += observe(activations)
         else:
-            statistics[key] = observe(batch)
+            statistics[key] = observe(activations)

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from puzzle_nas.artifacts import explained_disk_errors
-from puzzle_nas.modeling import PuzzleForCausalLM
-from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
+from puzzle_nas.families import Anatomy
 from puzzle_nas.training import parallel
 
 BATCH_TOKENS = 4096
 
 
 class ActivationFile:
-    """One [S, T, D] tensor in a file. It is scratch: made anew from the layer below whenever it is missing."""
+    """One [S, T, D] tensor in a file. It is scratch: made again from the layer below whenever it is missing."""
 
     def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype):
         self.path, self.shape, self.dtype = path, shape, dtype
@@ -54,82 +55,91 @@ class GPUActivations:
 class LayerActivations:
     """Walks the parent upwards over fixed tokens and keeps what the present layer (-1: none yet) receives and adds.
 
-    `x` is the block's input, `attention` and `ffn` what its sub-blocks add to the residual stream: the block's
-    output is x + attention + ffn. Differences are kept, not sums, so that massive activations cost no precision.
+    `x` is the block's input, `added` what each of its slots adds to the residual stream, in the order in which they
+    run: the block's output is x plus all of them. Differences are kept, not sums, so that massive activations cost no
+    precision.
 
     Args:
+        windows: for which attention masks are needed besides the parent's own.
         first: the layer to begin below. Where that is not layer 0, its input comes from the rank before this one.
     """
 
-    def __init__(self, parent: PuzzleForCausalLM, tokens_ST: torch.Tensor, folder: Path, first: int = 0):
-        self.parent, self.folder, self.first = parent, folder, first
+    def __init__(
+        self,
+        parent: PreTrainedModel,
+        tokens_ST: torch.Tensor,
+        folder: Path,
+        windows: Sequence[int] = (),
+        first: int = 0,
+    ):
+        self.parent, self.parts, self.folder, self.first = parent, Anatomy(parent), folder, first
         self.layer = first - 1
         shape = (*tokens_ST.shape, parent.config.hidden_size)
-        names = ("x", "attention", "ffn")
-        needed = len(names) * math.prod(shape) * parent.dtype.itemsize
+        most_slots = max(len(self.parts.places(layer)) for layer in range(len(self.parts.layers)))
+        needed = (1 + most_slots) * math.prod(shape) * parent.dtype.itemsize
         on_gpu = parent.device.type == "cuda" and needed < parallel.share_of_memory(parent.device) / 2
-        self.x, self.attention, self.ffn = (
+        self.x, *self._rooms = (
             GPUActivations(shape, parent.dtype, parent.device)
             if on_gpu
             else ActivationFile(folder / f"{name}.bin", shape, parent.dtype)
-            for name in names
+            for name in ("x", *(f"added_{place}" for place in range(most_slots)))
         )
         self.device = self.x.tensor.device
         """Where they lie."""
         self.step = max(1, BATCH_TOKENS // tokens_ST.shape[1])
+        self.inputs = self.parts.inputs(tokens_ST.shape[1], windows)
         with torch.inference_mode():
             if first:
                 parallel.take_from_below(self.x.tensor.split(self.step))
             else:
                 for x, batch in zip(self.x.tensor.split(self.step), tokens_ST.split(self.step), strict=True):
-                    x.copy_(parent.model.embed_tokens(batch.to(parent.device)))
-            example = self.x.tensor[:1].to(parent.device)
-        self.inputs = parent.model.layer_inputs(example)
+                    x.copy_(self.parts.embed(batch.to(parent.device)))
+
+    @property
+    def added(self) -> dict[str, ActivationFile | GPUActivations]:
+        """By slot of the present layer."""
+        return dict(zip(self.parts.places(self.layer), self._rooms, strict=False))
 
     def climb_to(self, layer: int) -> None:
-        """Go up to a layer, computing those on the way, and fill `attention` and `ffn` there."""
+        """Go up to a layer, computing those on the way, and fill `added` there."""
         while self.layer < layer:
             if self.layer >= self.first:
                 self.advance()
             self.layer += 1
-            self.compute(self.layer)
+            self.compute()
 
     @torch.inference_mode()
-    def compute(self, layer: int) -> None:
-        """Fill `attention` and `ffn` of a layer, whose input `x` already is."""
-        block = self.parent.model.layers[layer]
-        for files in zip(*(file.tensor.split(self.step) for file in (self.x, self.attention, self.ffn)), strict=True):
-            for file, added in zip(files[1:], self._added(block, files[0]), strict=True):
+    def compute(self) -> None:
+        """Fill `added` of the present layer, whose input `x` already is."""
+        subblocks, rooms = self.parts.subblocks(self.layer).values(), self.added.values()
+        for x, *files in zip(*(file.tensor.split(self.step) for file in (self.x, *rooms)), strict=True):
+            hidden = x.to(self.parent.device)
+            for subblock, file in zip(subblocks, files, strict=True):
+                added = subblock.added(hidden, self.inputs[self.layer])
                 file.copy_(added)
-
-    def _added(self, block: PuzzleDecoderLayer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a block's attention and FFN add to the residual stream x, [B, T, D] each."""
-        x = x.to(self.parent.device)
-        masks = {**self.inputs, "attention_mask": self.inputs["attention_mask"].get(block.layer_type)}
-        attention = block.self_attn(block.input_layernorm(x), **masks)[0]
-        return attention, block.mlp(block.post_attention_layernorm(x + attention))
+                hidden = hidden + added
 
     @torch.inference_mode()
     def advance(self) -> None:
         """Turn the layer's output into the next one's input."""
-        for start in range(0, self.x.shape[0], self.step):
-            batch = slice(start, start + self.step)
-            x = self.x.tensor[batch]
-            self.x.tensor[batch] = (x + self.attention.tensor[batch]) + self.ffn.tensor[batch]
+        for file in self.added.values():
+            self.x.tensor.add_(file.tensor)
 
     @torch.inference_mode()
     def pass_on(self, layer: int) -> None:
         """Compute what a later layer receives and send it to the next rank; to be called before the climb begins."""
         # Nothing lies here yet, and x is needed again.
-        stream = self.attention.tensor.copy_(self.x.tensor)
+        stream = self._rooms[0].tensor.copy_(self.x.tensor)
         for index in range(self.first, layer):
-            block = self.parent.model.layers[index]
+            subblocks = self.parts.subblocks(index).values()
             for x in stream.split(self.step):
-                attention, ffn = self._added(block, x)
-                x.copy_((x + attention.to(x.device)) + ffn.to(x.device))
+                hidden = x.to(self.parent.device)
+                for subblock in subblocks:
+                    hidden = hidden + subblock.added(hidden, self.inputs[index])
+                x.copy_(hidden)
         parallel.pass_up(stream.split(self.step))
 
     def delete(self) -> None:
         """Free disk or memory."""
-        for file in (self.x, self.attention, self.ffn):
+        for file in (self.x, *self._rooms):
             file.delete()

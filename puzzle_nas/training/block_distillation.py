@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.errors import ArtifactError
 from puzzle_nas.library import variant_is_stored, write_variant
-from puzzle_nas.modeling import PuzzleForCausalLM
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import BLDSettings, Recipe
-from puzzle_nas.subblocks import Weights
+from puzzle_nas.subblocks import Weights, windows_of
 from puzzle_nas.training import parallel
 from puzzle_nas.training.activations import LayerActivations
 from puzzle_nas.training.block_steps import BlockTask, Job, Steps, Trainee
@@ -78,7 +78,7 @@ def distill_blocks(
     settings: BLDSettings,
     run: RunFolder,
     stage: str,
-    parent: PuzzleForCausalLM,
+    parent: PreTrainedModel,
     all_tokens_ST: torch.Tensor,
     jobs: Sequence[Sequence[Job]],
     order: Order,
@@ -120,9 +120,9 @@ def distill_blocks(
     shards = [shard for shard in shards if shard.end_step > reached]
     problems: list[str] = []
     with progress("distil blocks, layer", len(mine) * len(shards)) as ticker:
-        for shard, layer, activations in _activations(parent, tokens, shards, ranges, folder):
-            parent_layer = parent.model.layers[layer]
-            task = BlockTask(activations, parent_layer, settings.normalise, parent.dtype == torch.bfloat16)
+        windows = windows_of(spec for layer_jobs in jobs for job in layer_jobs for spec in job.specs)
+        for shard, layer, activations in _activations(parent, tokens, shards, ranges, folder, windows):
+            task = BlockTask(activations, settings.normalise, parent.dtype == torch.bfloat16)
             batches = shard.batches(order, recipe.seed + layer)
             held = torch.arange(shard.end - shard.begin, shard.end - shard.begin + held_out)
             for group in _groups(training[layer], task.device, one_by_one=recipe.memory != "all"):
@@ -133,11 +133,12 @@ def distill_blocks(
 
 
 def _activations(
-    parent: PuzzleForCausalLM,
+    parent: PreTrainedModel,
     tokens: torch.Tensor,
     shards: Sequence[Shard],
     ranges: Sequence[Sequence[int]],
     folder: Path,
+    windows: Sequence[int],
 ) -> Iterator[tuple[Shard, int, LayerActivations]]:
     """Each shard at each of this rank's layers. The held-out sequences, which are the last, follow the shard's own.
 
@@ -149,7 +150,8 @@ def _activations(
         return
     for shard in shards:
         here = torch.cat([tokens[shard.begin : shard.end], tokens[shards[-1].end :]])
-        activations = LayerActivations(parent, here, folder / f"rank_{rank}", ranges[rank][0] if rank else 0)
+        first = ranges[rank][0] if rank else 0
+        activations = LayerActivations(parent, here, folder / f"rank_{rank}", windows, first)
         if rank + 1 < len(ranges):
             activations.pass_on(ranges[rank + 1][0])
         for layer in ranges[rank]:
@@ -189,7 +191,7 @@ def _distil(
 ) -> list[str]:
     """Train a group on a shard and, after the last one, store it; sentences to print about those that had trouble."""
     parent = task.activations.parent
-    trainees = [Trainee(job, start, parent, task.parent_layer, settings, total_steps) for _, job, start in group]
+    trainees = [Trainee(job, start, parent, layer, settings, total_steps) for _, job, start in group]
     paths = [path for path, _, _ in group]
     is_last = shard.end_step == total_steps
     starts = _evaluate(task, trainees, held) if is_last else []
@@ -216,7 +218,7 @@ def _train(
     """All steps of a shard, from wherever the last run stopped."""
     begins = [_load_checkpoint(path, trainee) for path, trainee in zip(paths, trainees, strict=True)]
     if min(begins) < shard.first_step:
-        raise ArtifactError(f"A checkpoint in {paths[0].parent} is gone. Run the same command again; it starts anew.")
+        raise ArtifactError(f"A checkpoint in {paths[0].parent} is gone. Run the same command again; it starts again.")
     steps = Steps(task, trainees, len(batches[0]))
     batches = [sequences.to(task.activations.device) for sequences in batches]
     for step in range(min(begins), shard.end_step):

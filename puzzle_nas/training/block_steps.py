@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from puzzle_nas.architecture import Spec, choice_id
-from puzzle_nas.modeling import PuzzleForCausalLM
-from puzzle_nas.modeling.modeling_puzzle import PuzzleDecoderLayer
+from puzzle_nas.families import Anatomy, SubBlock
 from puzzle_nas.recipe import BLDSettings
-from puzzle_nas.subblocks import Weights, subblock_layer, weights_of_slot
+from puzzle_nas.subblocks import Weights, made_subblock, weights_of_slot
 from puzzle_nas.training.activations import LayerActivations
 from puzzle_nas.training.losses import block_loss, error_weight
 from puzzle_nas.training.optimiser import Optimiser
@@ -26,7 +26,7 @@ from puzzle_nas.training.step_graph import StepGraph, side_by_side
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained in one layer: a variant beside the parent's frozen other sub-block, or a pair of both slots."""
+    """What is trained in one layer: a variant with the parent's frozen other sub-block, or a pair of both slots."""
 
     specs: tuple[Spec, ...]
     path: Path
@@ -42,9 +42,6 @@ class Job:
         return choice_id(self.specs)
 
 
-NORMS = {"attention": "input_layernorm", "ffn": "post_attention_layernorm"}
-
-
 class Trainee:
     """One job in training: its sub-blocks in float32, by slot, their optimiser, the losses.
 
@@ -53,27 +50,22 @@ class Trainee:
     """
 
     def __init__(
-        self,
-        job: Job,
-        start: Weights,
-        parent: PuzzleForCausalLM,
-        layer: PuzzleDecoderLayer,
-        settings: BLDSettings,
-        steps: int,
+        self, job: Job, start: Weights, parent: PreTrainedModel, layer: int, settings: BLDSettings, steps: int
     ):
         self.job = job
         self.start = start
         master = {n: w.to(device=parent.device, dtype=torch.float32, copy=True) for n, w in start.items()}
-        self.blocks = torch.nn.ModuleDict()
+        self.subblocks: dict[str, SubBlock] = {}
         self.reads_parents_norm: dict[str, bool] = {}
+        parents = Anatomy(parent).subblocks(layer)
         for spec in job.specs:
-            own = weights_of_slot(master, spec.slot)
-            block = subblock_layer(parent.config, layer.layer_type, spec, own).requires_grad_(True)
-            self.blocks[spec.slot] = block
-            if (norm := getattr(block, NORMS[spec.slot])) is not None:
-                norm.requires_grad_(False)
-                parents = getattr(layer, NORMS[spec.slot]).weight
-                self.reads_parents_norm[spec.slot] = torch.equal(norm.weight, parents.float())
+            own = weights_of_slot(master, parents[spec.slot])
+            subblock = made_subblock(parent, layer, spec, own)
+            self.subblocks[spec.slot] = subblock
+            if not subblock.empty:
+                subblock.mixer.requires_grad_(True)
+                self.reads_parents_norm[spec.slot] = _same_weights(subblock.norm, parents[spec.slot].norm)
+        self.blocks = torch.nn.ModuleDict({slot: subblock.layer for slot, subblock in self.subblocks.items()})
         self.optimiser = Optimiser(self.blocks, settings, steps)
         self.losses: list[float] = []
         self._unread: list[torch.Tensor] = []
@@ -95,54 +87,60 @@ class Trainee:
         return {name.split(".", 1)[1]: parameter.detach().to(dtype) for name, parameter in parameters}
 
 
+def _same_weights(norm: torch.nn.Module | None, other: torch.nn.Module | None) -> bool:
+    if norm is None or other is None:
+        return norm is other
+    return all(torch.equal(w, v.float()) for w, v in zip(norm.parameters(), other.parameters(), strict=True))
+
+
 @dataclass(frozen=True)
 class Batch:
-    """What all of a layer's jobs share in one step."""
+    """What all of a layer's jobs share in one step. Each tensor is [B, T, D]."""
 
-    layer: PuzzleDecoderLayer
-    """The parent's."""
+    parents: Mapping[str, SubBlock]
     x: torch.Tensor
-    attention: torch.Tensor
-    ffn: torch.Tensor
-    """See `LayerActivations`; each [B, T, D]."""
+    added: Mapping[str, torch.Tensor]
+    """See `LayerActivations`."""
     weight: torch.Tensor
     """What a squared error counts in the loss, [B, T]."""
 
     @functools.cached_property
-    def middle(self) -> torch.Tensor:
-        """The residual stream after the parent's attention."""
-        return self.x + self.attention
+    def streams(self) -> dict[str, torch.Tensor]:
+        """By slot, the residual stream in front of it, in the parent."""
+        found, stream = {}, self.x
+        for slot, added in self.added.items():
+            found[slot] = stream
+            stream = stream + added
+        return found
 
     @functools.cached_property
-    def attention_in(self) -> torch.Tensor:
-        """What the parent's attention reads."""
-        return self.layer.input_layernorm(self.x)
-
-    @functools.cached_property
-    def ffn_in(self) -> torch.Tensor:
-        """What the parent's FFN reads."""
-        return self.layer.post_attention_layernorm(self.middle)
+    def read(self) -> dict[str, torch.Tensor]:
+        """By slot, what the parent's mixer reads."""
+        return {slot: self.parents[slot].read(stream) for slot, stream in self.streams.items()}
 
 
 class BlockTask:
     """One layer's training data and loss."""
 
-    def __init__(self, activations: LayerActivations, parent_layer: PuzzleDecoderLayer, normalise: str, autocast: bool):
-        self.activations, self.parent_layer, self.normalise = activations, parent_layer, normalise
+    def __init__(self, activations: LayerActivations, normalise: str, autocast: bool):
+        self.activations, self.normalise = activations, normalise
+        self.parents = activations.parts.subblocks(activations.layer)
         self.device = activations.parent.device
-        masks = activations.inputs["attention_mask"].get(parent_layer.layer_type)
-        self.inputs = {**activations.inputs, "attention_mask": masks}
+        self.inputs = activations.inputs[activations.layer]
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast)
 
     def read(self, sequences: torch.Tensor) -> list[torch.Tensor]:
-        """The activations x, attention and ffn of some sequences."""
-        files = (self.activations.x, self.activations.attention, self.activations.ffn)
+        """The activations x, then what each slot adds, of some sequences."""
+        files = (self.activations.x, *self.activations.added.values())
         return [file.tensor[sequences].to(self.device) for file in files]
 
-    def batch(self, x: torch.Tensor, attention: torch.Tensor, ffn: torch.Tensor) -> Batch:
+    def batch(self, x: torch.Tensor, *added: torch.Tensor) -> Batch:
         """What all jobs share, of what was read."""
-        output = x.to(torch.float32, copy=True).add_(attention).add_(ffn)
-        return Batch(self.parent_layer, x, attention, ffn, error_weight(output, self.normalise))
+        output = x.to(torch.float32, copy=True)
+        for part in added:
+            output.add_(part)
+        by_slot = dict(zip(self.parents, added, strict=True))
+        return Batch(self.parents, x, by_slot, error_weight(output, self.normalise))
 
     def fetch(self, sequences: torch.Tensor) -> Batch:
         """The batch of some sequences."""
@@ -150,30 +148,30 @@ class BlockTask:
 
     def loss(self, trainee: Trainee, batch: Batch) -> torch.Tensor:
         """Normalised error of the whole block's output; a slot that is not trained is the parent's, frozen."""
+        children: dict[str, torch.Tensor] = {}
+        stream: torch.Tensor | None = None
         with self.autocast:
-            if "attention" in trainee.blocks:
-                attention = self._attention(trainee, batch)
-                children = {"attention": attention, "ffn": self._ffn(trainee, batch, batch.x + attention)}
-            else:
-                children = {"ffn": self._ffn(trainee, batch, None)}
-        return block_loss(batch.weight, list(children.values()), [getattr(batch, slot) for slot in children])
+            for slot, parents in self.parents.items():
+                if slot in trainee.subblocks:
+                    children[slot] = self._trained(trainee, slot, batch, stream)
+                elif stream is not None:
+                    children[slot] = parents.added(stream, self.inputs)
+                else:
+                    # As in the parent so far.
+                    continue
+                stream = (batch.streams[slot] if stream is None else stream) + children[slot]
+        return block_loss(batch.weight, list(children.values()), [batch.added[slot] for slot in children])
 
-    def _attention(self, trainee: Trainee, batch: Batch) -> torch.Tensor:
-        """What attention adds to the residual stream."""
-        block = trainee.blocks["attention"]
-        if block.self_attn is None:
+    def _trained(self, trainee: Trainee, slot: str, batch: Batch, stream: torch.Tensor | None) -> torch.Tensor:
+        """What a trainee's sub-block adds; `stream` is None where that in front of it is the parent's."""
+        subblock = trainee.subblocks[slot]
+        if subblock.empty:
             return torch.zeros_like(batch.x)
-        shared = trainee.reads_parents_norm["attention"]
-        return block.self_attn(batch.attention_in if shared else block.input_layernorm(batch.x), **self.inputs)[0]
-
-    def _ffn(self, trainee: Trainee, batch: Batch, middle: torch.Tensor | None) -> torch.Tensor:
-        """What the FFN adds to the residual stream; `middle` is None where that is the parent's."""
-        block = trainee.blocks["ffn"] if "ffn" in trainee.blocks else self.parent_layer  # noqa: SIM401
-        if block.mlp is None:
-            return torch.zeros_like(batch.x)
-        if middle is None and trainee.reads_parents_norm["ffn"]:
-            return block.mlp(batch.ffn_in)
-        return block.mlp(block.post_attention_layernorm(batch.middle if middle is None else middle))
+        if stream is not None:
+            return subblock.added(stream, self.inputs)
+        shared = trainee.reads_parents_norm[slot]
+        read = batch.read[slot] if shared else subblock.read(batch.streams[slot])
+        return subblock.finished(subblock.mixed(read, self.inputs))
 
     def update(self, trainee: Trainee, batch: Batch, rate: float | torch.Tensor) -> torch.Tensor:
         """One update of a trainee, see `Optimiser.update`; its loss before, scalar."""
@@ -221,7 +219,7 @@ class Steps:
         """The losses of all trainees, [number of trainees], each of which is updated."""
         batch = self.task.batch(*inputs)
         # All read these, so none may compute them.
-        _ = batch.middle, batch.attention_in, batch.ffn_in
+        _ = batch.streams, batch.read
         works = [functools.partial(self.task.update, trainee, batch, rate) for trainee in self.trainees]
         is_small = batch.x.nbytes <= SIDE_BY_SIDE_BYTES
         return torch.stack(side_by_side(works) if is_small else [work() for work in works])

@@ -56,7 +56,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], int] | None:
 
 
 def _say_damaged(path: Path) -> None:
-    console.print(f"  The checkpoint {path} is damaged; what it was for is trained anew.")
+    console.print(f"  The checkpoint {path} is damaged; what it was for is trained again.")
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor], step: int) -> str:

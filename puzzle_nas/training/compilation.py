@@ -9,16 +9,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from puzzle_nas.errors import RecipeError
-from puzzle_nas.modeling import PuzzleForCausalLM
+from puzzle_nas.families import Anatomy
 
 COMPILERS = ("g++", "clang++")
 MOST_KINDS = 4096
 """Of layers that torch may compile before it gives up and runs the rest as they are: more than any model has."""
 
 
-def compile_layers(model: PuzzleForCausalLM) -> None:
+def compile_layers(model: PreTrainedModel) -> None:
     """Have every layer compiled when it first runs.
 
     Raises:
@@ -28,9 +29,9 @@ def compile_layers(model: PuzzleForCausalLM) -> None:
         raise RecipeError("gkd.compile needs a C++ compiler, and there is none here; install g++ or leave compile out.")
     limits = torch._dynamo.config
     limits.recompile_limit = limits.accumulated_recompile_limit = MOST_KINDS
-    for layer in model.model.layers:
+    for layer in Anatomy(model).layers:
         # From one in which nothing runs torch concludes that nothing is to be compiled in any.
-        if layer.self_attn is not None or layer.mlp is not None:
+        if any(True for _ in layer.parameters()):
             layer.compile()
 
 

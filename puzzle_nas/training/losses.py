@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
+from puzzle_nas.families import Head
 from puzzle_nas.training.compilation import compiled_once
 
 MATMUL_ROWS = 512
-"""Tokens in one product with the LM head, which is brought into the product's order for each anew."""
+"""Tokens in one product with the LM head, which is brought into the product's order each time."""
 SOFTMAX_ROWS = 2
 """Tokens whose float32 logits a thread has at once: few enough to stay in its cache (2 x 49,152 x 4 B = 0.4 MB)."""
 
@@ -25,9 +25,9 @@ def softmax_rows(device: torch.device) -> int:
     return SOFTMAX_ROWS * torch.get_num_threads() if device.type == "cpu" else MATMUL_ROWS
 
 
-def log_softmax(logits_RV: torch.Tensor) -> torch.Tensor:
-    """In float32, [R, V]; no more than one tensor of that size is made."""
-    values = logits_RV.to(torch.float32, copy=True)
+def log_softmax(products_RV: torch.Tensor, head: Head) -> torch.Tensor:
+    """Of the logits that a head makes of its products, in float32, [R, V]; one tensor of that size is made."""
+    values = head.shaped_(products_RV.to(torch.float32, copy=True))
     return torch.log_softmax(values, dim=-1, out=values)
 
 
@@ -44,7 +44,7 @@ class Divergence:
 def divergences(
     parent_ND: torch.Tensor,
     children_ND: Sequence[torch.Tensor],
-    heads: Sequence[nn.Linear],
+    heads: Sequence[Head],
     labels_N: torch.Tensor,
 ) -> list[Divergence]:
     """How far each child's token distribution is from the parent's. The parent's is computed once for all.
@@ -60,28 +60,21 @@ def divergences(
     at_once = softmax_rows(parent_ND.device)
     for start in range(0, tokens, MATMUL_ROWS):
         rows = slice(start, start + MATMUL_ROWS)
-        logits = [head(hidden[rows]) for head, hidden in zip(heads, [parent_ND, *children_ND], strict=True)]
-        for offset in range(0, logits[0].shape[0], at_once):
+        products = [head.matrix(hidden[rows]) for head, hidden in zip(heads, [parent_ND, *children_ND], strict=True)]
+        for offset in range(0, products[0].shape[0], at_once):
             part = slice(offset, offset + at_once)
-            parent_log = log_softmax(logits[0][part])
+            parent_log = log_softmax(products[0][part], heads[0])
             parent_top = parent_log.argmax(-1, keepdim=True)
             parent_p = parent_log.exp()
-            negative_entropy = torch.linalg.vecdot(parent_p, parent_log)
             place = slice(start + offset, start + offset + parent_p.shape[0])
             target = labels_N[place].clamp_min(0).unsqueeze(1)
             known = labels_N[place] >= 0
-            for result, child_logits in zip(results, logits[1:], strict=True):
-                child = child_logits[part].to(torch.float32, copy=True)
-                highest = child.amax(-1)
-                agrees = child.gather(1, parent_top).squeeze(1) == highest
-                parent_mean, label_logit = (
-                    torch.linalg.vecdot(parent_p, child),
-                    child.gather(1, target).squeeze(1),
-                )
-                normaliser = child.sub_(highest.unsqueeze(1)).exp_().sum(-1).log() + highest
-                result.kl_nats[place] = negative_entropy - parent_mean + normaliser
-                result.lm_loss_nats[place] = (normaliser - label_logit) * known
-                result.top1_agrees[place] = agrees.float()
+            for result, child_products, head in zip(results, products[1:], heads[1:], strict=True):
+                child_log = log_softmax(child_products[part], head)
+                result.lm_loss_nats[place] = -child_log.gather(1, target).squeeze(1) * known
+                result.top1_agrees[place] = (child_log.gather(1, parent_top).squeeze(1) == child_log.amax(-1)).float()
+                # Term by term: sums over the vocabulary of both, subtracted, would be off by some 5e-4.
+                result.kl_nats[place] = torch.linalg.vecdot(parent_p, torch.sub(parent_log, child_log, out=child_log))
     return results
 
 
@@ -90,16 +83,17 @@ class ParentLogits:
     """The parent's final hidden states [N, D] and its head: logits are formed when needed, and not kept."""
 
     hidden_ND: torch.Tensor
-    head: nn.Linear
+    head: Head
 
     def chunk(self, rows: slice) -> tuple[torch.Tensor, ...]:
         """What `divergence` needs of R tokens, each tensor [R, ...]."""
         return (self.hidden_ND[rows] @ self.head.weight.T,)
 
-    @staticmethod
-    def divergence(chunk: tuple[torch.Tensor, ...], child_log_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def divergence(
+        self, chunk: tuple[torch.Tensor, ...], child_log_RV: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """KL(parent || child) summed over R tokens, and its gradient in the child's logits [R, V]."""
-        parent_log = log_softmax(chunk[0])
+        parent_log = log_softmax(chunk[0], self.head)
         parent_p = parent_log.exp()
         kl = torch.linalg.vecdot(parent_p, parent_log.sub_(child_log_RV)).sum()
         return kl, child_log_RV.exp().sub_(parent_p)
@@ -107,7 +101,7 @@ class ParentLogits:
 
 @dataclass(frozen=True)
 class ParentTopK:
-    """The parent's K likeliest tokens at each position, ids and log-probabilities [N, K], and log of what is left [N].
+    """The parent's top K tokens at each position, ids and log-probabilities [N, K], and log of what is left [N].
 
     All other tokens count as one. This KL is a lower bound of the full one.
     """
@@ -117,12 +111,13 @@ class ParentTopK:
     log_rest_N: torch.Tensor
 
     def chunk(self, rows: slice) -> tuple[torch.Tensor, ...]:
-        """What `divergence` needs of R tokens, each tensor [R, ...]. Stored numbers are rounded: normalised anew."""
+        """What `divergence` needs of R tokens, each tensor [R, ...]. Stored numbers are rounded: normalised again."""
         logs = torch.cat([self.log_p_NK[rows].float(), self.log_rest_N[rows].float().unsqueeze(1)], dim=1)
         return self.ids_NK[rows].long(), F.log_softmax(logs, dim=-1)
 
-    @staticmethod
-    def divergence(chunk: tuple[torch.Tensor, ...], child_log_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def divergence(
+        self, chunk: tuple[torch.Tensor, ...], child_log_RV: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """KL(parent || child) summed over R tokens, and its gradient in the child's logits [R, V]."""
         ids, parent_log = chunk
         parent_p, child_p = parent_log.exp(), child_log_RV.exp()
@@ -136,14 +131,16 @@ class ParentTopK:
 
 def _loss_of_rows(
     divergence: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    head: Head,
     parents: tuple[torch.Tensor, ...],
-    child_logits_RV: torch.Tensor,
+    child_products_RV: torch.Tensor,
     labels_R: torch.Tensor,
     kl_weight: float,
     lm_weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What R tokens add to the loss, scalar, and its gradient in the child's logits [R, V]."""
-    child_log = log_softmax(child_logits_RV)
+    """What R tokens add to the loss, scalar, and its gradient in the products of the child's head [R, V]."""
+    logits = head.shaped_(child_products_RV.to(torch.float32, copy=True))
+    child_log = torch.log_softmax(logits, dim=-1, out=None if head.cap else logits)
     kl, grad = divergence(parents, child_log)
     loss = kl_weight * kl
     grad *= kl_weight
@@ -153,7 +150,7 @@ def _loss_of_rows(
         loss = loss - lm_weight * (child_log.gather(1, target) * is_known).sum()
         grad += lm_weight * is_known * child_log.exp()
         grad.scatter_add_(1, target, -lm_weight * is_known)
-    return loss, grad.to(child_logits_RV.dtype)
+    return loss, head.slope_(grad, logits).to(child_products_RV.dtype)
 
 
 class _ChunkedDistillation(torch.autograd.Function):
@@ -164,7 +161,7 @@ class _ChunkedDistillation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, child_ND, child_weight, parent, labels_N, kl_weight, lm_weight, precision, loss_of_rows):
+    def forward(ctx, child_ND, child_weight, head, parent, labels_N, kl_weight, lm_weight, precision, loss_of_rows):
         tokens = child_ND.shape[0]
         known = (labels_N >= 0).sum().clamp_min(1)
         hidden, weight = child_ND.to(precision), child_weight.to(precision)
@@ -181,7 +178,7 @@ class _ChunkedDistillation(torch.autograd.Function):
                 parents = tuple(tensor[part] for tensor in chunk)
                 weights = (kl_weight / tokens, lm_weight / known if lm_weight else None)
                 loss, grad = loss_of_rows(
-                    parent.divergence, parents, child_logits[part], labels_N[rows][part], *weights
+                    parent.divergence, head, parents, child_logits[part], labels_N[rows][part], *weights
                 )
                 total += loss
                 child_logits[part] = grad
@@ -196,12 +193,12 @@ class _ChunkedDistillation(torch.autograd.Function):
         (grad_output,) = grad_outputs
         grad_hidden, grad_weight = ctx.saved_tensors
         grad_weight = None if grad_weight is None else grad_weight * grad_output
-        return grad_hidden * grad_output, grad_weight, *[None] * 6
+        return grad_hidden * grad_output, grad_weight, *[None] * 7
 
 
 def distillation_loss(
     child_ND: torch.Tensor,
-    child_head: nn.Linear,
+    child_head: Head,
     parent: ParentLogits | ParentTopK,
     labels_N: torch.Tensor,
     kl_weight: float,
@@ -216,7 +213,9 @@ def distillation_loss(
     """
     rows = compiled_once(_loss_of_rows) if compiled else _loss_of_rows
     weights = (kl_weight, lm_weight)
-    return _ChunkedDistillation.apply(child_ND, child_head.weight, parent, labels_N, *weights, precision, rows)
+    return _ChunkedDistillation.apply(
+        child_ND, child_head.weight, child_head, parent, labels_N, *weights, precision, rows
+    )
 
 
 def _cosine_distance(child_BTD: torch.Tensor, parent_BTD: torch.Tensor) -> torch.Tensor:

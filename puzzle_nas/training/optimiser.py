@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from puzzle_nas.families.loading import bfloat16_is_fast
+from puzzle_nas.machine import bfloat16_is_fast
 from puzzle_nas.progress import console
 from puzzle_nas.recipe import OptimiserSettings
 from puzzle_nas.training import parallel

@@ -25,10 +25,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from puzzle_nas.errors import PuzzleError, RankError, RecipeError
-from puzzle_nas.families.loading import free_bytes
-from puzzle_nas.modeling import PuzzleForCausalLM
+from puzzle_nas.families import Anatomy
+from puzzle_nas.machine import free_bytes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -236,12 +237,12 @@ def _mesh(device: str) -> DeviceMesh:
     return init_device_mesh(device, (world_size(),))
 
 
-def shard_layers(model: PuzzleForCausalLM) -> None:
+def shard_layers(model: PreTrainedModel) -> None:
     """Divide a model's layers among the ranks (FSDP2); embeddings, final norm and LM head stay whole on each."""
     if world_size() > 1:
         from torch.distributed.fsdp import fully_shard
 
-        for layer in model.model.layers:
+        for layer in Anatomy(model).layers:
             fully_shard(layer, mesh=_mesh(model.device.type), reshard_after_forward=True)
 
 
@@ -257,7 +258,7 @@ class ShardedLoss(nn.Module):
         compute: of tokens [B, T] and their numbers in the split [B], a scalar: a mean over sequences.
     """
 
-    def __init__(self, child: PuzzleForCausalLM, compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
+    def __init__(self, child: PreTrainedModel, compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
         super().__init__()
         self.child, self.compute = child, compute
         if world_size() > 1:

@@ -5,7 +5,6 @@ Shapes: S sequences in the split, B of them in a batch, T tokens, N = B * T, D h
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,26 +13,21 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import nn
-from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from puzzle_nas.artifacts import write_bytes
-from puzzle_nas.modeling import PuzzleForCausalLM
+from puzzle_nas.families import Anatomy, Head
 from puzzle_nas.progress import progress
+from puzzle_nas.scoring.comparison import ParentReference
+from puzzle_nas.scoring.replacement import final_states
 from puzzle_nas.training import parallel
-from puzzle_nas.training.comparison import ParentReference
 from puzzle_nas.training.compilation import compile_layers
-from puzzle_nas.training.losses import MATMUL_ROWS, ParentLogits, ParentTopK
+from puzzle_nas.training.losses import MATMUL_ROWS, ParentLogits, ParentTopK, log_softmax
 
 FILE_SEQUENCES = 64
 """Sequences in one file: what an interrupted pass loses at most."""
 STORED = ("ids", "log_p", "log_rest")
 """Tensors in a file: the fields of `ParentTopK`, in order."""
-
-
-def causal_masks(model: PuzzleForCausalLM, length: int) -> dict[str, torch.Tensor | None]:
-    """By layer type, for any number of sequences of one length without padding. Making them waits for the device."""
-    example = torch.empty(1, length, model.config.hidden_size, dtype=model.dtype, device=model.device)
-    return model.model.layer_inputs(example)["attention_mask"]
 
 
 class ParentOutputs(Protocol):
@@ -63,19 +57,17 @@ class ParentOutputs(Protocol):
 class LiveParent:
     """The parent itself, run on every batch."""
 
-    def __init__(self, parent: PuzzleForCausalLM):
+    def __init__(self, parent: PreTrainedModel):
         self.parent, self.dtype, self.device = parent, parent.dtype, parent.device
-        self.masks = functools.cache(functools.partial(causal_masks, parent))
 
     @torch.no_grad()
     def outputs(
         self, tokens_BT: torch.Tensor, blocks_B: torch.Tensor, hidden: bool
     ) -> tuple[ParentLogits, Sequence[torch.Tensor]]:
         """See `ParentOutputs`."""
-        masks = self.masks(tokens_BT.shape[1])
-        result = self.parent.model(tokens_BT, attention_mask=masks, use_cache=False, output_hidden_states=hidden)
-        states = result.hidden_states[1:] if hidden else ()
-        return ParentLogits(result.last_hidden_state.flatten(0, 1), self.parent.lm_head), states
+        parts = Anatomy(self.parent)
+        *states, final = parts.states(tokens_BT, parts.inputs(tokens_BT.shape[1]))
+        return ParentLogits(final.flatten(0, 1), parts.head), states if hidden else ()
 
     def reference(self, selection_ST: torch.Tensor) -> ParentReference:
         """See `ParentOutputs`."""
@@ -89,7 +81,7 @@ class LiveParent:
 
 
 class StoredParent:
-    """The parent's K likeliest tokens in the blocks that training uses; the parent is loaded only to write them.
+    """The parent's K most likely tokens in the blocks that training uses; the parent is loaded only to write them.
 
     A position takes 6 K + 4 bytes: ids as int32, log-probabilities as float16, what is left as float32.
     """
@@ -97,7 +89,7 @@ class StoredParent:
     def __init__(
         self,
         folder: Path,
-        load: Callable[[], PuzzleForCausalLM],
+        load: Callable[[], PreTrainedModel],
         train_ST: torch.Tensor,
         blocks: torch.Tensor,
         selection_ST: torch.Tensor,
@@ -114,14 +106,16 @@ class StoredParent:
             self._write(load(), train_ST, selection_ST, top_k, measured)
         tensors = safetensors.torch.load_file(measured)
         self.dtype = tensors["head"].dtype
-        self._final = [tensors[f"final/{i}"].to(device) for i in range(len(tensors) - 1)]
-        self._head = nn.Linear(*reversed(tensors["head"].shape), bias=False, device="meta")
-        self._head.weight = nn.Parameter(tensors["head"].to(device), requires_grad=False)
+        self._final = [tensors[f"final/{i}"].to(device) for i in range(len(tensors) - 2)]
+        matrix = nn.Linear(*reversed(tensors["head"].shape), bias=False, device="meta")
+        matrix.weight = nn.Parameter(tensors["head"].to(device), requires_grad=False)
+        divisor, cap = tensors["head_shape"].tolist()
+        self._head = Head(matrix, divisor, cap or None)
 
-    def _write(self, parent: PuzzleForCausalLM, train_ST, selection_ST, top_k: int, measured: Path) -> None:
+    def _write(self, parent: PreTrainedModel, train_ST, selection_ST, top_k: int, measured: Path) -> None:
         parts = zip(self.paths, train_ST.split(FILE_SEQUENCES), strict=True)
         mine = parallel.share([(path, tokens) for path, tokens in parts if not path.exists()])
-        with progress("the parent's likeliest tokens, part", len(mine)) as ticker:
+        with progress("the parent's most likely tokens, part", len(mine)) as ticker:
             for path, tokens in mine:
                 rows = [likeliest(parent, row.unsqueeze(0).to(parent.device), top_k) for row in tokens]
                 tensors = {name: torch.stack([row[name] for row in rows]) for name in STORED}
@@ -130,8 +124,10 @@ class StoredParent:
         if parallel.is_first():
             reference = ParentReference(parent, selection_ST)
             finals = {f"final/{i}": final.cpu().contiguous() for i, final in enumerate(reference.final)}
-            head = parent.lm_head.weight.detach().cpu().contiguous()
-            write_bytes(measured, safetensors.torch.save({"head": head, **finals}))
+            head = Anatomy(parent).head
+            shape = torch.tensor([head.divisor, head.cap or 0.0], dtype=torch.float64)
+            weight = head.weight.detach().cpu().contiguous()
+            write_bytes(measured, safetensors.torch.save({"head": weight, "head_shape": shape, **finals}))
         parallel.gathered(())
 
     def outputs(
@@ -157,13 +153,15 @@ class StoredParent:
 
 
 @torch.no_grad()
-def likeliest(parent: PuzzleForCausalLM, tokens_BT: torch.Tensor, k: int) -> dict[str, torch.Tensor]:
-    """The k likeliest next tokens: ids (int32) and log_p (float16), [N, K], and log_rest (float32), [N], on the CPU."""
-    final_ND = parent.model(tokens_BT, use_cache=False).last_hidden_state.flatten(0, 1)
-    k = min(k, parent.lm_head.out_features - 1)
+def likeliest(parent: PreTrainedModel, tokens_BT: torch.Tensor, k: int) -> dict[str, torch.Tensor]:
+    """The top k next tokens: ids (int32) and log_p (float16), [N, K], and log_rest (float32), [N], on the CPU."""
+    head = Anatomy(parent).head
+    (final,) = final_states(parent, tokens_BT, len(tokens_BT))
+    final_ND = final.flatten(0, 1)
+    k = min(k, len(head.weight) - 1)
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in STORED}
     for rows in final_ND.split(MATMUL_ROWS):
-        logs = F.log_softmax(parent.lm_head(rows).float(), dim=-1)
+        logs = log_softmax(head.matrix(rows), head)
         best = logs.topk(k, dim=-1)
         parts["ids"].append(best.indices.int().cpu())
         parts["log_p"].append(best.values.half().cpu())

@@ -27,13 +27,13 @@ class PuzzleSettings(VerifyAndUpdateConfig):
         processes = vllm_config.parallel_config.tensor_parallel_size
         if reason := undividable(model.hf_config, processes):
             raise ValueError(f"Tensor parallelism of {processes} does not fit {reason}.")
-        if not any(has_attention(layer) for layer in model.hf_config.per_layer_config):
+        if not any("num_key_value_heads" in entry for _, entry in sub_blocks(model.hf_config)):
             scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, model.max_model_len)
 
 
-def has_attention(layer: PuzzleConfig) -> bool:
-    """Whether a layer keeps keys and values."""
-    return "attention" not in getattr(layer, "skip", []) and not layer.attention_linear
+def sub_blocks(config: PuzzleConfig) -> list[tuple[int, dict]]:
+    """The layer and the entry (see `PuzzleConfig`) of everything in a child."""
+    return [(layer, entry) for layer, entries in enumerate(config.puzzle_layers) for entry in entries.values()]
 
 
 def undividable(config: PuzzleConfig, processes: int) -> str | None:
@@ -41,15 +41,13 @@ def undividable(config: PuzzleConfig, processes: int) -> str | None:
 
     KV heads may be fewer than the processes: each is then kept by several.
     """
-    if config.hidden_size % processes:
-        return f"the hidden size {config.hidden_size}"
-    for number, layer in enumerate(config.per_layer_config):
-        if has_attention(layer):
-            if layer.num_attention_heads % processes:
-                return f"the {layer.num_attention_heads} query heads"
-            kv_heads = layer.num_key_value_heads
+    for layer, entry in sub_blocks(config):
+        if "num_key_value_heads" in entry:
+            if config.num_attention_heads % processes:
+                return f"the {config.num_attention_heads} query heads"
+            kv_heads = entry["num_key_value_heads"]
             if kv_heads % processes and processes % kv_heads:
-                return f"the {kv_heads} KV heads of layer {number}"
-        if "mlp" not in getattr(layer, "skip", []) and not layer.mlp_linear and layer.intermediate_size % processes:
-            return f"the FFN width {layer.intermediate_size} of layer {number}"
+                return f"the {kv_heads} KV heads of layer {layer}"
+        if entry.get("intermediate_size", 0) % processes:
+            return f"the FFN width {entry['intermediate_size']} of layer {layer}"
     return None

@@ -11,8 +11,7 @@ CHAT_TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def byte_tokenizer(chat_template):
     """One token for each byte, and three control tokens after them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
@@ -20,8 +19,14 @@ def tokenizer():
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
     wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
-    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.chat_template = chat_template
     return wrapped
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Of a parent that talks."""
+    return byte_tokenizer(CHAT_TEMPLATE)
 
 
 @pytest.fixture(scope="session")

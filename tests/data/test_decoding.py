@@ -2,17 +2,20 @@
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from puzzle_nas.data.decoding import decoding
-from puzzle_nas.modeling import PuzzleConfig, PuzzleForCausalLM
 
 
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}],
+)
 def test_logits_are_those_of_the_whole_row(changes):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 97}
-    config = PuzzleConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, **changes)
-    model = PuzzleForCausalLM(config).eval()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 97}
+    config = Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, **changes)
+    model = Qwen2ForCausalLM(config).eval()
     tokens, before = torch.randint(1, 97, (3, 12)), model.config._attn_implementation
     with torch.inference_mode():
         with decoding(model, 12) as cache:

@@ -1,5 +1,6 @@
 """Splits are full, disjoint, mixed by weight, spread over the text, and the same every time."""
 
+import copy
 import itertools
 import random
 import re
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
-from puzzle_nas.data.packing import SMALL_SPLITS, SPLITS, TextSource, pack, shares
+from puzzle_nas.data.conversations import Conversation
+from puzzle_nas.data.packing import SMALL_SPLITS, SPLITS, Encoder, TextSource, in_blocks, pack, shares
 from puzzle_nas.errors import DataError
+from puzzle_nas.parents.tokenizer import bos_of
 from puzzle_nas.recipe import DataSettings, SourceSettings
 
 SIZES = {
@@ -143,13 +147,14 @@ def test_an_endless_source_is_read_only_as_far_as_needed(tokenizer):
 
 def test_control_tokens_survive_in_text_and_in_token_documents(tokenizer):
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    ids = [[start, *tokenizer.encode(f"user\nQuestion {i:04d}?"), end, 200] for i in range(200)]
+    ids = [[start, *tokenizer.encode(f"user\nQuestion {i:04d}?")] for i in range(200)]
     chats = [f"<|im_start|>user\nIs it {i:04d}?<|im_end|>\n" for i in range(200)]
     splits = pack_texts(tokenizer, ids + chats, train_tokens=100_000)
     train = splits["train"].tokens.ravel()
     assert abs((train == start).sum() - splits["train"].documents) <= 1
     assert abs((train == end).sum() - splits["train"].documents) <= 1
     assert "<|im_start|>user\nQuestion" in tokenizer.decode(train)
+    assert not (train == tokenizer.eos_token_id).any()
 
 
 def test_half_of_a_surrogate_pair_is_no_obstacle(tokenizer):
@@ -186,10 +191,123 @@ def test_tokenizer_of_another_model(tokenizer):
 
 def test_tokenizer_without_end_of_text(tokenizer):
     class Endless:
-        eos_token_id = None
+        eos_token = eos_token_id = bos_token_id = chat_template = None
 
-    with pytest.raises(DataError, match=r"no end-of-text token .*; set eos_token"):
+        def get_vocab(self):
+            return {"a": 0}
+
+    with pytest.raises(DataError, match=r"no end-of-text token .*; name one of its tokens in data.separator"):
         pack([TextSource("a", 1.0, texts(10))], Endless(), 300, settings(), 0)
+
+
+# As the parent was trained: what begins a block and a document, and what ends one.
+
+
+@pytest.fixture
+def llama_like(tokenizer):
+    """Puts a token of its own before text, as Llama's, Gemma's and Mistral's tokenizers do."""
+    changed = copy.deepcopy(tokenizer)
+    changed.add_special_tokens({"bos_token": "<s>"})
+    changed.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", changed.bos_token_id)]
+    )
+    return changed
+
+
+def test_blocks_and_documents_begin_as_the_tokenizer_begins_text(llama_like):
+    bos, end = llama_like.bos_token_id, llama_like.eos_token_id
+    assert llama_like("a")["input_ids"][0] == bos
+    splits = pack_texts(llama_like, texts(500))
+    for split in splits.values():
+        assert (split.tokens[:, 0] == bos).all() and (split.tokens[:, 1] != bos).all()
+    after_an_end = splits["train"].tokens.ravel()[1:][splits["train"].tokens.ravel()[:-1] == end]
+    assert (after_an_end == bos).all() and len(after_an_end) > 90
+    assert {name: len(split.tokens) for name, split in splits.items()} == BLOCKS
+
+
+def test_a_tokenizer_that_begins_text_with_nothing_adds_nothing(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    train = pack_texts(tokenizer, texts(500))["train"].tokens
+    assert bos_of(tokenizer) is None and not (train == tokenizer.bos_token_id).any()
+
+
+def test_a_block_that_begins_at_a_document_begins_once():
+    tokens = np.asarray([9, 1, 2, 0, 9, 3, 4, 5, 0, 9, 6, 0])
+    assert in_blocks(tokens, 4, 9).tolist() == [[9, 1, 2, 0], [9, 3, 4, 5], [9, 6, 0, 0]]
+    assert in_blocks(tokens, 4, None).tolist() == [[9, 1, 2, 0], [9, 3, 4, 5], [0, 9, 6, 0]]
+
+
+@pytest.mark.parametrize(
+    ("eos", "asked", "separator"),
+    [
+        ("<|im_end|>", None, "<|endoftext|>"),  # it ends a turn, as in SmolLM2-Instruct
+        ("<|endoftext|>", None, "<|endoftext|>"),
+        ("<|im_end|>", "<|im_start|>", "<|im_start|>"),
+    ],
+)
+def test_plain_text_is_separated_by_the_token_of_documents(tokenizer, eos, asked, separator):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = eos
+    train = tokenizer.decode(pack_texts(tokenizer, texts(500), separator=asked)["train"].tokens.ravel())
+    counts = {token: train.count(token) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")}
+    assert counts.pop(separator) > 90 and not any(counts.values())
+
+
+def test_a_separator_that_is_not_a_token(tokenizer):
+    with pytest.raises(DataError, match=r"no token '<end>'; correct data.separator"):
+        pack_texts(tokenizer, texts(500), separator="<end>")
+
+
+def chats(count):
+    asked = [{"role": "user", "content": f"Is it {i:04d}?"} for i in range(count)]
+    return [Conversation([question, {"role": "assistant", "content": "It is."}]) for question in asked]
+
+
+def test_conversations_are_written_by_the_template_and_end_with_their_last_turn(tokenizer):
+    split = pack_texts(tokenizer, chats(300))["train"]
+    train = tokenizer.decode(split.tokens.ravel())
+    one = r"<\|im_start\|>user\nIs it \d{4}\?<\|im_end\|>\n<\|im_start\|>assistant\nIt is\.<\|im_end\|>"
+    # One conversation is cut where the split is full.
+    assert len(re.findall(one, train)) == split.documents - 1 > 90
+    assert train.endswith("<|im_end|>") and "<|im_end|><|im_start|>user" in train and "<|endoftext|>" not in train
+
+
+def test_conversations_without_a_template(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match=r"no chat template to write them with \(it has none\); put a chat_template"):
+        pack_texts(tokenizer, chats(300))
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(DataError, match=r"\(its own fails: never\)"):
+        pack_texts(tokenizer, chats(300))
+    assert pack_texts(tokenizer, texts(500))["train"].tokens.size == 4000
+
+
+def test_conversations_that_the_template_refuses_are_counted(tokenizer, capsys):
+    tokenizer = copy.deepcopy(tokenizer)
+    check = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('the user begins') }}{% endif %}"
+    tokenizer.chat_template = check + tokenizer.chat_template
+    backwards = [Conversation([{"role": "assistant", "content": f"Well {i}."}]) for i in range(7)]
+    pack_texts(tokenizer, backwards + chats(300), train_tokens=100_000)
+    assert "refuses 7 conversations: the user begins" in capsys.readouterr().out
+
+
+def test_a_template_that_wants_a_system_message_or_parts(tokenizer):
+    wants_system = copy.deepcopy(tokenizer)
+    check = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    wants_system.chat_template = check + tokenizer.chat_template
+    assert "<|im_start|>system\nYou are a helpful" in decoded(wants_system, chats(1)[0])
+    wants_parts = copy.deepcopy(tokenizer)
+    wants_parts.chat_template = tokenizer.chat_template.replace(
+        "{{ message['content'] }}", "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}"
+    )
+    assert decoded(wants_parts, chats(1)[0]) == decoded(tokenizer, chats(1)[0])
+
+
+def decoded(tokenizer, document):
+    (ids,) = Encoder(tokenizer)([document])
+    return tokenizer.decode(ids)
 
 
 @given(st.integers(0, 10**7), st.lists(st.floats(0.01, 100), min_size=1, max_size=12))

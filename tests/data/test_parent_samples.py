@@ -55,6 +55,32 @@ def test_a_template_without_control_tokens_gives_no_conversations(tokenizer, mon
     assert conversation_script(tokenizer) is None
 
 
+def test_a_template_that_fails_leaves_plain_documents(parent, tokenizer, monkeypatch, capsys):
+    for template in ("{{ raise_exception('no') }}", "{% for %}"):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        documents = sample_documents(parent, tokenizer, 500, 0, LENGTH)
+        assert documents and not any(special_ids(tokenizer) & set(document) for document in documents)
+        assert capsys.readouterr().out.count("chat template fails") == 1
+
+
+DROPS_THOUGHTS = (
+    "{% for message in messages %}{% set text = message['content'].split('</think>')[-1].lstrip('\n') %}"
+    "<|im_start|>{{ message['role'] }}\n{{ text }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_where_earlier_thoughts_are_dropped_a_conversation_has_one_answer(parent, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", DROPS_THOUGHTS)
+    assert conversation_script(tokenizer).documents == "rounds"
+    documents = sample_documents(parent, tokenizer, 6000, 0, LENGTH)
+    texts = [tokenizer.decode(d) for d in documents if is_conversation(d, tokenizer)]
+    assert sum("<|im_start|>assistant\n" in text for text in texts) >= 3
+    for text in texts:
+        assert text.startswith("<|im_start|>user\n") and text.count("<|im_start|>user") == 1
+        assert text.count("<|im_start|>assistant") <= 1
+
+
 def test_amount_length_and_halves(samples, tokenizer):
     sizes = Counter()
     for document in samples:
@@ -88,8 +114,10 @@ def test_control_tokens_survive_packing(samples, tokenizer):
     )
     splits = pack([TextSource("parent-samples", 1.0, samples)], tokenizer, len(tokenizer), settings, 0)
     packed = np.concatenate([split.tokens.ravel() for split in splits.values()]).tobytes()
-    separator = tokenizer.eos_token_id
-    whole = [np.asarray([*document, separator], np.int32).tobytes() in packed for document in samples]
+    turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ends = [turn_end if is_conversation(document, tokenizer) else tokenizer.eos_token_id for document in samples]
+    closed = [[*d, end] if d[-1] != end else d for d, end in zip(samples, ends, strict=True)]
+    whole = [np.asarray(document, np.int32).tobytes() in packed for document in closed]
     # Four small splits and the end of train cut a document each.
     assert len(samples) > 60 and whole.count(False) <= 5
 

@@ -114,7 +114,7 @@ def test_missing_and_corrupted_splits(tmp_path, checkpoint, text):
     content = run.split("train").read_bytes()
     for damage in (content[:100], content[:-1] + bytes([content[-1] ^ 1])):
         run.split("train").write_bytes(damage)
-        with pytest.raises(ArtifactError, match=r"corrupted. Make it anew with: puzzle prepare-data .* --again"):
+        with pytest.raises(ArtifactError, match=r"corrupted. Make it again with: puzzle prepare-data .* --again"):
             load_tokens(run, "train")
 
 

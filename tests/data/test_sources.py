@@ -40,6 +40,79 @@ def test_tables_give_every_document_in_an_order_of_the_seed(files, name):
     assert documents == read(files / name) != read(files / name, seed=1)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+def test_byte_order_marks_are_not_text(tmp_path, name, encoding):
+    text = "Zwölf 日本語." if name.endswith(".txt") else json_lines(["Zwölf 日本語."])
+    data = text.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert read(tmp_path / name) == ["Zwölf 日本語."]
+
+
+SAID = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+SHARED = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+PARTS = [
+    {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "at?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "That."}]},
+]
+CALL = [SAID[0], {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"messages": SAID}, SAID),
+        ({"conversations": SHARED}, SAID),
+        ({"id": 3, "messages": PARTS}, SAID),
+        # As `datasets` keeps sequences of objects, and as JSON in a text column.
+        ({"messages": {"role": ["user", "assistant"], "content": ["What?", "That."]}}, SAID),
+        ({"messages": json.dumps(SAID)}, SAID),
+        ({"text": json.dumps(SHARED)}, SAID),
+        ({"system": "Be brief.", "conversations": SHARED}, [{"role": "system", "content": "Be brief."}, *SAID]),
+        ({"system": "", "messages": SAID}, SAID),
+        ({"messages": CALL}, [SAID[0], {"role": "assistant", "content": "", "tool_calls": [{"name": "look"}]}]),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_conversations(tmp_path, name, row, messages):
+    if name.endswith(".jsonl"):
+        (tmp_path / name).write_text(json.dumps(row) + "\n" + json.dumps({**dict.fromkeys(row), "messages": []}))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / name)
+    (found,) = read(tmp_path / name)
+    assert found.messages == messages
+
+
+@pytest.mark.parametrize(("asks", "answers"), [("human", "gpt"), ("User", "BOT"), ("prompter", "model")])
+@pytest.mark.parametrize("key", ["role", "from"])
+def test_roles_by_other_names(tmp_path, key, asks, answers):
+    """A template would write `human` as it is: a turn that the parent has never seen."""
+    value = {"role": "content", "from": "value"}[key]
+    row = [{key: asks, value: "What?"}, {key: answers, value: "That."}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": row}) + "\n")
+    assert read(tmp_path / "a.jsonl")[0].messages == SAID
+
+
+def test_json_that_is_no_conversation_is_text(tmp_path):
+    texts = [json.dumps([{"role": "admin"}, {"role": "guest"}]), "[{not json", "[]", json.dumps(["role"])]
+    (tmp_path / "a.jsonl").write_text(json_lines(texts))
+    assert sorted(read(tmp_path / "a.jsonl")) == sorted(texts)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_a_file_that_was_not_fetched(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 2690\n")
+    with pytest.raises(DataError, match=r"is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"):
+        read(tmp_path / name)
+
+
+def test_a_column_of_messages_by_another_name(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "no", "chat": SAID}) + "\n")
+    (found,) = read(tmp_path / "a.jsonl", text_field="chat")
+    assert found.messages == SAID
+    assert read(tmp_path / "a.jsonl") == ["no"]
+
+
 def test_another_column(tmp_path):
     (tmp_path / "a.jsonl").write_text(json_lines(TEXTS, "body"))
     assert sorted(read(tmp_path / "a.jsonl", text_field="body")) == sorted(TEXTS)
@@ -103,15 +176,28 @@ def test_large_files_are_read_in_turns_not_one_after_another(tmp_path, monkeypat
             b'{"text": "x"}\n{"body": "y", "n": 1}\n',
             "line 2, has no column 'text' but body, n; set",
         ),
-        ("a.jsonl", b'{"text": 3}\n', "line 1, holds no text in 'text' but int; set the source's text_field"),
+        (
+            "a.jsonl",
+            b'{"text": 3}\n',
+            "line 1, holds neither text nor messages in 'text' but int; set the source's text_field",
+        ),
         ("a.jsonl", b'{"text": ""}\n', "The source .*a.jsonl holds no text; name another"),
         ("a.txt", b"", "The source .*a.txt holds no text"),
         ("a.txt", b"caf\xe9\n", "a.txt is not UTF-8 text; convert it"),
-        ("a.jsonl.gz", b"not gzip", "a.jsonl.gz is damaged after line 0; fetch or compress it again"),
+        ("a.txt", "UTF-16 without a mark".encode("utf-16-le"), "a.txt holds zero bytes, so it is not UTF-8 text"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', "a.jsonl is not UTF-8 text; convert it"),
+        ("a.jsonl", b'{"messages": [{"text": "x"}]}\n', "line 1, holds a message without role and content"),
+        ("a.jsonl", b'{"conversations": [{"from": "wizard", "value": "x"}]}\n', "message from 'wizard'; known: system"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}\n',
+            r"line 1, holds a message that is not text \(image\); leave it out",
+        ),
+        ("a.jsonl.gz", b"not gzip", "a.jsonl.gz is damaged; fetch or compress it again"),
         (
             "a.jsonl.gz",
             gzip.compress(json_lines(TEXTS).encode())[:-90],
-            "is damaged after line [0-9]+; fetch",
+            "a.jsonl.gz is damaged; fetch",
         ),
         ("a.parquet", b"PAR1 and then nothing", "a.parquet is not a readable Parquet file; fetch"),
     ],

@@ -6,9 +6,10 @@ import torch
 
 from puzzle_nas.architecture import Scenario
 from puzzle_nas.engines import RequestTime, interleaved_times, relative_standard_error
+from puzzle_nas.engines.base import Engine
 from puzzle_nas.engines.llama_cpp import LlamaCppEngine
 from puzzle_nas.errors import ExportError
-from tests.exporters.children import EVERY_KIND, child_of
+from tests.exporters.children import EVERY_KIND, LINEAR_ATTENTION, child_of
 
 SCENARIOS = {"chat": Scenario("chat", 1, 8, 4), "long": Scenario("long", 1, 64, 4)}
 TRUE_MS = {"parent": 4.0, "half": 2.0, "tenth": 0.4}
@@ -72,6 +73,10 @@ def test_standard_error_of_a_median_is_that_of_many_medians():
 
 
 class CountsLoads(LlamaCppEngine):
+    """Weights stay as they are, so that what it computes can be compared."""
+
+    weights_dtype = Engine.weights_dtype
+
     def __init__(self):
         self.num_loads = 0
 
@@ -83,7 +88,7 @@ class CountsLoads(LlamaCppEngine):
 def test_the_first_model_stays_and_the_others_take_turns(tmp_path):
     tokens = list(range(3, 40))
     models = {"parent": child_of().model, "every kind": child_of(EVERY_KIND).model}
-    models["linear"] = child_of({i: {"attention_linear": True} for i in range(8)}).model
+    models["linear"] = child_of({i: [LINEAR_ATTENTION] for i in range(8)}).model
     engine = CountsLoads()
     with engine.loaded(models, tmp_path / "scratch") as loaded:
         # Each loads what it asks for, and computes it: without tokenizer, from a file that is gone by now.
@@ -100,6 +105,6 @@ def test_the_first_model_stays_and_the_others_take_turns(tmp_path):
 
 
 def test_a_model_that_the_format_cannot_hold_is_refused(tmp_path):
-    models = {"parent": child_of(query_key_norm=True).model}
+    models = {"parent": child_of(family="qwen3").model}
     with pytest.raises(ExportError, match="norms on queries and keys"), LlamaCppEngine().loaded(models, tmp_path):
         pass

@@ -6,7 +6,7 @@ import gguf
 import pytest
 import torch
 
-from puzzle_nas.architecture import Scenario
+from puzzle_nas.architecture import GroupedAttention, Scenario, WindowAttention
 from puzzle_nas.data.sources import documents
 from puzzle_nas.engines import SERVING_ENGINES
 from puzzle_nas.engines.llama_cpp import LlamaCppEngine
@@ -23,8 +23,17 @@ from puzzle_nas.errors import EngineError, ExportError
 from puzzle_nas.exporters import EXPORTERS, Child, gguf_format
 from puzzle_nas.exporters.gguf_format import GGUFExporter
 from puzzle_nas.exporters.transformers_format import TransformersExporter
+from puzzle_nas.families import build
 from puzzle_nas.recipe import SourceSettings
-from tests.exporters.children import CHILDREN, EVERY_KIND, FAMILIES, child_of, sentencepiece_tokenizer, tokenizer
+from tests.exporters.children import (
+    CHILDREN,
+    EVERY_KIND,
+    FAMILIES,
+    NO_FFN,
+    child_of,
+    sentencepiece_tokenizer,
+    tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +127,14 @@ def test_transformers_without_our_package_computes_the_child(tmp_path, prompts):
     assert found["max_nats"] < 1e-5
 
 
+def test_windows_that_no_prompt_reaches_are_said(tmp_path, prompts, capsys):
+    """Verification of a window of 4,096 tokens would otherwise be one of a layer without."""
+    windows = {0: [WindowAttention(64, 2)], 1: [WindowAttention(210, 2)]}
+    found = check(TransformersExporter(), child_of(windows), tmp_path, prompts)
+    assert found["windows_not_reached"] == [210]
+    assert "No prompt is longer than windows of 210 tokens: not verified." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("exporter", "per_layer", "num_layers", "layer"),
     [(GGUFExporter, EVERY_KIND, 8, 0), (GGUFExporter, EVERY_KIND, 8, 4), (TransformersExporter, {}, 2, 1)],
@@ -125,13 +142,12 @@ def test_transformers_without_our_package_computes_the_child(tmp_path, prompts):
 def test_one_permuted_weight_is_caught_and_its_layer_named(exporter, per_layer, num_layers, layer, tmp_path, prompts):
     class Broken(exporter):
         def write(self, child, folder, dtype):
-            if child.config.num_hidden_layers > layer:
+            if any(name.startswith(f"model.layers.{layer}.") for name in child.model.state_dict()):
                 weights = child.model.state_dict()
                 name = next(n for n in weights if n.startswith(f"model.layers.{layer}.") and weights[n].ndim == 2)
                 weights = {n: w.clone() for n, w in weights.items()}
                 weights[name][[3, 5]] = weights[name][[5, 3]]
-                child = Child(type(child.model)(child.config).eval(), child.tokenizer)
-                child.model.load_state_dict(weights)
+                child = Child(build(child.config, weights), child.tokenizer)
             super().write(child, folder, dtype)
 
     with pytest.raises(ExportError, match=rf"does not compute this child.*the first layer that differs is {layer}\b"):
@@ -148,7 +164,7 @@ def test_a_dropped_residual_is_caught_in_llama_cpp(tmp_path, prompts, monkeypatc
         return [(m, nothing if f.width == gguf_format.SMALLEST_WIDTH else f) for m, f in layers[:-1]] + layers[-1:]
 
     monkeypatch.setattr(gguf_format, "packed", without_idle_ffns)
-    child = child_of({4: {"skip": ["mlp"]}})
+    child = child_of({4: [NO_FFN]})
     with pytest.raises(ExportError, match=r"the first layer that differs is 5\b"):
         check(GGUFExporter(), child, tmp_path, prompts)
 
@@ -158,12 +174,14 @@ def test_a_dropped_residual_is_caught_in_transformers(tmp_path, prompts):
         def write(self, child, folder, dtype):
             super().write(child, folder, dtype)
             code = folder / "modeling_puzzle.py"
-            right = "else x_BTD + self.mlp("
+            right = "layer = type(layer)(own, index)"
             assert right in code.read_text()
-            code.write_text(code.read_text().replace(right, "else self.mlp("))
+            # The FFN's output is lost.
+            wrong = f"{right}; layer.mlp.register_forward_hook(lambda *given: 0 * given[-1])"
+            code.write_text(code.read_text().replace(right, wrong))
 
-    with pytest.raises(ExportError, match=r"the first layer that differs is 0 \(or the embeddings\)"):
-        check(Broken(), child_of({1: {"num_key_value_heads": 2}}, num_hidden_layers=2), tmp_path, prompts)
+    with pytest.raises(ExportError, match=r"the first layer that differs is 1\b"):
+        check(Broken(), child_of({1: [GroupedAttention(2)]}, num_hidden_layers=2), tmp_path, prompts)
 
 
 def test_a_file_damaged_after_writing_is_caught(tmp_path, prompts):
@@ -216,16 +234,19 @@ def test_an_installation_that_fails_is_one_sentence(tmp_path, monkeypatch):
         pass
 
 
-def test_times_and_memory_come_from_the_engine(tmp_path):
-    child, engine = child_of(EVERY_KIND), SERVING_ENGINES["llama.cpp"]
-    GGUFExporter().write(child, tmp_path, "float32")
+@pytest.mark.parametrize(
+    ("name", "exporter", "itemsize"), [("llama.cpp", "gguf", 2), ("transformers", "transformers", 4)]
+)
+def test_times_and_memory_come_from_the_engine(name, exporter, itemsize, tmp_path):
+    child, engine = child_of(EVERY_KIND), SERVING_ENGINES[name]
+    EXPORTERS[exporter].write(child, tmp_path, "float32")
     scenario = Scenario("chat", 3, 40, 9)
     with engine.load(tmp_path, "float32", threads=1) as loaded:
         engine.prepare(loaded)
         whole, parts = engine.time_request(loaded, scenario), engine.time_parts(loaded, scenario, 4)
         memory = engine.memory(loaded)
     assert min(whole.prefill_ms, whole.decode_step_ms, parts.prefill_ms, parts.decode_step_ms) > 0
-    # Layers 1, 4 and 7 have 2, 1 and 4 KV heads of 16, keys and values, 2 bytes each.
-    assert memory["kv_cache_bytes_per_token"] == 7 * 16 * 2 * 2
+    # Layers 1, 4 and 7 have 2, 1 and 4 KV heads of 16, keys and values.
+    assert memory["kv_cache_bytes_per_token"] == 7 * 16 * 2 * itemsize
     assert memory["peak_bytes"] > 1e6
     assert json.dumps(memory)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from safetensors.torch import load_file, save_file
 
-from puzzle_nas.architecture import Scenario
+from puzzle_nas.architecture import GatedFFN, GroupedAttention, Scenario, WindowAttention
 from puzzle_nas.data.sources import documents
 from puzzle_nas.engines import SERVING_ENGINES
 from puzzle_nas.engines.server import served
@@ -18,18 +18,47 @@ from puzzle_nas.errors import EngineError, ExportError
 from puzzle_nas.exporters import EXPORTERS, Child
 from puzzle_nas.exporters.decilm_format import DeciLMExporter
 from puzzle_nas.exporters.vllm_format import VllmExporter
+from puzzle_nas.families import build
 from puzzle_nas.recipe import SourceSettings
-from tests.exporters.children import CHILDREN, EVERY_KIND, FAMILIES, STOCK_SAFE, child_of, tokenizer
+from tests.exporters.children import (
+    CHILDREN,
+    EVERY_KIND,
+    FAMILIES,
+    LINEAR_ATTENTION,
+    NO_FFN,
+    STOCK_SAFE,
+    child_of,
+    tokenizer,
+)
 
 # vLLM's attention on CPUs has no smaller heads.
 HEADS = {"head_dim": 32}
-WINDOWS = {"sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"] * 4}
-ALL_FAMILIES = {
-    **FAMILIES,
-    "norms on queries and keys as in Qwen3": {"query_key_norm": True},
-    "windows in every layer as in Mistral": {"sliding_window": 40, "layer_types": ["sliding_attention"] * 8},
-    "windows in some layers": WINDOWS,
-    "a width that nothing divides": {"intermediate_size": 37},
+WINDOWS = {
+    1: [WindowAttention(8, 4), NO_FFN],
+    2: [WindowAttention(40, 4), GatedFFN(32)],
+    3: [LINEAR_ATTENTION],
+    4: [GroupedAttention(2)],
+}
+LLAMAS = {**FAMILIES, "a width that nothing divides": {"intermediate_size": 37}}
+del LLAMAS["biases as in Qwen2"]
+MIXED = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 4}
+RELATIVES = {
+    "mistral": {"family": "mistral", "sliding_window": None},
+    "mistral, windows": {"family": "mistral", "sliding_window": 24},
+    "qwen2": {"family": "qwen2", "hidden_size": 128},
+    "qwen2, windows in half of the layers": {
+        "family": "qwen2",
+        "hidden_size": 128,
+        "use_sliding_window": True,
+        **MIXED,
+    },
+    "qwen3": {"family": "qwen3"},
+    "qwen3, tied, windows in half of the layers": {
+        "family": "qwen3",
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        **MIXED,
+    },
 }
 
 
@@ -76,9 +105,16 @@ def test_every_child(name, vllm, tmp_path, prompts):
     assert found["continued_likewise"] == CONTINUED_TOKENS * len(prompts)
 
 
-@pytest.mark.parametrize("name", ALL_FAMILIES)
-def test_every_family(name, vllm, tmp_path, prompts):
-    child = child_of(EVERY_KIND, **{**HEADS, **ALL_FAMILIES[name]})
+@pytest.mark.parametrize("name", LLAMAS)
+def test_every_kind_of_llama(name, vllm, tmp_path, prompts):
+    child = child_of(EVERY_KIND, **{**HEADS, **LLAMAS[name]})
+    assert check(VllmExporter(), vllm, child, tmp_path, prompts)["max_nats"] < 1e-4
+
+
+@pytest.mark.parametrize("variants", [EVERY_KIND, WINDOWS], ids=["every kind", "windows"])
+@pytest.mark.parametrize("name", ["llama", *RELATIVES])
+def test_every_family(name, variants, vllm, tmp_path, prompts):
+    child = child_of(variants, **{**HEADS, **RELATIVES.get(name, {})})
     assert check(VllmExporter(), vllm, child, tmp_path, prompts)["max_nats"] < 1e-4
 
 
@@ -87,7 +123,7 @@ def test_16_bit_weights(dtype, vllm, tmp_path, prompts):
     check(VllmExporter(), vllm, child_of(EVERY_KIND, **HEADS), tmp_path, prompts, dtype)
 
 
-@pytest.mark.parametrize("changes", [{}, {"query_key_value_bias": True}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize("changes", [{}, {"family": "qwen2", "hidden_size": 128}, {"tie_word_embeddings": True}])
 def test_stock_vllm_without_our_code(changes, stock_vllm, tmp_path, prompts):
     found = check(DeciLMExporter(), stock_vllm, child_of(STOCK_SAFE, **HEADS, **changes), tmp_path, prompts)
     assert found["max_nats"] < 1e-4
@@ -107,19 +143,14 @@ def test_one_permuted_weight_is_caught_and_its_layer_named(fixture, exporter, tm
             name = "model.layers.1.self_attn.v_proj.weight"
             if name in weights:
                 weights[name][[3, 5]] = weights[name][[5, 3]]
-            child = Child(type(child.model)(child.config).eval(), child.tokenizer)
-            child.model.load_state_dict(weights)
-            super().write(child, folder, dtype)
+            super().write(Child(build(child.config, weights), child.tokenizer), folder, dtype)
 
-    child = child_of({1: {"num_key_value_heads": 2}}, num_hidden_layers=2, **HEADS)
+    child = child_of({1: [GroupedAttention(2)]}, num_hidden_layers=2, **HEADS)
     with pytest.raises(ExportError, match=r"does not compute this child.*the first layer that differs is 1\b"):
         check(Broken(), request.getfixturevalue(fixture), child, tmp_path, prompts)
 
 
-@pytest.mark.parametrize("removed", ["input_layernorm", "post_attention_layernorm"])
-def test_a_dropped_residual_is_caught(removed, tmp_path, prompts):
-    """Our plugin's residual stream goes through the norms: one that forgets it."""
-
+def test_a_window_that_the_plugin_forgets_is_caught(tmp_path, prompts):
     class Forgetful(VllmEngine):
         worker_script = tmp_path / "worker.py"
 
@@ -127,27 +158,23 @@ def test_a_dropped_residual_is_caught(removed, tmp_path, prompts):
 import sys
 sys.path.insert(0, {str(VllmEngine.worker_script.parent)!r})
 import puzzle_nas.vllm_plugin.model as plugin
-right, forgotten = plugin.add_and_norm, None
-def forgetful(norm, delta, stream):
-    if delta is not None and norm is forgotten:
-        return norm(delta), delta
-    return right(norm, delta, stream)
-class Layer(plugin.PuzzleDecoderLayer):
-    def __init__(self, layer, *arguments):
-        global forgotten
-        super().__init__(layer, *arguments)
-        if layer == 1:
-            forgotten = self.{removed}
-plugin.PuzzleDecoderLayer, plugin.add_and_norm = Layer, forgetful
+plugin.window_of = lambda attention: None
 exec(compile(open({str(VllmEngine.worker_script)!r}).read(), "worker", "exec"))
 """
     Forgetful.worker_script.write_text(code)
-    child = child_of({0: {"mlp_linear": True}}, num_hidden_layers=2, **HEADS)
+    child = child_of({1: [WindowAttention(8, 4)]}, num_hidden_layers=2, **HEADS)
     folder = tmp_path / "export"
     folder.mkdir()
     for engine in in_one_process(Forgetful):
         with pytest.raises(ExportError, match=r"the first layer that differs is 1\b"):
             check(VllmExporter(), engine, child, folder, prompts)
+
+
+def test_a_family_that_vllm_cannot_run_is_refused_by_name(monkeypatch):
+    child = child_of(**HEADS)
+    monkeypatch.setattr(type(child.model), "_supports_attention_backend", False)
+    with pytest.raises(ExportError, match="llama computes attention by itself"):
+        VllmExporter().refuse(child)
 
 
 def test_times_and_memory_of_a_model_without_tokenizer(vllm, tmp_path):
@@ -167,19 +194,20 @@ def test_times_and_memory_of_a_model_without_tokenizer(vllm, tmp_path):
 
 def test_tensor_parallelism_that_does_not_fit_is_named():
     code = """
-from puzzle_nas.modeling import PuzzleConfig
+from types import SimpleNamespace
 from puzzle_nas.vllm_plugin.settings import undividable
-sizes = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=6, intermediate_size=48)
-def reason(processes, **layer):
-    return undividable(PuzzleConfig(**sizes, per_layer_config={1: layer}), processes)
-assert reason(2, num_key_value_heads=1) is None
-assert reason(3, num_key_value_heads=3) is reason(6, num_key_value_heads=3) is None
-assert reason(2, num_key_value_heads=3) == "the 3 KV heads of layer 1"
-assert reason(2, num_key_value_heads=3, attention_linear=True) is None
-assert reason(2, intermediate_size=37) == "the FFN width 37 of layer 1"
-assert reason(2, intermediate_size=37, mlp_linear=True) is reason(2, intermediate_size=37, skip=["mlp"]) is None
+def reason(processes, kv_heads=6, width=48):
+    attention = {"kind": "grouped", "num_key_value_heads": kv_heads} if kv_heads else {"kind": "linear"}
+    ffn = {"kind": "gated", "intermediate_size": width} if width else {"kind": "no_op"}
+    layers = [{}, {"attention": attention, "ffn": ffn}]
+    return undividable(SimpleNamespace(num_attention_heads=6, puzzle_layers=layers), processes)
+assert reason(2, kv_heads=1) is reason(1, width=37) is None
+assert reason(3, kv_heads=3) is reason(6, kv_heads=3) is None
+assert reason(2, kv_heads=3) == "the 3 KV heads of layer 1"
+assert reason(2, kv_heads=None) is None
+assert reason(2, width=37) == "the FFN width 37 of layer 1"
+assert reason(2, width=None) is None
 assert reason(4) == "the 6 query heads"
-assert reason(5) == "the hidden size 96"
 """
     command = [SERVING_ENGINES["vllm"].python(), "-c", code]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -215,7 +243,7 @@ def test_a_server_answers_the_curl_line_that_is_printed(engine, exporter, per_la
 def test_a_server_that_ends_says_why(tmp_path):
     VllmExporter().write(child_of(EVERY_KIND, **HEADS), tmp_path, "float32")
     weights = load_file(tmp_path / "model.safetensors")
-    del weights["model.layers.2.self_attn.linear_attn.weight"]
+    del weights["model.layers.2.self_attn.linear.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     expected = pytest.raises(
         EngineError, match=r"server ended with exit code 1: ValueError: The checkpoint lacks 1 weights, .*layers\.2"

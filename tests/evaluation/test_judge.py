@@ -14,7 +14,7 @@ import pytest
 from puzzle_nas.engines import serving_engine
 from puzzle_nas.engines.server import served
 from puzzle_nas.errors import DataError, EngineError
-from puzzle_nas.evaluation.judge import Endpoint, Judge, judge_child, outcome, read_questions, read_vote
+from puzzle_nas.evaluation.judge import Endpoint, Judge, judge_child, outcome, read_questions, read_vote, show_judgement
 from puzzle_nas.stages.export_child import export_child
 from tests.conftest import puzzle
 from tests.exporters.children import child_of
@@ -97,7 +97,9 @@ def test_the_outcome_counts_only_what_both_orders_say():
         ("<think>[[B]] perhaps</think>\n[[A]]", "first"),
         (" A.", "first"),
         ("A is a letter", "unclear"),
-        ("", "unclear"),
+        ("", "no verdict"),
+        ("<think>Let me see: [[A]]", "no verdict"),
+        ("<think>Let me see.</think>\n", "no verdict"),
     ],
 )
 def test_reading_a_verdict(reply, vote):
@@ -192,6 +194,45 @@ def test_what_an_endpoint_is_asked_and_how_it_may_fail(stub, monkeypatch):
     Stub.replies = [(200, {"choices": []})]
     with pytest.raises(EngineError, match="does not answer as OpenAI's"):
         stub.vote("Who?", "I.", "You.")
+
+
+OK = (200, {"choices": [{"message": {"content": "[[B]]"}}]})
+
+
+@pytest.mark.parametrize(
+    ("complaint", "settings"),
+    [
+        (
+            "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
+            {"temperature", "max_completion"},
+        ),
+        ("Unsupported value: 'temperature' does not support 0 with this model.", {"max_tokens"}),
+        ("extra inputs: max_tokens", {"temperature"}),
+    ],
+)
+def test_a_server_that_refuses_a_setting_is_asked_as_it_says(stub, complaint, settings):
+    Stub.replies = [(400, {"error": {"message": complaint}}), OK, OK]
+    assert stub.vote("Who?", "I.", "You.") == "second"
+    changed = set(Stub.bodies[1][1]) - {"model", "messages"}
+    assert {name.removesuffix("_tokens") if "completion" in name else name for name in changed} == settings
+    # And so from then on.
+    assert stub.vote("Who?", "I.", "You.") == "second" and set(Stub.bodies[2][1]) == set(Stub.bodies[1][1])
+
+
+def test_a_server_that_goes_on_refusing(stub):
+    Stub.replies = [(400, {"error": "no temperature"}), (400, {"error": "no temperature"})]
+    with pytest.raises(EngineError, match=r"error 400: .*no temperature"):
+        stub.vote("Who?", "I.", "You.")
+
+
+def test_questions_without_a_verdict_do_not_count():
+    win = {"child first": "first", "parent first": "second"}
+    silent = {"child first": "no verdict", "parent first": "second"}
+    found = outcome([win, silent])
+    assert (found["questions"], found["wins"], found["ties"], found["questions_without_verdict"]) == (1, 1, 0, 1)
+    assert "1 more questions got no verdict" in show_judgement({**found, "judge": "j"})
+    with pytest.raises(EngineError, match="empty, or nothing but thoughts"):
+        outcome([silent])
 
 
 def test_mistakes(tiny_run, tiny_parent, questions):

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from puzzle_nas.errors import DataError
+from puzzle_nas.estimates import estimate
 from puzzle_nas.evaluation.long_context import evaluate_lengths, lengths_to
 from puzzle_nas.evaluation.models import Evaluated
 from puzzle_nas.evaluation.ruler import CHAIN, KINDS, WORDS, common_words, question, variable_tracking
-from puzzle_nas.evaluation.statistics import estimate
 from puzzle_nas.evaluation.text import compare_texts
 from tests.conftest import puzzle
-from tests.exporters.children import child_of, tokenizer
+from tests.exporters.children import LINEAR_ATTENTION, child_of, tokenizer
 from tests.stages.test_bad_input import check_refused
 
 
@@ -77,7 +77,7 @@ def test_lengths_double_up_to_the_limit():
 
 
 def test_each_length_is_scored_and_compared_with_the_parent():
-    parent, child = evaluated(), evaluated({0: {"attention_linear": True}})
+    parent, child = evaluated(), evaluated({0: [LINEAR_ATTENTION]})
     text = torch.randint(3, 331, (4, 600))
     found = evaluate_lengths(child, parent, text, 1024, 2, seed=0)["lengths"]
     assert list(found) == ["512", "1024"]
@@ -104,7 +104,7 @@ def test_a_parent_against_itself_preserves_everything(monkeypatch):
     """With an oracle in place of generation: the score reaches the table, and the ratio is of the right models."""
     import puzzle_nas.evaluation.long_context as module
 
-    parent, child = evaluated(), evaluated({0: {"attention_linear": True}})
+    parent, child = evaluated(), evaluated({0: [LINEAR_ATTENTION]})
 
     def oracle(model, asked, on_answer):
         on_answer()
@@ -118,7 +118,7 @@ def test_a_parent_against_itself_preserves_everything(monkeypatch):
 
 
 def test_on_the_command_line(tmp_path):
-    for name, layers in (("parent", {}), ("child", {0: {"attention_linear": True}})):
+    for name, layers in (("parent", {}), ("child", {0: [LINEAR_ATTENTION]})):
         child = child_of(layers, max_position_embeddings=600)
         child.model.save_pretrained(tmp_path / name)
         child.tokenizer.save_pretrained(tmp_path / name)

@@ -18,7 +18,7 @@ from puzzle_nas.errors import DataError
 from puzzle_nas.evaluation.harness import HarnessModel, choice_task
 from puzzle_nas.evaluation.models import open_model
 from puzzle_nas.evaluation.tasks import LoadedTasks, chance, evaluate_tasks
-from puzzle_nas.training.likelihood import encode_pair, log_likelihoods
+from puzzle_nas.scoring.likelihood import encode_pair, log_likelihoods
 from tests.conftest import puzzle
 from tests.evaluation.test_text import FLOAT32
 from tests.stages.test_bad_input import check_refused
@@ -115,7 +115,7 @@ def test_preserved_and_what_is_left_out(tiny_run, spelling, coin, tmp_path):
 def test_the_report_shows_it_until_the_child_is_made_anew(tiny_run, coin, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     puzzle("evaluate", run, "--tasks", coin, "--long-context", "--max-length", 16, "--questions", 0)
-    puzzle("report", run, "--again")
+    puzzle("write-report", run, "--again")
     report = (run / "report.html").read_text()
     assert "coin *" in report and "By length in tokens" in report
     puzzle("distill-child", run, "--again")

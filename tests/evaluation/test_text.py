@@ -5,17 +5,22 @@ import math
 import re
 import shutil
 
+import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from puzzle_nas.errors import CheckpointError, DataError
+from puzzle_nas.estimates import estimate
+from puzzle_nas.evaluation.evaluate import Asked, evaluate
 from puzzle_nas.evaluation.models import Evaluated, Subject, comparable, open_model
-from puzzle_nas.evaluation.statistics import above, estimate, preserved, wilson_interval
 from puzzle_nas.evaluation.text import compare_texts, domain_tokens, named_files
-from puzzle_nas.families.loading import Machine
+from puzzle_nas.exporters.gguf_tokenizer import write_tokenizer
+from puzzle_nas.machine import Machine
 from tests.conftest import puzzle
+from tests.exporters.children import tokenizer as other_tokenizer
 from tests.stages.test_bad_input import check_refused
 from tests.stages.test_run import independent_kl
 
@@ -97,7 +102,7 @@ def test_a_model_of_another_family_and_one_that_bends_its_logits(tiny_parent, tm
         comparable(opened, parent)
         found = compare_texts(opened, parent, {"random": tokens})["all"]
         assert found["kl_nats"]["mean"] == pytest.approx(independent_kl(parent.whole, model, tokens), rel=1e-4)
-        assert (opened.lm_head is opened.whole.get_output_embeddings()) == (name == "gpt2")
+        assert (opened.head.cap is None) == (name == "gpt2")
 
 
 def test_a_padded_vocabulary_is_cut_and_another_tokenizer_refused(tiny_parent, texts, tmp_path):
@@ -112,16 +117,70 @@ def test_a_padded_vocabulary_is_cut_and_another_tokenizer_refused(tiny_parent, t
         p = parent.whole(tokens).logits.log_softmax(-1).flatten(0, 1)
     kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean").item()
     assert found["kl_nats"]["mean"] == pytest.approx(kl, rel=1e-4)
-    from tests.exporters.children import tokenizer as other
-
     with pytest.raises(CheckpointError, match="different tokens"):
-        comparable(Evaluated(gpt2(331), other()), parent)
+        comparable(Evaluated(gpt2(331), other_tokenizer()), parent)
 
 
 def test_a_model_alone_has_a_perplexity_only(tiny_parent, texts):
     data = ["--data", texts / "prose.jsonl", "--sequence-length", 32, "--tokens", 64]
     figures = json.loads(puzzle("evaluate", tiny_parent, *data, "--json").stdout)["text"]["all"]
     assert set(figures) == {"sequences", "lm_loss_nats", "perplexity"}
+
+
+def test_sequences_are_cut_to_the_positions_of_both_models(tiny_parent, texts, tmp_path, capsys):
+    gpt2(1024).save_pretrained(tmp_path / "short")
+    AutoTokenizer.from_pretrained(tiny_parent).save_pretrained(tmp_path / "short")
+    asked = Asked(data=(str(texts / "prose.jsonl"),), sequence_length=512, tokens=256)
+    found = evaluate(tmp_path / "short", tiny_parent, asked)["text"]
+    assert found["sequence_length"] == 64 and found["all"]["sequences"] == 4
+    assert "Sequences have 64 tokens instead of 512" in capsys.readouterr().out
+    assert evaluate(tiny_parent, None, asked)["text"]["sequence_length"] == 128
+
+
+def test_text_begins_as_the_tokenizer_begins_it(tiny_parent, texts):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_parent)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    tokens = domain_tokens([str(texts / "prose.jsonl")], tokenizer, 32, 256, seed=0)
+    assert (tokens[:, 0] == tokenizer.bos_token_id).all() and (tokens[:, 1] != tokenizer.bos_token_id).all()
+
+
+def llama_gguf(path):
+    """A random Llama of one layer as llama.cpp has it."""
+    writer = gguf.GGUFWriter(path, "llama")
+    theirs = other_tokenizer()
+    size, hidden, width, heads = len(theirs), 64, 96, 4
+    for add, value in (
+        (writer.add_block_count, 1), (writer.add_context_length, 128), (writer.add_embedding_length, hidden),
+        (writer.add_feed_forward_length, width), (writer.add_head_count, heads), (writer.add_head_count_kv, heads),
+        (writer.add_vocab_size, size), (writer.add_layer_norm_rms_eps, 1e-5), (writer.add_rope_freq_base, 10000.0),
+        (writer.add_rope_dimension_count, hidden // heads),
+    ):  # fmt: skip
+        add(value)
+    write_tokenizer(writer, theirs, size)
+    square, random = (hidden, hidden), np.random.default_rng(0)
+    shapes = {"token_embd": (size, hidden), "output": (size, hidden), "output_norm": (hidden,)}
+    layer = {"attn_norm": (hidden,), "ffn_norm": (hidden,), "ffn_gate": (width, hidden), "ffn_up": (width, hidden)}
+    layer |= {"ffn_down": (hidden, width), **dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), square)}
+    for name, shape in {**shapes, **{f"blk.0.{name}": shape for name, shape in layer.items()}}.items():
+        writer.add_tensor(f"{name}.weight", random.normal(0, 0.2, shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file(texts, tmp_path):
+    llama_gguf(tmp_path / "m.gguf")
+    opened = open_model(tmp_path / "m.gguf", FLOAT32)
+    asked = Asked(data=(str(texts / "prose.jsonl"),), sequence_length=32, tokens=64)
+    found = evaluate(tmp_path / "m.gguf", None, asked)["text"]["all"]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
+    tokens = domain_tokens([str(texts / "prose.jsonl")], opened.tokenizer, 32, 64, seed=0)
+    with torch.no_grad():
+        losses = torch.stack([theirs(t[None], labels=t[None]).loss for t in tokens])
+    assert found["lm_loss_nats"]["mean"] == pytest.approx(losses.mean().item(), rel=1e-3)
 
 
 def test_only_positions_with_enough_context_count(tiny_parent):
@@ -153,26 +212,9 @@ def test_files_and_domains(tmp_path):
     }
 
 
-def test_statistics():
-    values = np.array([1.0, 2.0, 4.0])
-    assert estimate(values) == {
-        "mean": pytest.approx(7 / 3),
-        "standard_error": pytest.approx(values.std(ddof=1) / 3**0.5),
-    }
-    low, high = wilson_interval(0.5, 10)
-    assert (low, high) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
-    assert wilson_interval(1.0, 10)[0] == pytest.approx(0.7225, abs=1e-4)
-    hits = np.array([1.0] * 60 + [0.0] * 40)
-    assert above(hits, np.full(100, 0.5)) and not above(hits, np.full(100, 0.53))
-    same = preserved([(hits, hits)])
-    assert same == {"mean": 1.0, "low": 1.0, "high": 1.0}
-    worse = preserved([(hits * (np.arange(100) % 5 > 0), hits)])
-    assert worse["mean"] == pytest.approx(0.8) and 0.68 < worse["low"] < 0.8 < worse["high"] < 0.92
-
-
 def test_mistakes(tiny_parent, tmp_path):
-    check_refused("evaluate", tmp_path / "nothing", "--data", "x.txt", contains=["no checkpoint"])
-    check_refused("evaluate", tiny_parent, contains=["no run folder", "--data"])
+    check_refused("evaluate", tmp_path / "nothing", "--data", __file__, contains=["no checkpoint"])
+    check_refused("evaluate", tiny_parent, contains=["not a run folder", "--data"])
     check_refused("evaluate", tiny_parent, "--data", tmp_path / "no.txt", contains=["There is no file"])
 
 

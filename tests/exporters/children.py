@@ -1,14 +1,16 @@
 """Small random children of every shape, with a byte-level BPE tokenizer."""
 
 import functools
+from dataclasses import replace
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from puzzle_nas.architecture import GatedFFN, GroupedAttention, Linear, NoOp
 from puzzle_nas.data.sources import documents
 from puzzle_nas.exporters import Child
-from puzzle_nas.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle_nas.families import architecture_of, child_config
 from puzzle_nas.recipe import SourceSettings
 
 SIZES = {
@@ -26,39 +28,41 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-EMPTY = {"skip": ["attention", "mlp"]}
+NO_ATTENTION, NO_FFN = NoOp("attention"), NoOp("ffn")
+LINEAR_ATTENTION, LINEAR_FFN = Linear("attention"), Linear("ffn")
+EMPTY = (NO_ATTENTION, NO_FFN)
 EVERY_KIND = {
-    0: {"skip": ["attention"]},
-    1: {"num_key_value_heads": 2, "skip": ["mlp"]},
-    2: {"attention_linear": True, "intermediate_size": 32},
+    0: [NO_ATTENTION],
+    1: [GroupedAttention(2), NO_FFN],
+    2: [LINEAR_ATTENTION, GatedFFN(32)],
     3: EMPTY,
-    4: {"num_key_value_heads": 1, "mlp_linear": True},
-    5: {"attention_linear": True, "mlp_linear": True},
-    6: {"skip": ["attention"], "mlp_linear": True},
-    7: {"skip": ["mlp"]},
+    4: [GroupedAttention(1), LINEAR_FFN],
+    5: [LINEAR_ATTENTION, LINEAR_FFN],
+    6: [NO_ATTENTION, LINEAR_FFN],
+    7: [NO_FFN],
 }
 CHILDREN = {
     "the parent": {},
     "every kind": EVERY_KIND,
-    "empty at both ends": {0: EMPTY, 7: EMPTY, 3: {"attention_linear": True, "skip": ["mlp"]}},
-    "linear at both ends": {i: {"attention_linear": True, "mlp_linear": True} for i in (0, 7)},
-    "no attention at all": {i: {"skip": ["attention"]} for i in range(8)},
-    "no FFN at all": {i: {"skip": ["mlp"]} for i in range(8)},
+    "empty at both ends": {0: EMPTY, 7: EMPTY, 3: [LINEAR_ATTENTION, NO_FFN]},
+    "linear at both ends": {i: [LINEAR_ATTENTION, LINEAR_FFN] for i in (0, 7)},
+    "no attention at all": {i: [NO_ATTENTION] for i in range(8)},
+    "no FFN at all": {i: [NO_FFN] for i in range(8)},
     "nothing at all": {i: EMPTY for i in range(8)},
 }
 STOCK_SAFE = {
-    1: {"num_key_value_heads": 2, "intermediate_size": 48},
-    2: {"skip": ["attention"]},
+    1: [GroupedAttention(2), GatedFFN(48)],
+    2: [NO_ATTENTION],
     3: EMPTY,
-    4: {"num_key_value_heads": 1, "skip": ["mlp"]},
-    7: {"skip": ["mlp"]},
+    4: [GroupedAttention(1), NO_FFN],
+    7: [NO_FFN],
 }
 FAMILIES = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
     "wide heads": {"head_dim": 32},
-    "biases as in Qwen2": {"query_key_value_bias": True},
-    "biases everywhere": {"query_key_value_bias": True, "attention_output_bias": True, "mlp_bias": True},
+    "biases as in Qwen2": {"family": "qwen2"},
+    "biases everywhere": {"attention_bias": True, "mlp_bias": True},
     "Llama 3's rotary positions": {
         "rope_parameters": {
             "rope_type": "llama3",
@@ -120,11 +124,21 @@ def sentencepiece_tokenizer(as_normaliser):
     return PreTrainedTokenizerFast(tokenizer_object=raw, **names)
 
 
-def child_of(per_layer=None, **changes):
-    """A random child in which no weight is left at a value that hides its absence."""
+def child_of(per_layer=None, family="llama", **changes):
+    """A random child in which no weight is left at a value that hides its absence; `per_layer` holds specs."""
     torch.manual_seed(0)
-    config = PuzzleConfig(**{**SIZES, **changes}, per_layer_config=per_layer or {})
-    model = PuzzleForCausalLM(config).eval().requires_grad_(False)
+    sizes = {**SIZES, **changes}
+    if family == "qwen2":
+        # Its heads have no size of their own.
+        sizes.pop("head_dim")
+    parent = AutoConfig.for_model(family, **sizes)
+    architecture = architecture_of(parent)
+    for layer, specs in (per_layer or {}).items():
+        for spec in specs:
+            if isinstance(spec, GroupedAttention):
+                spec = replace(spec, window=architecture.layers[layer][spec.slot].window)
+            architecture = architecture.replaced(layer, spec)
+    model = AutoModelForCausalLM.from_config(child_config(parent, architecture)).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             parameter.add_(0.3 * torch.randn_like(parameter))

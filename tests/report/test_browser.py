@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from puzzle_nas.architecture import GatedFFN, GroupedAttention, LinearFFN
+from puzzle_nas.architecture import GatedFFN, GroupedAttention, Linear
 from puzzle_nas.report.figures.layers import Bar, child_figure
 from puzzle_nas.report.page import SECTIONS, render_page
 from tests.report.browser import chromium, visit
@@ -89,8 +89,8 @@ def test_paper_shows_every_section_and_leaves_the_page_as_it_was(browser, report
 
 def test_bars_of_rare_kinds_are_as_narrow_as_all_others(browser, tmp_path):
     """Left to itself, plotly widens bars of a trace that has none in neighbouring layers."""
-    specs = [LinearFFN() if layer in (3, 5) else GatedFFN(341) for layer in range(9)]
-    bars = [Bar(layer, spec, spec != LinearFFN(), 50.0) for layer, spec in enumerate(specs)]
+    specs = [Linear("ffn") if layer in (3, 5) else GatedFFN(341) for layer in range(9)]
+    bars = [Bar(layer, spec, spec != Linear("ffn"), 50.0) for layer, spec in enumerate(specs)]
     file = tmp_path / "figure.html"
     child_figure([*bars, *(Bar(layer, GroupedAttention(2), True, 100.0) for layer in range(9))]).write_html(file)
     page = browser.new_page()

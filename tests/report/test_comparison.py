@@ -62,7 +62,7 @@ def test_one_run_or_an_unfinished_one_is_refused(two, tmp_path):
     for folders in (two[:1], [two[0], two[0]]):
         with pytest.raises(RecipeError, match="two or more different runs"):
             load_runs(folders)
-    with pytest.raises(ArtifactError, match="puzzle report"):
+    with pytest.raises(ArtifactError, match="puzzle write-report"):
         load_runs([two[0], RunFolder(tmp_path / "nothing")])
     older = read_json(two[1].summary)
     del older["engine"]

@@ -12,19 +12,10 @@ from typing import Any
 
 import pytest
 
-from puzzle_nas.architecture import (
-    SLOTS,
-    Architecture,
-    GatedFFN,
-    GroupedAttention,
-    LinearAttention,
-    LinearFFN,
-    NoOpAttention,
-    NoOpFFN,
-    ParentShape,
-)
-from puzzle_nas.architecture_search import ArchitectureSearch
+from puzzle_nas.architecture import Architecture, GatedFFN, GroupedAttention, Linear, NoOp
 from puzzle_nas.artifacts import RunFolder, write_bytes, write_json
+from puzzle_nas.choosing.architecture_search import ArchitectureSearch
+from puzzle_nas.choosing.costs import group_name
 from puzzle_nas.errors import ArtifactError
 from puzzle_nas.recipe import Recipe, parse_recipe
 from puzzle_nas.report.figures.common import log_axis
@@ -35,10 +26,11 @@ from puzzle_nas.report.summary import build_summary
 from puzzle_nas.report.tables import model_rows, speed_note
 
 LAYERS = 12
-SHAPE = ParentShape(LAYERS, 576, 1536, 9, 3, 64)
+PARENT = Architecture(({"attention": GroupedAttention(3), "ffn": GatedFFN(1536)},) * LAYERS)
+LIKE = group_name(0, (0,))
 VARIANTS = {
-    "attention": (GroupedAttention(1), LinearAttention(), NoOpAttention()),
-    "ffn": (GatedFFN(1152), GatedFFN(768), GatedFFN(384), GatedFFN(160), LinearFFN(), NoOpFFN()),
+    "attention": (GroupedAttention(1), Linear("attention"), NoOp("attention")),
+    "ffn": (GatedFFN(1152), GatedFFN(768), GatedFFN(384), GatedFFN(160), Linear("ffn"), NoOp("ffn")),
 }
 SIZE = {spec: 1 - (i + 1) / len(specs) for specs in VARIANTS.values() for i, spec in enumerate(specs)}
 FALLEN = (5, "ffn.linear")
@@ -54,7 +46,7 @@ scenarios:
 
 def variants():
     """Every layer and variant."""
-    return [(layer, spec) for layer in range(LAYERS) for slot in SLOTS for spec in VARIANTS[slot]]
+    return [(layer, spec) for layer in range(LAYERS) for specs in VARIANTS.values() for spec in specs]
 
 
 def damage(layer: int, spec) -> float:
@@ -82,7 +74,7 @@ def write_library(run: RunFolder) -> None:
 
 def cost_table() -> dict[str, Any]:
     """Costs proportional to size."""
-    parent = [SHAPE.parent_spec(slot) for slot in SLOTS]
+    parent = PARENT.layers[0].values()
     share = {spec: SIZE.get(spec, 1.0) for spec in (*parent, *SIZE)}
     own = {"attention": 0.4, "ffn": 0.6}
 
@@ -93,27 +85,33 @@ def cost_table() -> dict[str, Any]:
         }
         whole = {"prefill_ms": 1.02 * prefill * LAYERS, "decode_step_ms": 1.05 * step * LAYERS}
         fixed = {"prefill_ms": 9.0, "decode_step_ms": 2.0}
-        return {"fixed": fixed, "variants": parts, "parent_measured": whole, "working_bytes": 5_000_000}
+        variants = {LIKE: parts, "head": {"head": {"prefill_ms": 0.0, "decode_step_ms": 0.0}}}
+        return {"fixed": fixed, "variants": variants, "parent_measured": whole, "working_bytes": 5_000_000}
 
     def weights(v: float) -> dict[str, int]:
         count = round(2e6 * v)
-        return {"parameters": count, "parameter_bytes": 2 * count, "kv_bytes_per_token": round(768 * v)}
+        return {"parameters": count, "parameter_bytes": 2 * count, "state_bytes": 0}
 
     return {
         "machine": {"engine": "torch", "device": "cpu", "processor": "Example CPU", "threads": 2},
         "other_load_percent": 3.0,
-        "num_hidden_layers": LAYERS,
+        "groups": [0] * LAYERS,
         "scenarios": {"chat": times(10.0, 1.5), "summarise": times(38.0, 1.7)},
-        "bytes": {"fixed": weights(14.0), "variants": {spec.id: weights(v) for spec, v in share.items()}},
+        "bytes": {
+            "head_dim": 64,
+            "cache_itemsize": 2,
+            "fixed": weights(0.0),
+            "variants": {LIKE: {spec.id: weights(v) for spec, v in share.items()}, "head": {"head": weights(14.0)}},
+        },
     }
 
 
 def child() -> Architecture:
     """Some of everything."""
-    architecture = Architecture.of_parent(SHAPE)
+    architecture = PARENT
     for layer, spec in (
-        (3, GroupedAttention(1)), (4, NoOpAttention()), (5, NoOpAttention()), (6, LinearAttention()),
-        (4, GatedFFN(384)), (5, GatedFFN(768)), (6, LinearFFN()), (7, NoOpFFN()), (8, GatedFFN(768)),
+        (3, GroupedAttention(1)), (4, NoOp("attention")), (5, NoOp("attention")), (6, Linear("attention")),
+        (4, GatedFFN(384)), (5, GatedFFN(768)), (6, Linear("ffn")), (7, NoOp("ffn")), (8, GatedFFN(768)),
     ):  # fmt: skip
         architecture = architecture.replaced(layer, spec)
     return architecture
@@ -135,7 +133,7 @@ def make_run(folder: Path, parent: str = "example/parent-135M") -> tuple[Recipe,
     run, recipe = RunFolder(folder), parse_recipe(RECIPE.format(parent=json.dumps(parent)))
     versions = "# puzzle-nas 0.1.0, torch 2.11, transformers 5.17\n"
     write_bytes(run.recipe, (versions + recipe.to_yaml()).encode())
-    facts = {"source": parent, "checkpoint": "parent", "family": "llama", "shape": vars(SHAPE)}
+    facts = {"source": parent, "checkpoint": "parent", "family": "llama", "architecture": PARENT.to_list()}
     write_json(run.parent, facts | {"parameters": 134_515_008})
     write_library(run)
     for layer, spec in variants():
@@ -166,11 +164,13 @@ def make_run(folder: Path, parent: str = "example/parent-135M") -> tuple[Recipe,
     faster = {"prefill_ms": 98.0, "decode_step_ms": 15.2, "request_ms": 1055.6}
     times = {"parent": request, "child": faster}
     measured = {
+        "quantised_parents": {},
         "scenarios": {"chat": times, "summarise": times},
         "mix_ms": {"parent": 1390.0, "child": 1055.6},
         "speedup": 1.317,
         "speedup_standard_error": 0.015,
         "speedup_by_repeat": [1.298, 1.317, 1.331],
+        "other_load_percent": 2.0,
     }
     write_json(run / "measured.json", measured)
     refit = {"selection_kl_nats_before": 0.5201, "selection_kl_nats_after": 0.4011}
@@ -248,7 +248,7 @@ def test_losses_are_the_scores_of_what_the_child_holds(made):
     page = made[-1]
     bars = {trace["name"]: dict(zip(trace["x"], trace["y"], strict=True)) for trace in drawn(page)["losses"][0]}
     for layer, slot, spec in child():
-        score = 0.0 if spec == SHAPE.parent_spec(slot) else damage(layer, spec)
+        score = 0.0 if spec == PARENT.layers[layer][slot] else damage(layer, spec)
         assert bars[{"attention": "attention", "ffn": "FFN"}[slot]][layer] == score
     assert "0.2101 ± 0.0105" in page
 

@@ -143,11 +143,18 @@ def test_homogeneous_keeps_to_the_limits_and_takes_the_best_score():
     assert homogeneous(problem, "runtime", 8.0).choices == {0: "c", 1: "c"}
 
 
+def test_homogeneous_has_one_choice_for_a_slot_that_some_layers_lack():
+    columns = {"score": [[0.0, 1.0, 3.0], [0.0, 2.0, 3.0], [0.0, 1.0, 3.0]], "runtime": [[4.0, 2.0, 1.0]] * 3}
+    problem = Problem(table_of(columns), "score")
+    found = homogeneous(problem, "runtime", 8.0, {0: 0, 1: 1, 2: 2}, {0: "attention", 1: "conv", 2: "attention"})
+    assert found.choices == {0: "b", 1: "a", 2: "b"}
+
+
 def test_homogeneous_needs_shared_slots_and_variants():
     table = Table((0, 1), (("a",), ("b",)), {"score": (np.zeros(1), np.zeros(1))})
     with pytest.raises(RecipeError, match="a variant that all layers share"):
         homogeneous(Problem(table, "score"), "score", 1.0)
-    with pytest.raises(RecipeError, match="every slot exactly once"):
+    with pytest.raises(RecipeError, match="every slot at most once"):
         homogeneous(Problem(table, "score"), "score", 1.0, {0: 0, 1: 0})
     with pytest.raises(RecipeError, match="must be a positive number"):
         homogeneous(Problem(table, "score"), "score", 0.0)

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from puzzle_nas.errors import RecipeError
+from puzzle_nas.errors import PuzzleError, RecipeError
 from puzzle_nas.search import Limit, Problem, Table, read_table, solve
 
 ROWS = [
@@ -99,14 +99,14 @@ def test_duplicates_and_emptiness():
         ("table.jsonl", b"{", "damaged"),
         ("table.jsonl", b"[1]", "line 1 is not an object"),
         ("table.parquet", b"PAR1", "damaged"),
-        ("table.csv", b"\xff\xfe\x00", "damaged"),
+        ("table.csv", b"\xff\xfe\x00", "not UTF-8 text"),
         ("table.csv", b"layer,variant,score\n", "no rows"),
     ],
 )
 def test_damaged_files(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(PuzzleError, match=message):
         read_table(tmp_path / name)
 
 

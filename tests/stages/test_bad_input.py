@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from puzzle_nas import cli
 from tests.conftest import puzzle
 
 
@@ -56,7 +57,9 @@ def test_value_out_of_range(recipe, tmp_path):
 
 
 def test_missing_checkpoint(recipe, tmp_path):
-    check_refused("run", recipe(parent="./no/such/model"), "--run-dir", tmp_path / "r", contains=["./no/such/model"])
+    check_refused(
+        "run", recipe(parent="./no/such/model"), "--run-dir", tmp_path / "r", contains=[f"{tmp_path}/no/such/model"]
+    )
     (tmp_path / "empty").mkdir()
     empty = recipe(parent=str(tmp_path / "empty"))
     check_refused("run", empty, "--run-dir", tmp_path / "r2", contains=["config.json"])
@@ -123,9 +126,52 @@ def test_run_folder_of_another_recipe(recipe, copy_of_run, tiny_settings):
     check_refused("run", recipe(data=data), "--run-dir", copy_of_run, contains=["belongs to another recipe", "data"])
 
 
-def test_no_run_folder(tmp_path):
-    check_refused("show", tmp_path, contains=["summary.json is missing", "puzzle report"])
-    check_refused("score-blocks", tmp_path, contains=["is no run folder"])
+def test_no_run_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").mkdir()
+    for command in ("show", "compare", "score-blocks"):
+        for folder, message in (("a", "There is no folder "), ("b", "b is not a run folder: it has no recipe.yaml")):
+            monkeypatch.setattr(sys, "argv", ["puzzle", command, folder])
+            with pytest.raises(SystemExit, match="2"):
+                cli.main()
+            assert message in capsys.readouterr().err
+
+
+def test_an_unfinished_run(recipe, tmp_path, tiny_run):
+    run = tmp_path / "a run"
+    puzzle("run", recipe(), "--run-dir", run, "--to", "prepare-data")
+    for command in (("show",), ("compare", tiny_run)):
+        contains = ["is not finished: prepare-parent, prepare-data done, next is measure-costs", f"--run-dir '{run}'"]
+        check_refused(*command, run, contains=contains)
+
+
+def test_a_run_folder_of_another_version(copy_of_run):
+    path = copy_of_run / "recipe.yaml"
+    path.write_text(path.read_text().replace("seed: 0", "seed: 0\npatience: 3"))
+    contains = [f"{path} was written by another version (puzzle-nas ", "does not know the key patience", "--run-dir"]
+    for command in ("score-blocks", "evaluate", "verify"):
+        check_refused(command, copy_of_run, contains=contains)
+
+
+def test_a_corrected_mistake_goes_on(recipe, tmp_path, tiny_parent, tiny_settings):
+    run = ("--run-dir", tmp_path / "r")
+    check_refused("run", recipe(parent=str(tmp_path / "nowhere")), *run, contains=["There is no checkpoint"])
+    wrong = {**tiny_settings["data"], "sources": [{"source": str(tmp_path / "no.txt")}]}
+    check_refused("run", recipe(data=wrong), *run, contains=["There is no file"])
+    puzzle("run", recipe(), *run, "--to", "prepare-data")
+    check_refused("run", recipe(data=wrong), *run, contains=["belongs to another recipe: its data differs"])
+
+
+def test_a_lora_adapter_is_not_a_parent(recipe, tmp_path, tiny_parent):
+    adapter, both = tmp_path / "adapter", tmp_path / "both"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    contains = ["holds a LoRA adapter (adapter_config.json), not a model", "merge_and_unload"]
+    check_refused("run", recipe(parent=str(adapter)), "--run-dir", tmp_path / "r", contains=contains)
+    shutil.copytree(tiny_parent, both)
+    (both / "adapter_config.json").write_text("{}")
+    contains = ["holds a whole model and a LoRA adapter (adapter_config.json)", "merge_and_unload"]
+    check_refused("run", recipe(parent=str(both)), "--run-dir", tmp_path / "r", contains=contains)
 
 
 def test_a_summary_of_an_older_version(copy_of_run):
@@ -133,7 +179,9 @@ def test_a_summary_of_an_older_version(copy_of_run):
     summary = json.loads(path.read_text())
     del summary["child"]["speedup_measured_standard_error"]
     path.write_text(json.dumps(summary))
-    check_refused("show", copy_of_run, contains=["no speedup_measured_standard_error", "puzzle report", "--again"])
+    check_refused(
+        "show", copy_of_run, contains=["no speedup_measured_standard_error", "puzzle write-report", "--again"]
+    )
 
 
 def test_a_stage_whose_input_is_missing(recipe, tmp_path):
@@ -169,6 +217,7 @@ def test_full_disk(recipe, tmp_path):
 def test_command_line_mistakes(tiny_run):
     check_refused("run", "x.yaml", "--form", "search", contains=["--form"])
     check_refused("search", contains=["Name either a run folder"])
+    check_refused("search", tiny_run, contains=["Name a limit", f"puzzle search-architecture {tiny_run}"])
     check_refused("search", tiny_run, "--limit", "speedup", contains=["NAME=NUMBER"])
     check_refused("generate", tiny_run / "nothing", "hello", contains=["no checkpoint"])
 

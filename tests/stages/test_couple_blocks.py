@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import puzzle_nas.modeling  # noqa: F401
-from puzzle_nas.architecture import Architecture, GatedFFN, GroupedAttention, NoOpAttention, NoOpFFN, choice_id
-from puzzle_nas.architecture_search import ArchitectureSearch
+from puzzle_nas.architecture import Architecture, GatedFFN, GroupedAttention, NoOp, SearchSpace, choice_id
 from puzzle_nas.artifacts import RunFolder, file_checksum
+from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.data.batches import load_tokens
-from puzzle_nas.families import load_parent
+from puzzle_nas.families import architecture_of, load_parent
 from puzzle_nas.library import assemble, block_weights
 from puzzle_nas.pipeline import open_run
 from tests.conftest import puzzle
@@ -28,7 +28,7 @@ def two_steps(tiny_run, tmp_path_factory):
     overrides = [f"coupled_bld.{name}={value}" for name, value in COUPLED.items()]
     pin = f"costs.file={tiny_run / 'costs/torch.json'}"
     recipe = tiny_run.parent / "tiny.yaml"
-    out = puzzle("run", recipe, *overrides, pin, "--run-dir", folder, "--to", "assemble").stdout
+    out = puzzle("run", recipe, *overrides, pin, "--run-dir", folder, "--to", "assemble-child").stdout
     # All but the cost table, which has become a file, is of use as it is.
     assert out.count("already done") == 5 and "/13] couple-blocks" in out
     return RunFolder(folder)
@@ -36,7 +36,7 @@ def two_steps(tiny_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parent(two_steps):
-    return load_parent(two_steps)[0]
+    return load_parent(open_run(two_steps), two_steps)
 
 
 def pairs_of(run):
@@ -62,7 +62,7 @@ def test_pairs_are_those_of_what_solutions_use_and_learn_together(two_steps):
 
 
 def test_a_pair_starts_from_the_decoupled_variants_and_trains_the_parents_half_too(two_steps, parent):
-    shape = load_parent(two_steps)[1]
+    own = architecture_of(parent.config).layers
     moved = 0
     for layer, specs, facts in pairs_of(two_steps):
         pair = tuple(block(*specs).values())
@@ -72,14 +72,13 @@ def test_a_pair_starts_from_the_decoupled_variants_and_trains_the_parents_half_t
         if not facts["fell_back"]:
             # Norms only scale the columns of what reads them, and stay.
             assert all(torch.equal(before[name], after[name]) == ("layernorm" in name) for name in before)
-            moved += any(spec == shape.parent_spec(spec.slot) for spec in pair)
+            moved += any(spec == own[layer][spec.slot] for spec in pair)
     assert moved
 
 
 def test_scores_of_pairs_are_what_a_model_with_that_block_measures(two_steps, parent):
-    shape = load_parent(two_steps)[1]
     layer, specs, _ = max(pairs_of(two_steps), key=lambda row: row[2]["parameters"])
-    blocks = list(Architecture.of_parent(shape).layers)
+    blocks = list(architecture_of(parent.config).layers)
     blocks[layer] = block(*specs)
     child = assemble(two_steps, parent, Architecture(tuple(blocks)), "coupled")
     tokens = load_tokens(two_steps, "scoring")
@@ -120,7 +119,8 @@ def test_without_it_nothing_is_paired_and_the_command_says_how_to_ask_for_it(tin
 def test_a_pair_of_nothing_or_of_the_parent_is_not_trained():
     from puzzle_nas.stages.couple_blocks import _trains
 
-    own = {GroupedAttention(2), GatedFFN(341)}
-    assert not _trains((GroupedAttention(2), GatedFFN(341)), own)
-    assert not _trains((NoOpAttention(), NoOpFFN()), own)
-    assert _trains((GroupedAttention(2), NoOpFFN()), own) and _trains((NoOpAttention(), GatedFFN(96)), own)
+    own = SearchSpace(({"attention": (GroupedAttention(2),), "ffn": (GatedFFN(341),)},))
+    assert not _trains((0, (GroupedAttention(2), GatedFFN(341))), own)
+    assert not _trains((0, (NoOp("attention"), NoOp("ffn"))), own)
+    assert _trains((0, (GroupedAttention(2), NoOp("ffn"))), own)
+    assert _trains((0, (NoOp("attention"), GatedFFN(96))), own)

@@ -5,13 +5,17 @@ import resource
 import shlex
 import subprocess
 import sys
+import urllib.error
+import urllib.request
+from collections import Counter
 
+import gguf
 import pytest
 from safetensors.torch import load_file
 
 from puzzle_nas import cli
-from puzzle_nas.architecture_search import ArchitectureSearch
 from puzzle_nas.artifacts import RunFolder
+from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.engines import SERVING_ENGINES
 from puzzle_nas.engines.base import EXPORT_RECORD
 from puzzle_nas.engines.server import served
@@ -56,7 +60,7 @@ def check_refused(monkeypatch, capsys):
 
 
 def test_an_export_says_how_it_was_verified(exported):
-    assert exported.name == "gguf-float32"
+    assert exported.name == "gguf-bfloat16"
     record = json.loads((exported / EXPORT_RECORD).read_text())
     check = record["verification"]["float32"]
     assert check["num_tokens"] >= 512 and check["max_nats"] <= check["tolerance"]["max_nats"]
@@ -68,8 +72,33 @@ def test_a_quantised_export_through_the_command_line(checkpoint, tmp_path):
     out = puzzle("export", checkpoint, "--to", "gguf", "--quantize", "q8_0", "--out", tmp_path).stdout
     assert f"Exported to {tmp_path / 'gguf-q8_0'}" in out
     assert [folder.name for folder in tmp_path.iterdir()] == ["gguf-q8_0"]
-    verification = json.loads((tmp_path / "gguf-q8_0" / EXPORT_RECORD).read_text())["verification"]
-    assert list(verification) == ["float32", "q8_0"]
+    record = json.loads((tmp_path / "gguf-q8_0" / EXPORT_RECORD).read_text())
+    assert list(record["verification"]) == ["float32", "q8_0"]
+    kinds = Counter(t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "gguf-q8_0/model.gguf").tensors)
+    assert record["tensor_types"] == kinds and kinds["Q8_0"] and kinds["F32"]
+    assert f"of {sum(kinds.values())} tensors" in out and f"{kinds['Q8_0']} are Q8_0" in out
+
+
+def test_what_a_quantised_type_does_not_fit_is_said(tmp_path, capsys):
+    """Rows of 80 are not whole blocks of 32: most matrices stay in 16 bits."""
+    child = child_of(hidden_size=80, num_hidden_layers=2)
+    save_model(child.model, child.tokenizer, tmp_path / "child")
+    export_child(tmp_path / "child", "gguf", None, "q4_0", tmp_path)
+    types = json.loads((tmp_path / "gguf-q4_0" / EXPORT_RECORD).read_text())["tensor_types"]
+    assert types["F16"] > 4 and types["Q4_0"] >= 2
+    said = capsys.readouterr().out
+    assert f"{types['F16']} are F16" in said and "what does not fit a type becomes another" in said
+
+
+def test_generation_settings_do_not_disturb_verification(tmp_path):
+    child = child_of(num_hidden_layers=2)
+    child.model.generation_config.update(repetition_penalty=1.3, do_sample=True, temperature=0.7, top_k=20)
+    save_model(child.model, child.tokenizer, tmp_path / "child")
+    exported = export_child(tmp_path / "child", "transformers", None, None, tmp_path)
+    kept = json.loads((exported / "generation_config.json").read_text())
+    assert kept["repetition_penalty"] == 1.3 and kept["temperature"] == 0.7
+    check = json.loads((exported / EXPORT_RECORD).read_text())["verification"]["float32"]
+    assert check["continued_likewise"] == check["continued_tokens"]
 
 
 def test_16_bits_are_verified_in_float32_first(checkpoint, tmp_path):
@@ -96,7 +125,7 @@ def test_an_export_that_differs_is_not_left_behind(checkpoint, tmp_path, monkeyp
 def test_mistakes_are_one_sentence(checkpoint, tmp_path, exported, check_refused, monkeypatch):
     out = ("--out", tmp_path)
     check_refused("export", tmp_path / "nothing", "--to", "gguf", *out, contains=["There is no checkpoint"])
-    check_refused("export", checkpoint, "--to", "gguf", contains=["no run folder", "--out FOLDER"])
+    check_refused("export", checkpoint, "--to", "gguf", contains=["not a run folder", "--out FOLDER"])
     check_refused("export", checkpoint, "--to", "onnx", *out, contains=["'onnx'", "transformers, decilm", "gguf"])
     check_refused("export", checkpoint, "--to", "gguf", "--dtype", "int3", *out, contains=["int3", "float32, bfloat16"])
     check_refused("export", checkpoint, "--to", "gguf", "--quantize", "q1", *out, contains=["to q1; types: q8_0, q6_k"])
@@ -138,7 +167,7 @@ def test_bench_times_both_in_turns(exported, tmp_path):
     assert result["memory"]["child"]["weight_bytes"] == (exported / "model.gguf").stat().st_size
 
     page = (tmp_path / "bench.html").read_text()
-    assert "Parent and child in turns on llama.cpp" in page and "32/8" in page
+    assert "Parent and child interleaved on llama.cpp" in page and "32/8" in page
 
 
 def test_bench_loads_as_it_is_told_or_refuses(exported, tmp_path, check_refused):
@@ -166,6 +195,28 @@ def test_a_server_answers_the_curl_line_that_is_printed(exported):
     assert server.process.poll() is not None
 
 
+@pytest.mark.parametrize(("context", "fits"), [(None, 256), (64, 64)])
+def test_a_server_takes_requests_as_long_as_the_model_or_as_asked(exported, context, fits):
+    with served(SERVING_ENGINES["llama.cpp"], exported, 18433, context) as server:
+
+        def answer(tokens):
+            body = {"model": server.model, "prompt": "1 " * tokens, "max_tokens": 1}
+            url = f"http://127.0.0.1:{server.port}/v1/completions"
+            request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with opener.open(request) as reply:
+                return json.load(reply)["usage"]["prompt_tokens"]
+
+        assert fits - 8 <= answer(fits - 8) < fits
+        with pytest.raises(urllib.error.HTTPError):
+            answer(fits)
+
+
+def test_a_context_beyond_the_positions(exported, check_refused):
+    contains = ["The model has 256 positions; serve it with --context 256 or less."]
+    check_refused("serve", exported, "--engine", "llama.cpp", "--context", 512, contains=contains)
+
+
 def test_a_server_that_ends_is_quoted(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"nonsense")
     with (
@@ -184,7 +235,9 @@ def test_a_run_exports_its_child(tiny_run, tmp_path, monkeypatch, capsys, check_
     assert f"Exported to {tmp_path / 'transformers-float32'}" in capsys.readouterr().out
     exported = load_file(tmp_path / "transformers-float32" / "model.safetensors")
     assert exported.keys() == load_file(tiny_run / "child-gkd" / "model.safetensors").keys()
-    check_refused("export", tiny_run, "--to", "gguf", "--out", tmp_path, contains=["its tokenizer splits text"])
+    check_refused(
+        "export", tiny_run, "--to", "gguf", "--out", tmp_path, contains=["its tokenizer changes text (Replace)"]
+    )
     assert [folder.name for folder in tmp_path.iterdir()] == ["transformers-float32"]
 
 

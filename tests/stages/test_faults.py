@@ -53,7 +53,7 @@ def copy(undisturbed, tmp_path):
 def forget_from(run, stage):
     """Leave a run as it is before `stage` starts."""
     for name in STAGES[STAGES.index(stage) :]:
-        run.discard(name, stage_named(name).OUTPUTS)
+        run.discard(name, stage_named(name).writes)
 
 
 def on_a_disk(script, *arguments):
@@ -130,7 +130,9 @@ def test_damaged_records_are_noticed(stage, copy, undisturbed):
 
 def test_a_stage_that_is_run_alone_checks_what_it_reads(copy):
     damage(copy / "child/model.safetensors", "flipped", random.Random(0))
-    line = refused(puzzle("evaluate-child", copy, "--again"), "child/model.safetensors is corrupted", "puzzle assemble")
+    line = refused(
+        puzzle("evaluate-child", copy, "--again"), "child/model.safetensors is corrupted", "puzzle assemble-child"
+    )
     assert "--again" in line
     assert (copy / "evaluation.json").exists(), "nothing may be discarded for a command that is refused"
 
@@ -179,7 +181,7 @@ def test_verify_says_what_is_fine_missing_changed_stale_and_unrecorded(copy, und
     )
     assert re.search(r"^prepare-data +damaged .*\n  changed: data/train.safetensors$", ended.stdout, re.M)
     assert [line.split()[0] for line in ended.stdout.splitlines() if " stale " in f"{line} "[:27]] == [
-        *("search", "assemble", "refit", "distill-child", "evaluate-child", "report")
+        *("search-architecture", "assemble-child", "refit-child", "distill-child", "evaluate-child", "write-report")
     ]
     assert "unrecorded: notes.txt" in ended.stdout and f"puzzle prepare-data {copy} --again" in ended.stdout
     found = json.loads(puzzle("verify", copy, "--json").stdout)
@@ -200,7 +202,7 @@ def test_verify_of_an_unfinished_run_finds_no_fault(copy):
     out = puzzle("verify", copy, check=True).stdout
     assert re.search(r"^score-blocks +unfinished$", out, re.M)
     assert "unrecorded: scores/main/kl/layer_00.ffn.w96.json" in out
-    refused(puzzle("verify", copy / "library"), "is no run folder")
+    refused(puzzle("verify", copy / "library"), "is not a run folder")
 
 
 @dataclass
@@ -268,10 +270,10 @@ class OverflowingSequence:
 
         compute = LayerActivations.compute
 
-        def overflow(self, layer):
-            compute(self, layer)
-            if layer >= 1:
-                self.ffn.tensor[0] = float("inf")
+        def overflow(self):
+            compute(self)
+            if self.layer >= 1:
+                self.added["ffn"].tensor[0] = float("inf")
 
         LayerActivations.compute = overflow
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import pytest
 
 from puzzle_nas.artifacts import RunFolder
-from puzzle_nas.pipeline import STAGES as PIPELINE
 from tests import faults
 from tests.faults import STAGES, Command, JumpingClock, differences, final_bytes, jump_file_times
 
@@ -37,10 +36,6 @@ def killed_when(run, recipe, pattern, fault=None):
     assert command.end().returncode == -signal.SIGKILL
     assert not (run / "evaluation.json").exists()
     return found[0]
-
-
-def test_the_stages_that_faults_know_are_the_pipelines():
-    assert tuple(stage.NAME for stage in PIPELINE) == STAGES
 
 
 @pytest.mark.parametrize("where", MIDDLE)

@@ -69,7 +69,7 @@ def noted(function, what):
         return function(*arguments, **named)
     return noting
 
-pipeline.run_stage = noted(pipeline.run_stage, lambda stage, *_: f" {stage.NAME}:")
+pipeline.run_stage = noted(pipeline.run_stage, lambda stage, *_: f" {stage.name}:")
 layer_of = lambda _, module, prefix: prefix.split(".")[2] if ".layers." in prefix else ""
 WeightFiles.fill = noted(WeightFiles.fill, layer_of)
 main()

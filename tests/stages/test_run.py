@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import puzzle_nas.modeling  # noqa: F401
 from puzzle_nas.architecture import Architecture, GatedFFN, GroupedAttention
 from puzzle_nas.artifacts import RunFolder, file_checksum
-from puzzle_nas.families import load_parent
-from puzzle_nas.library import variant_layer
-from puzzle_nas.training.replacement import ReplacementWalk
+from puzzle_nas.families import Anatomy, architecture_of, build, child_config, load_parent
+from puzzle_nas.library import variant_subblock
+from puzzle_nas.pipeline import open_run
+from puzzle_nas.scoring.replacement import ReplacementWalk
 from tests.conftest import puzzle
 
 
@@ -80,10 +81,11 @@ def test_memory_is_parameters_plus_the_full_cache(tiny_run, summary):
 
 def test_a_variant_equal_to_the_parent_scores_zero_and_scores_repeat(tiny_run):
     run = RunFolder(tiny_run)
-    parent, shape = load_parent(run)
+    parent = load_parent(open_run(run), run)
     walk = ReplacementWalk(parent, tokens_of(tiny_run, "scoring"), 256)
-    own = [{slot: variant_layer(run, parent, 0, shape.parent_spec(slot))} for slot in ("attention", "ffn")]
-    worse = [{"ffn": variant_layer(run, parent, 0, GatedFFN(96))}]
+    first_block = architecture_of(parent.config).layers[0]
+    own = [{slot: variant_subblock(run, parent, 0, spec)} for slot, spec in first_block.items()]
+    worse = [{"ffn": variant_subblock(run, parent, 0, GatedFFN(96))}]
     first = walk.try_variants([*own, *worse])
     for result in first[:2]:
         assert result.kl_nats.abs().max() < 1e-5
@@ -93,16 +95,14 @@ def test_a_variant_equal_to_the_parent_scores_zero_and_scores_repeat(tiny_run):
 
 
 def test_scores_are_what_a_model_with_one_block_replaced_measures(tiny_run):
-    from puzzle_nas.families import child_config
-    from puzzle_nas.families.loading import build
     from puzzle_nas.library import variant_weights
 
     run = RunFolder(tiny_run)
-    parent, shape = load_parent(run)
+    parent = load_parent(open_run(run), run)
     spec = GroupedAttention(1)
     weights = {n: w for n, w in parent.state_dict().items() if not n.startswith("model.layers.2.self_attn")}
     weights |= {f"model.layers.2.{n}": w for n, w in variant_weights(run, parent, 2, spec).items()}
-    child = build(child_config(parent.config, Architecture.of_parent(shape).replaced(2, spec)), weights)
+    child = build(child_config(parent.config, architecture_of(parent.config).replaced(2, spec)), weights)
     score = json.loads(run.score(2, spec.id).read_text())["kl_nats"]["mean"]
     assert independent_kl(parent, child, tokens_of(tiny_run, "scoring")) == pytest.approx(score, rel=1e-4)
 
@@ -113,7 +113,15 @@ def test_show_prints_what_the_summary_says(tiny_run, summary):
     assert f"{summary['child']['validation_kl_nats_distilled']:.4f}" in text
     assert f"{summary['child']['speedup_measured']:.3f}x" in text
     for row in summary["architecture"]:
-        assert re.search(rf"{row['layer']}\s+{re.escape(row['attention'])}.*{re.escape(row['ffn'])}", text)
+        attention, ffn = (re.escape(row["slots"][slot]["variant"]) for slot in ("attention", "ffn"))
+        assert re.search(rf"{row['layer']}\s+{attention}.*{ffn}", text)
+
+
+def test_the_parent_answers_beside_the_child(tiny_run):
+    said = puzzle("generate", tiny_run, "My lord,", "Sweet", "--max-new-tokens", 6, "--with-parent").stdout
+    lines = said.splitlines()
+    assert [line for line in lines if line.startswith("> ")] == ["> My lord,", "> Sweet"]
+    assert sum(line.startswith("child: ") for line in lines) == sum(line.startswith("parent: ") for line in lines) == 2
 
 
 def test_generate_speaks(tiny_run):
@@ -180,19 +188,17 @@ def test_distillation_that_diverges_leaves_the_start_and_says_so(tiny_run, tmp_p
 
 def test_global_distillation_lowers_kl_on_text_it_has_not_seen(tiny_run):
     """On a fixed child, every FFN narrowed, so that measured times have no say."""
-    from puzzle_nas.families import child_config
-    from puzzle_nas.families.loading import build
     from puzzle_nas.library import variant_weights
     from puzzle_nas.recipe import GKDSettings
-    from puzzle_nas.stages.distill_child import gkd_loss
+    from puzzle_nas.training.distillation import gkd_loss
     from puzzle_nas.training.optimiser import Optimiser
-    from puzzle_nas.training.parent_outputs import LiveParent, causal_masks
+    from puzzle_nas.training.parent_outputs import LiveParent
 
     run = RunFolder(tiny_run)
-    parent, shape = load_parent(run)
-    architecture = Architecture.of_parent(shape)
+    parent = load_parent(open_run(run), run)
+    architecture = architecture_of(parent.config)
     weights = dict(parent.state_dict())
-    for layer in range(shape.num_hidden_layers):
+    for layer in range(parent.config.num_hidden_layers):
         architecture = architecture.replaced(layer, GatedFFN(96))
         for name, weight in variant_weights(run, parent, layer, GatedFFN(96)).items():
             weights[f"model.layers.{layer}.{name}"] = weight.clone()
@@ -204,8 +210,7 @@ def test_global_distillation_lowers_kl_on_text_it_has_not_seen(tiny_run):
     optimiser = Optimiser(child, settings, steps)
     for step in range(steps):
         blocks = torch.arange(8) + 8 * step % 480
-        gkd_loss(
-            LiveParent(parent), child, train[blocks], blocks, settings, causal_masks(child, train.shape[1])
-        ).backward()
+        inputs = Anatomy(child).inputs(train.shape[1])
+        gkd_loss(LiveParent(parent), child, train[blocks], blocks, settings, inputs).backward()
         optimiser.step(step)
     assert independent_kl(parent, child, unseen) < 0.95 * before

@@ -22,7 +22,7 @@ def llama_run(tiny_run, tmp_path_factory):
     return folder, result.stdout
 
 
-def test_costs_are_the_engines_and_bytes_are_not(llama_run, tiny_run):
+def test_costs_and_bytes_are_the_engines(llama_run, tiny_run):
     run, out = llama_run
     assert [path.name for path in (run / "costs").iterdir()] == ["llama.cpp.json"]
     table, torch_table = (
@@ -30,13 +30,18 @@ def test_costs_are_the_engines_and_bytes_are_not(llama_run, tiny_run):
     )
     machine = table["machine"]
     assert (machine["engine"], machine["device"], machine["precision"], machine["threads"]) == (
-        *("llama.cpp", "cpu", "float32", 1),
+        *("llama.cpp", "cpu", "bfloat16", 1),
     )
     assert machine["llama-cpp-python"] and "torch" not in machine
-    assert table["bytes"] == torch_table["bytes"]
+    # An engine that serves has weights and cache in 16 bits, where torch has 32 here.
+    assert 2 * table["bytes"]["cache_itemsize"] == torch_table["bytes"]["cache_itemsize"] == 4
+    for group, variants in torch_table["bytes"]["variants"].items():
+        for name, counted in variants.items():
+            halved = {**counted, "parameter_bytes": counted["parameter_bytes"] // 2}
+            assert table["bytes"]["variants"][group][name] == halved
     (here,), (there,) = table["scenarios"].values(), torch_table["scenarios"].values()
     assert here["parent_measured"] != there["parent_measured"] and here["working_bytes"] == there["working_bytes"]
-    assert any(part["prefill_ms"] > 0 for part in here["variants"].values())
+    assert any(part["prefill_ms"] > 0 for group in here["variants"].values() for part in group.values())
     assert "predicted over measured" in out
     assert "distill-blocks: already done" in out and "search: already done" not in out
 
@@ -72,4 +77,6 @@ def test_a_missing_engine_is_said_before_anything_is_done(tiny_run, tmp_path, mo
         *("run", recipe, ENGINE, "--run-dir", tmp_path / "r"), contains=["llama.cpp is not installed in", install]
     )
     assert not list(tmp_path.iterdir())
-    check_refused("run", recipe, "engine=tensorrt", "--run-dir", tmp_path / "r", contains=["engine", "'llama.cpp'"])
+    check_refused(
+        "run", recipe, "engine=tensorrt", "--run-dir", tmp_path / "r", contains=["engine", "torch, llama.cpp"]
+    )

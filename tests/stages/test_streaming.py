@@ -11,17 +11,9 @@ from puzzle_nas import pipeline
 from puzzle_nas.artifacts import RunFolder, file_checksum, read_json
 from puzzle_nas.data.batches import block_order
 from puzzle_nas.errors import CheckpointError
-from puzzle_nas.families import load_parent
+from puzzle_nas.families import Anatomy, load_parent
 from puzzle_nas.recipe import parse_recipe
-from puzzle_nas.stages import (
-    assemble_child,
-    build_library,
-    couple_blocks,
-    distill_blocks,
-    prepare_parent,
-    refit_child,
-    score_blocks,
-)
+from puzzle_nas.scoring.replacement import final_states
 from puzzle_nas.training import block_distillation
 from puzzle_nas.training.block_distillation import shards_of
 from tests.faults import COUPLED
@@ -45,13 +37,13 @@ def again(tiny_run, folder, stages, *overrides):
     recipe = parse_recipe(run.recipe.read_text(), overrides)
     pipeline.claim_run(recipe, run)
     for stage in stages:
-        pipeline.run_stage(stage, recipe, run, again=True)
+        pipeline.run_stage(pipeline.stage_named(stage), recipe, run, again=True)
     return run
 
 
 @pytest.mark.parametrize("memory", ["stream", "divide"])
 def test_streamed_stages_make_the_same_bytes(memory, tiny_run, tmp_path):
-    stages = (prepare_parent, build_library, distill_blocks, score_blocks, assemble_child, refit_child)
+    stages = ("prepare_parent", "build_library", "distill_blocks", "score_blocks", "assemble_child", "refit_child")
     run = again(tiny_run, tmp_path / "run", stages, f"memory={memory}")
     assert len(checksums(tiny_run)) > 60 and checksums(run.path) == checksums(tiny_run)
     assert not run.scratch("score_blocks").exists()
@@ -60,10 +52,10 @@ def test_streamed_stages_make_the_same_bytes(memory, tiny_run, tmp_path):
 def test_pairs_are_trained_and_scored_alike_streamed_and_in_shards(tiny_run, tmp_path):
     overrides = [f"coupled_bld.{name}={value}" for name, value in COUPLED.items()]
     made = ("library/coupled/*", "library/coupled/*/*", "scores/coupled/*/*")
-    whole = checksums(again(tiny_run, tmp_path / "whole", (couple_blocks,), *overrides).path, made)
-    streamed = again(tiny_run, tmp_path / "streamed", (couple_blocks,), *overrides, "memory=stream")
+    whole = checksums(again(tiny_run, tmp_path / "whole", ("couple_blocks",), *overrides).path, made)
+    streamed = again(tiny_run, tmp_path / "streamed", ("couple_blocks",), *overrides, "memory=stream")
     assert len(whole) > 8 and checksums(streamed.path, made) == whole
-    sharded = again(tiny_run, tmp_path / "sharded", (couple_blocks,), *overrides, "coupled_bld.shard_tokens=512")
+    sharded = again(tiny_run, tmp_path / "sharded", ("couple_blocks",), *overrides, "coupled_bld.shard_tokens=512")
     facts = [read_json(path) for path in sharded.path.glob("library/coupled/*/*.json")]
     assert sum(f["held_out_loss_end"] < f["held_out_loss_start"] for f in facts) > len(facts) / 2
 
@@ -72,18 +64,19 @@ def test_scores_by_a_task_are_the_same_streamed(tiny_run, tmp_path):
     items = [{"question": f"{a} and", "choices": [b, a, "nothing"], "answer": 0} for a in "abcd" for b in "efgh"]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
     overrides = ("scoring.metric=task", f"scoring.task={tmp_path / 'items.jsonl'}")
-    whole = checksums(again(tiny_run, tmp_path / "whole", (score_blocks,), *overrides).path, ["scores/main/task/*"])
-    run = again(tiny_run, tmp_path / "streamed", (score_blocks,), *overrides, "memory=stream")
+    whole = checksums(again(tiny_run, tmp_path / "whole", ("score_blocks",), *overrides).path, ["scores/main/task/*"])
+    run = again(tiny_run, tmp_path / "streamed", ("score_blocks",), *overrides, "memory=stream")
     assert len(whole) > 20 and checksums(run.path, ["scores/main/task/*"]) == whole
 
 
 def test_a_streamed_parent_computes_the_same_and_holds_one_layer(tiny_run, tmp_path):
     run = again(tiny_run, tmp_path / "run", (), "memory=stream")
-    whole, _ = load_parent(run)
-    streamed, _ = load_parent(run, by_layer=True)
+    recipe = pipeline.open_run(run)
+    whole, streamed = load_parent(recipe, run), load_parent(recipe, run, by_layer=True)
     tokens = torch.arange(48).view(2, 24)
     with torch.no_grad():
-        assert torch.equal(whole(tokens).logits, streamed(tokens).logits)
+        (final,) = final_states(streamed, tokens, 2)
+        assert torch.equal(whole(tokens).logits, Anatomy(streamed).head.matrix(final))
     held = sum(p.numel() for p in streamed.parameters())
     assert held == sum(p.numel() for n, p in whole.named_parameters() if ".layers." not in n)
     first = weakref.ref(streamed.model.layers[0])
@@ -103,10 +96,10 @@ def test_a_checkpoint_that_lacks_weights_is_refused_in_one_sentence(tiny_run, ti
     facts = read_json(run.parent) | {"checkpoint": str(broken)}
     run.parent.write_text(json.dumps(facts))
     with pytest.raises(CheckpointError, match=r"lacks 1 weights, model\.norm\.weight among them"):
-        load_parent(run, by_layer=True)
+        load_parent(pipeline.open_run(run), run, by_layer=True)
     (broken / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="use memory: all"):
-        load_parent(run, by_layer=True)
+        load_parent(pipeline.open_run(run), run, by_layer=True)
 
 
 def test_shards_take_every_sequence_and_every_step_once():
@@ -127,7 +120,7 @@ class Stop(Exception):
 
 def test_shards_go_on_where_they_stopped_whichever_the_memory(tiny_run, tmp_path, monkeypatch):
     sharded = "bld.shard_tokens=1024"
-    undisturbed = again(tiny_run, tmp_path / "undisturbed", (distill_blocks,), sharded)
+    undisturbed = again(tiny_run, tmp_path / "undisturbed", ("distill_blocks",), sharded)
     expected = checksums(undisturbed.path, ["library/main/*/*"])
     facts = read_json(undisturbed.path / "library/main/layer_00/ffn.w96.json")
     assert facts["held_out_loss_end"] < facts["held_out_loss_start"] and len(facts["loss_curve"]) > 8
@@ -144,10 +137,10 @@ def test_shards_go_on_where_they_stopped_whichever_the_memory(tiny_run, tmp_path
 
     monkeypatch.setattr(block_distillation, "_save_checkpoint", stopping)
     with pytest.raises(Stop):
-        again(tiny_run, tmp_path / "stopped", (distill_blocks,), sharded)
+        again(tiny_run, tmp_path / "stopped", ("distill_blocks",), sharded)
     assert saves[-1] > 4, "the second shard should have begun"
     run = RunFolder(tmp_path / "stopped")
     recipe = parse_recipe(run.recipe.read_text(), ["memory=stream"])
     pipeline.claim_run(recipe, run)
-    pipeline.run_stage(distill_blocks, recipe, run)
+    pipeline.run_stage(pipeline.stage_named("distill_blocks"), recipe, run)
     assert checksums(run.path, ["library/main/*/*"]) == expected

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from puzzle_nas.architecture import GatedFFN, GroupedAttention, LinearAttention, NoOpAttention, NoOpFFN
-from puzzle_nas.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle_nas.architecture import GatedFFN, GroupedAttention, Linear, NoOp
+from puzzle_nas.families import Anatomy
 from puzzle_nas.recipe import BLDSettings
 from puzzle_nas.subblocks import run_with, subblock_weights
 from puzzle_nas.training import block_steps
@@ -22,26 +23,26 @@ EVERY = torch.arange(8)
 def task(request, tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = PuzzleConfig(vocab_size=64, num_hidden_layers=1, head_dim=8, **sizes)
-    parent = PuzzleForCausalLM(config).to(request.param).eval().requires_grad_(False)
+    config = LlamaConfig(vocab_size=64, num_hidden_layers=1, **sizes)
+    parent = LlamaForCausalLM(config).to(request.param).eval().requires_grad_(False)
     activations = LayerActivations(parent, torch.randint(0, 64, (8, 16)), tmp_path)
     activations.climb_to(0)
-    return BlockTask(activations, parent.model.layers[0], "token", request.param == torch.bfloat16)
+    return BlockTask(activations, "token", request.param == torch.bfloat16)
 
 
 def trainee_of(task, *specs, steps=30):
-    layer, parent = task.parent_layer, task.activations.parent
-    attention, ffn = (subblock_weights(layer, slot) for slot in ("attention", "ffn"))
+    parent = task.activations.parent
+    attention, ffn = (subblock_weights(task.parents[slot]) for slot in ("attention", "ffn"))
     narrow = {n: w[:, :32] if "down" in n else w[:32] if "proj" in n else w for n, w in ffn.items()}
     norm = {name: w for name, w in attention.items() if "layernorm" in name}
     starts = {
         GroupedAttention(2): attention,
-        LinearAttention(): {**norm, "self_attn.linear_attn.weight": 0.1 * torch.eye(32, dtype=parent.dtype)},
+        Linear("attention"): {**norm, "self_attn.linear.weight": 0.1 * torch.eye(32, dtype=parent.dtype)},
         GatedFFN(96): ffn,
         GatedFFN(32): narrow,
     }
     start = {name: w for spec in specs for name, w in starts.get(spec, {}).items()}
-    return Trainee(Job(specs, Path(), dict, {}), start, parent, layer, BLDSettings(learning_rate=3e-3), steps)
+    return Trainee(Job(specs, Path(), dict, {}), start, parent, 0, BLDSettings(learning_rate=3e-3), steps)
 
 
 @pytest.mark.parametrize("specs", [PARENT[:1], PARENT[1:], PARENT], ids=str)
@@ -53,22 +54,23 @@ def test_the_parents_own_has_no_loss(task, specs):
     "specs",
     [
         (GatedFFN(32),),
-        (LinearAttention(),),
+        (Linear("attention"),),
         (GroupedAttention(2), GatedFFN(32)),
-        (NoOpAttention(), GatedFFN(32)),
-        (LinearAttention(), NoOpFFN()),
+        (NoOp("attention"), GatedFFN(32)),
+        (Linear("attention"), NoOp("ffn")),
     ],
     ids=str,
 )
 def test_the_loss_is_the_formulas_and_falls_and_norms_stay(task, specs):
     trainee = trainee_of(task, *specs)
-    files = (task.activations.x, task.activations.attention, task.activations.ffn)
+    files = (task.activations.x, *task.activations.added.values())
     before = [file.tensor.clone() for file in files]
+    x_dtype = before[0].dtype
     x, attention, ffn = (tensor.float() for tensor in before)
     with torch.no_grad():
-        layer = task.parent_layer.float()
-        output = run_with(layer, dict(trainee.blocks.items()), x, task.activations.inputs)
-    layer.to(task.activations.parent.dtype)
+        inputs = Anatomy(task.activations.parent.float()).inputs(16)[0]
+        output = run_with(list(task.parents.values()), trainee.subblocks, x, inputs)
+    task.activations.parent.to(x_dtype)
     parents = x + attention + ffn
     expected = ((output - parents).square().sum(-1) / parents.square().sum(-1)).mean().item()
     losses = []
@@ -77,10 +79,10 @@ def test_the_loss_is_the_formulas_and_falls_and_norms_stay(task, specs):
         loss.backward()
         trainee.optimiser.step(step)
         losses.append(loss.item())
-    assert losses[0] == pytest.approx(expected, rel=1e-4 if files[0].dtype == torch.float32 else 0.02)
+    assert losses[0] == pytest.approx(expected, rel=1e-4 if x_dtype == torch.float32 else 0.02)
     assert losses[-1] < 0.7 * losses[0]
     assert all(torch.equal(file.tensor, tensor) for file, tensor in zip(files, before, strict=True))
-    after = trainee.weights(files[0].dtype)
+    after = trainee.weights(x_dtype)
     assert after.keys() == trainee.start.keys()
     assert all(torch.equal(after[name], w) == ("layernorm" in name) for name, w in trainee.start.items())
 
@@ -90,7 +92,7 @@ def test_captured_steps_are_the_same_whoever_is_ahead_and_whatever_is_not_finite
     monkeypatch.setattr(block_steps, "side_by_side", lambda works: [work() for work in works])
 
     def trained(captured):
-        trainees = [trainee_of(task, spec, steps=8) for spec in (GatedFFN(32), LinearAttention())]
+        trainees = [trainee_of(task, spec, steps=8) for spec in (GatedFFN(32), Linear("attention"))]
         steps, made = Steps(task, trainees, 4), OneByOne.made
         steps.can_capture = captured
         x = task.activations.x.tensor

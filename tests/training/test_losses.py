@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from puzzle_nas.families import Head
 from puzzle_nas.training.losses import (
     ParentLogits,
     ParentTopK,
@@ -16,28 +17,49 @@ from puzzle_nas.training.losses import (
 )
 
 
-@pytest.fixture
-def models():
+@pytest.fixture(params=[(1.0, None), (0.5, 1.5)], ids=["plain", "divided and capped"])
+def models(request):
     """Hidden states of three models on 300 tokens, their heads, and labels of which some are missing."""
     torch.manual_seed(0)
     hidden = [torch.randn(300, 32) for _ in range(3)]
-    heads = [nn.Linear(32, 500, bias=False) for _ in range(3)]
+    heads = [Head(nn.Linear(32, 500, bias=False), *request.param) for _ in range(3)]
     labels = torch.randint(0, 500, (300,))
     labels[::7] = -100
     return hidden, heads, labels
 
 
+def logits_of(head, states):
+    """As Granite and Gemma 2 write it."""
+    logits = head.matrix(states) / head.divisor
+    return logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)
+
+
 def test_divergences(models):
     hidden, heads, labels = models
     results = divergences(hidden[0], hidden[1:], heads, labels)
-    parent = heads[0](hidden[0]).log_softmax(-1)
+    parent = logits_of(heads[0], hidden[0]).log_softmax(-1)
     for result, states, head in zip(results, hidden[1:], heads[1:], strict=True):
-        child = head(states).log_softmax(-1)
+        child = logits_of(head, states).log_softmax(-1)
         expected = F.kl_div(child, parent, log_target=True, reduction="none").sum(-1)
         torch.testing.assert_close(result.kl_nats, expected, rtol=1e-5, atol=1e-5)
-        loss = F.cross_entropy(head(states), labels, ignore_index=-100, reduction="none")
+        loss = F.cross_entropy(logits_of(head, states), labels, ignore_index=-100, reduction="none")
         torch.testing.assert_close(result.lm_loss_nats, loss, rtol=1e-5, atol=1e-5)
         assert torch.equal(result.top1_agrees, (child.argmax(-1) == parent.argmax(-1)).float())
+
+
+def test_small_divergences_are_not_lost_in_large_sums():
+    """As of a parent against itself in 8 bits: many tokens in the vocabulary, logits far from zero."""
+    torch.manual_seed(0)
+    hidden = torch.cat([0.6 * torch.randn(64, 64), torch.ones(64, 1)], 1)
+    matrix = nn.Linear(65, 49_152, bias=False)
+    matrix.weight.data = torch.cat([torch.randn(49_152, 64), torch.full((49_152, 1), 8.0)], 1)
+    near = hidden + 1e-3 * torch.randn_like(hidden)
+    heads, labels = [Head(matrix, 1.0, None)] * 3, torch.zeros(64, dtype=torch.long)
+    itself, other = divergences(hidden, [hidden, near], heads, labels)
+    assert not itself.kl_nats.any()
+    parent, child = ((h.double() @ matrix.weight.double().T).log_softmax(-1) for h in (hidden, near))
+    expected = F.kl_div(child, parent, log_target=True, reduction="none").sum(-1)
+    assert other.kl_nats.double().mean().item() == pytest.approx(expected.mean().item(), rel=0.02)
 
 
 @pytest.mark.parametrize(("kl_weight", "lm_weight"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.3)])
@@ -46,11 +68,11 @@ def test_distillation_loss_and_both_gradients(models, kl_weight, lm_weight):
     values = []
     for ours in (True, False):
         states = hidden[1].clone().requires_grad_(True)
-        heads[1].zero_grad()
+        heads[1].matrix.zero_grad()
         if ours:
             loss = distillation_loss(states, heads[1], ParentLogits(hidden[0], heads[0]), labels, kl_weight, lm_weight)
         else:
-            logits, parent = heads[1](states), heads[0](hidden[0]).log_softmax(-1).detach()
+            logits, parent = logits_of(heads[1], states), logits_of(heads[0], hidden[0]).log_softmax(-1).detach()
             loss = kl_weight * F.kl_div(logits.log_softmax(-1), parent, log_target=True, reduction="batchmean")
             loss = loss + lm_weight * F.cross_entropy(logits, labels, ignore_index=-100)
         loss.backward()
@@ -62,14 +84,14 @@ def test_distillation_loss_and_both_gradients(models, kl_weight, lm_weight):
 @pytest.mark.parametrize("k", [1, 20, 499])
 def test_kl_to_the_likeliest_tokens_with_the_rest_as_one(models, k):
     hidden, heads, labels = models
-    parent = heads[0](hidden[0]).log_softmax(-1).detach()
+    parent = logits_of(heads[0], hidden[0]).log_softmax(-1).detach()
     log_p, ids = parent.topk(k)
     states, same = (hidden[1].clone().requires_grad_(True) for _ in range(2))
     kept = torch.zeros(300, 500, dtype=torch.bool).scatter_(1, ids, True)
     target = ParentTopK(ids.int(), log_p, parent.masked_fill(kept, -torch.inf).logsumexp(-1))
     ours = distillation_loss(states, heads[1], target, labels, 1.0, 0.0)
     ours.backward()
-    child = heads[1](same).log_softmax(-1)
+    child = logits_of(heads[1], same).log_softmax(-1)
     rest = [torch.logsumexp(logs.masked_fill(kept, -torch.inf), -1, keepdim=True) for logs in (parent, child)]
     merged = [torch.cat([logs.gather(1, ids), last], 1) for logs, last in zip((parent, child), rest, strict=True)]
     theirs = F.kl_div(merged[1], merged[0], log_target=True, reduction="batchmean")

@@ -1,14 +1,18 @@
 """The closed-form correction, against the least-squares problem solved by torch."""
 
+import math
+
 import pytest
 import torch
 
-from puzzle_nas.architecture import Architecture, GatedFFN
+from puzzle_nas.architecture import GatedFFN
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.data.batches import load_tokens
-from puzzle_nas.families import load_parent
+from puzzle_nas.families import architecture_of, load_parent
 from puzzle_nas.library import assemble
-from puzzle_nas.training.refitting import refit
+from puzzle_nas.pipeline import open_run
+from puzzle_nas.scoring.comparison import ParentReference
+from puzzle_nas.training.refitting import RefitKL, refit, refit_if_better
 
 CHANGED = 1
 RIDGE_TOKENS = 100.0
@@ -18,9 +22,9 @@ RIDGE_TOKENS = 100.0
 def models(tiny_run):
     """The parent, a child with one narrower FFN, the same refitted, and the tokens of that."""
     run = RunFolder(tiny_run)
-    parent, shape = load_parent(run)
+    parent = load_parent(open_run(run), run)
     tokens = load_tokens(run, "calibration")
-    architecture = Architecture.of_parent(shape).replaced(CHANGED, GatedFFN(96))
+    architecture = architecture_of(parent.config).replaced(CHANGED, GatedFFN(96))
     before, after = (assemble(run, parent, architecture) for _ in range(2))
     refit(parent, after, tokens, RIDGE_TOKENS)
     return parent, before, after, tokens
@@ -57,7 +61,7 @@ def test_the_first_change_is_solved_as_torch_solves_it(models):
 
 def test_below_the_first_change_nothing_changes_and_the_parent_never_does(models, tiny_run):
     parent, before, after, _ = models
-    again, _ = load_parent(RunFolder(tiny_run))
+    again = load_parent(open_run(RunFolder(tiny_run)), RunFolder(tiny_run))
     for name, weight in again.state_dict().items():
         assert torch.equal(parent.state_dict()[name], weight)
     changed = {n for n, w in after.state_dict().items() if not torch.equal(w, before.state_dict()[n])}
@@ -65,3 +69,21 @@ def test_below_the_first_change_nothing_changes_and_the_parent_never_does(models
     assert changed == {f"model.layers.{CHANGED}.mlp.down_proj.weight"} | {
         f"model.layers.{layer}.{name}.weight" for layer in above for name in ("self_attn.o_proj", "mlp.down_proj")
     }
+
+
+@pytest.mark.parametrize(("ridge_tokens", "kept"), [(6144, True), (1e-3, False)])
+def test_the_better_one_is_kept_and_the_child_stays_as_it_is(ridge_tokens, kept, models, tiny_run):
+    parent, child, _, tokens = models
+    weights = {name: weight.clone() for name, weight in child.state_dict().items()}
+    reference = ParentReference(parent, load_tokens(RunFolder(tiny_run), "selection"))
+    # Solved for three tokens alone it is worse than before.
+    better, _, kl = refit_if_better(parent, child, reference, tokens if kept else tokens[:1, :3], ridge_tokens)
+    assert all(torch.equal(weight, weights[name]) for name, weight in child.state_dict().items())
+    assert kl.kept == kept == (better is not child) == (kl.after < kl.before)
+    assert kl.best == min(kl.before, kl.after) == reference.compare(better).kl_nats
+
+
+def test_what_is_not_finite_is_never_better():
+    assert RefitKL(None, 0.1).kept and RefitKL(None, 0.1).best == 0.1
+    assert not RefitKL(0.1, None).kept and RefitKL(0.1, None).best == 0.1
+    assert not RefitKL(None, None).kept and math.isnan(RefitKL(None, None).best)

@@ -1,4 +1,4 @@
-"""llama.cpp's own server, without repacked weights: Q8_0 ones crash on machines with AMX."""
+"""llama.cpp's own server. On machines with AMX it repacks no weights: Q8_0 ones crash there."""
 
 import llama_cpp.llama_cpp as binding  # pyright: ignore[reportMissingImports]
 from llama_cpp.server.__main__ import main  # pyright: ignore[reportMissingImports]
@@ -13,5 +13,6 @@ def parameters_without_repacking():
     return parameters
 
 
-binding.llama_model_default_params = parameters_without_repacking
+if b"AMX" in binding.llama_print_system_info():
+    binding.llama_model_default_params = parameters_without_repacking
 main()

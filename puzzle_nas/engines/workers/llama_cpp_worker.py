@@ -3,14 +3,13 @@
 import ctypes
 import importlib.metadata
 import os
-import resource
 import time
 from pathlib import Path
 
 import gguf  # pyright: ignore[reportMissingImports]
 import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
-from protocol import answer_requests
+from protocol import answer_requests, peak_bytes
 
 CHUNK_TOKENS = 512
 LOG_LEVEL_ERROR = 4
@@ -34,13 +33,15 @@ class LlamaCpp:
             self._model = None
         self._path = Path(folder) / "model.gguf"
         # llama.cpp's own default is four threads, whatever the machine has; they spin.
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        )
         self._exact = chunk_tokens is not None
         self._kv_dtype = "f32" if self._exact else kv_dtype or "f16"
         self._chunk_tokens = chunk_tokens or CHUNK_TOKENS
         parameters = llama_cpp.llama_model_default_params()
-        # Repacked weights are less exact, and Q8_0 ones crash on machines with AMX.
-        parameters.use_extra_bufts = False
+        # Repacked weights are faster and less exact, and Q8_0 ones crash on machines with AMX.
+        parameters.use_extra_bufts = not self._exact and "AMX" not in _system()
         self._model = llama_cpp.llama_model_load_from_file(str(self._path).encode(), parameters)
         if not self._model:
             raise RuntimeError(self._last_complaint())
@@ -51,7 +52,7 @@ class LlamaCpp:
         """What computes."""
         return {
             "llama-cpp-python": importlib.metadata.version("llama-cpp-python"),
-            "system": llama_cpp.llama_print_system_info().decode().strip(),
+            "system": _system(),
         }
 
     def tokenize(self, text):
@@ -80,6 +81,18 @@ class LlamaCpp:
                         following = prompts[sequence][position + 1]
                         result[sequence][position] = float(logits[row, following] - normaliser[row])
         return result
+
+    def logits(self, prompts, path):
+        """See engines/base.py."""
+        length = len(prompts[0])
+        found = np.memmap(path, np.float32, "w+", shape=(len(prompts), length, self._vocab_size))
+        entries = [(s, position, prompt[position]) for s, prompt in enumerate(prompts) for position in range(length)]
+        with Context(self, len(prompts), length) as context:
+            for start in range(0, len(entries), self._chunk_tokens):
+                chunk = entries[start : start + self._chunk_tokens]
+                for (sequence, position, _), row in zip(chunk, context.decode(chunk, [True] * len(chunk)), strict=True):
+                    found[sequence, position] = row
+        found.flush()
 
     def continue_greedily(self, prompts, num_tokens):
         """Prefill, then one step for all sequences at a time."""
@@ -127,7 +140,7 @@ class LlamaCpp:
         fields = gguf.GGUFReader(self._path).fields
         key_length = fields["deci.attention.key_length"].contents()
         heads = np.sum(fields["deci.attention.head_count_kv"].contents())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_bytes()
         numbers, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self._kv_dtype.upper()]]
         return {"peak_bytes": peak, "kv_cache_bytes_per_token": int(2 * heads * key_length * size / numbers)}
 
@@ -189,7 +202,7 @@ class Context:
         return np.stack([np.ctypeslib.as_array(row, (size,)) for row in rows]) if rows else np.empty((0, size))
 
     def prefill(self, prompts, first_position=0):
-        """The likeliest token after each prompt."""
+        """The most likely token after each prompt."""
         entries = [(s, first_position + p, token) for s, prompt in enumerate(prompts) for p, token in enumerate(prompt)]
         ends = {(s, first_position + len(prompt) - 1) for s, prompt in enumerate(prompts)}
         tokens = []
@@ -200,9 +213,14 @@ class Context:
         return tokens
 
     def step(self, tokens, positions):
-        """The likeliest token after each of these."""
+        """The most likely token after each of these."""
         entries = list(zip(range(len(tokens)), positions, tokens, strict=True))
         return self.decode(entries, [True] * len(entries)).argmax(-1).tolist()
+
+
+def _system():
+    """What this build can use of the processor."""
+    return llama_cpp.llama_print_system_info().decode().strip()
 
 
 def _log_sum_exp(logits):

@@ -6,8 +6,14 @@ arguments are the request's fields and whose result is JSON, and calls `answer_r
 
 import json
 import os
+import resource
 import sys
 import traceback
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had; macOS counts bytes, others KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def answer_requests(handler) -> None:

@@ -1,16 +1,21 @@
 """transformers as a user without puzzle-nas has it."""
 
-import resource
 import sys
 import time
 
-from protocol import answer_requests
+from protocol import answer_requests, peak_bytes
 
 sys.modules["puzzle_nas"] = None  # pyright: ignore[reportArgumentType]  # importing it fails from here on
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
+
+
+def _cache_of(output):
+    """The KV cache after a pass, and the name that it is given back by: renamed in transformers 5.24."""
+    name = next(name for name in ("cache", "past_key_values") if name in output)
+    return name, output[name]
 
 
 class Transformers:
@@ -22,7 +27,8 @@ class Transformers:
             torch.set_num_threads(threads)
         dtype = torch.float32 if chunk_tokens else getattr(torch, precision)
         self.model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
-        self.model.generation_config.eos_token_id = None
+        # Greedy choices are compared with those of the logits alone: no penalties, no end.
+        self.model.generation_config = GenerationConfig()
         self.chunk_tokens = chunk_tokens
 
     def version(self):
@@ -44,9 +50,7 @@ class Transformers:
                 position_ids=(mask.cumsum(1) - 1).clamp_min(0)[:, start : start + size],
                 **cache,
             )
-            # Renamed in transformers 5.24.
-            name = next(name for name in ("cache", "past_key_values") if name in output)
-            cache = {name: output[name]}
+            cache = dict([_cache_of(output)])
             logits.append(output.logits)
         logits = torch.cat(logits, 1)[:, :-1].float().log_softmax(-1)
         chosen = logits.gather(-1, tokens[:, 1:, None])[..., 0]
@@ -75,12 +79,14 @@ class Transformers:
         step = self.time_request(batch_size, middle, measured_steps)["decode_step_ms"]
         return {"prefill_ms": prefill, "decode_step_ms": step}
 
+    @torch.inference_mode()
     def memory(self):
         """See engines/base.py."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        layers = [layer.self_attn for layer in self.model.model.layers if layer.caches]
-        numbers = sum(2 * a.config.num_key_value_heads * a.head_dim for a in layers)
-        return {"peak_bytes": peak, "kv_cache_bytes_per_token": numbers * self.model.dtype.itemsize}
+        peak, tokens = peak_bytes(), torch.zeros((1, 8), dtype=torch.long)
+        layers = _cache_of(self.model(tokens, use_cache=True))[1].layers
+        held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+        num_bytes = sum(tensor.nbytes for tensor in held if tensor is not None)
+        return {"peak_bytes": peak, "kv_cache_bytes_per_token": num_bytes // tokens.numel()}
 
     def _generate(self, tokens, mask, num_tokens):
         return self.model.generate(

@@ -5,7 +5,6 @@
 import gc
 import os
 import re
-import resource
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import psutil
 import torch
 import transformers
 import vllm
-from protocol import answer_requests
+from protocol import answer_requests, peak_bytes
 from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -112,7 +111,7 @@ class Vllm:
         if current_platform.is_cuda():
             # With several processes the memory is theirs, and vLLM does not tell.
             return torch.cuda.max_memory_reserved() if self._processes == 1 else None
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        own = peak_bytes()
         return own + sum(map(_peak_of, psutil.Process().children(recursive=True) if self._processes > 1 else ()))
 
     def _generate(self, prompts, **settings):

@@ -19,12 +19,24 @@ SIZES = ("#3a7cc4", "#2a9d8f", "#6a9a2d", "#8a63b8", "#5f7a8c", "#b0558f")
 OUTSIDE_TEXT = 1.25
 """Length of an axis relative to its longest bar, so that there is room for the text beside it."""
 GHOST = "rgba(128,128,128,0.18)"
-KIND_COLOURS = {"grouped": FEWER_HEADS, "gated": NARROWER, "linear": LINEAR, "no_op": NO_OP}
-KIND_LABELS = {"grouped": "fewer KV heads", "gated": "narrower", "linear": "linear", "no_op": "left out"}
+WINDOW = "#8a63b8"
+KIND_COLOURS = {"grouped": FEWER_HEADS, "window": WINDOW, "gated": NARROWER, "linear": LINEAR, "no_op": NO_OP}
+KIND_LABELS = {
+    "grouped": "fewer KV heads",
+    "window": "window",
+    "gated": "narrower",
+    "linear": "linear",
+    "no_op": "left out",
+}
 
-SLOT_NAMES = {"attention": "attention", "ffn": "FFN"}
+_SLOT_NAMES = {"ffn": "FFN"}
 
 Values = Sequence[float | None]
+
+
+def slot_name(slot: str) -> str:
+    """A slot as people call it."""
+    return _SLOT_NAMES.get(slot, slot.replace("_", " "))
 
 
 def variant_colours(specs: Iterable[Spec]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from puzzle_nas.architecture import SLOTS, Spec
+from puzzle_nas.architecture import Spec
 from puzzle_nas.report.figures.common import (
     GHOST,
     KIND_COLOURS,
@@ -17,10 +17,10 @@ from puzzle_nas.report.figures.common import (
     NO_OP,
     PARENT,
     SIZES,
-    SLOT_NAMES,
     Values,
     layer_axis,
     log_axis,
+    slot_name,
     styled,
     variant_colours,
 )
@@ -59,11 +59,12 @@ class Distillation:
 
 
 def child_figure(bars: Sequence[Bar]) -> go.Figure:
-    """Runtime of each sub-block relative to the parent's, attention above FFN (Puzzle, Figure 6)."""
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    """Runtime of each sub-block relative to the parent's, a row for each slot (Puzzle, Figure 6)."""
+    slots = list(dict.fromkeys(bar.spec.slot for bar in bars))
+    figure = make_subplots(rows=len(slots), cols=1, shared_xaxes=True, vertical_spacing=0.16 / len(slots))
     named: set[str] = set()
     ranks = {label: rank for rank, label in enumerate(["as in the parent", *KIND_LABELS.values()])}
-    for row, slot in enumerate(SLOTS, 1):
+    for row, slot in enumerate(slots, 1):
         own = [bar for bar in bars if bar.spec.slot == slot]
         layers = [bar.layer for bar in own]
         ghosts = {"marker_color": GHOST, "hoverinfo": "skip", "showlegend": False}
@@ -94,14 +95,14 @@ def child_figure(bars: Sequence[Bar]) -> go.Figure:
                 figure.add_trace(go.Bar(y=heights, width=BAR_WIDTH, marker_color=colour, **shared), row, 1)
             named.add(label)
         highest = max([100.0, *(bar.percent_of_parent for bar in own)])
-        title = SLOT_NAMES[slot]
-        figure.update_yaxes(title_text=f"{title}, %", row=row, col=1)
+        figure.update_yaxes(title_text=f"{slot_name(slot)}, %", row=row, col=1)
         figure.update_yaxes(range=[0, 1.05 * highest], tickvals=[0, 50, 100], row=row, col=1)
-    layer_axis(figure, len(bars) // len(SLOTS))
+    layer_axis(figure, 1 + max(bar.layer for bar in bars))
     figure.update_xaxes(showgrid=False)
-    figure.update_xaxes(title_text="", row=1, col=1)
+    for row in range(1, len(slots)):
+        figure.update_xaxes(title_text="", row=row, col=1)
     figure.update_layout(barmode="overlay")
-    return styled(figure, 420)
+    return styled(figure, 210 * len(slots))
 
 
 def scores_figure(curves: Sequence[Curve], unit: str, limits: Iterable[float | None]) -> go.Figure:
@@ -171,9 +172,9 @@ def losses_figure(losses: Mapping[str, Mapping[int, float]], unit: str) -> go.Fi
             x=list(by_layer),
             y=list(by_layer.values()),
             width=BAR_WIDTH,
-            name=SLOT_NAMES.get(part, part),
+            name=slot_name(part),
             marker_color=colours.get(part, SIZES[3]),
-            hovertemplate=f"layer %{{x}}: {SLOT_NAMES.get(part, part)}, %{{y:.4g}} {unit}<extra></extra>",
+            hovertemplate=f"layer %{{x}}: {slot_name(part)}, %{{y:.4g}} {unit}<extra></extra>",
         )
     layer_axis(figure, 1 + max(layer for by_layer in losses.values() for layer in by_layer))
     figure.update_xaxes(showgrid=False)
@@ -181,7 +182,7 @@ def losses_figure(losses: Mapping[str, Mapping[int, float]], unit: str) -> go.Fi
     return styled(figure.update_layout(barmode="relative", showlegend=True), 320)
 
 
-def runtimes_figure(percents: Mapping[str, Sequence[float]]) -> go.Figure:
+def runtimes_figure(percents: Mapping[str, Values]) -> go.Figure:
     """Percent of the parent's runtime that each layer keeps, one row for each child and slot."""
     rows = list(percents)[::-1]
     figure = go.Figure(

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from puzzle_nas.architecture_search import ArchitectureSearch
+from puzzle_nas.choosing.architecture_search import ArchitectureSearch
+from puzzle_nas.choosing.frontier import SLOWEST, LimitRange, reachable_speedups, solve_frontier
 from puzzle_nas.errors import PuzzleError
-from puzzle_nas.frontier import SLOWEST, LimitRange, reachable_speedups, solve_frontier
 from puzzle_nas.report.facts import Facts
 from puzzle_nas.report.figures.tradeoffs import Point, decision_figure
 from puzzle_nas.report.layout import figure, folded, paragraph, table
-from puzzle_nas.report.tables import MODEL_COLUMNS, model_rows, search_note
+from puzzle_nas.report.tables import MODEL_COLUMNS, beaten_note, model_name, model_rows, number, search_note
 
 
 def decision(facts: Facts) -> str:
     """Figure, its numbers, and the table of all models."""
     summary = facts.summary
-    error = summary["child"]["validation_kl_nats_standard_error"]
+    error = number(summary["child"]["validation_kl_nats_standard_error"], ".2g")
     models = table(MODEL_COLUMNS, model_rows(summary), strong="child, distilled") + paragraph(
         "KL, perplexity and agreement on the validation split; the distilled child's KL has a standard "
-        f"error of {error:.2g} nats. Memory is parameters, full KV cache and working space. Baselines come from the "
+        f"error of {error} nats. Memory is parameters, full KV cache and working space. Baselines come from the "
         "same library and are only assembled: compare them with the assembled child.",
         "note",
     )
@@ -57,7 +57,7 @@ def _models(summary: Mapping[str, Any]) -> list[Point]:
         (f"child, {name}", child, child[f"validation_kl_nats_{name}"], "child")
         for name in ("assembled", "refitted", "distilled")
     ] + [
-        (name.replace("_", "-"), row, row["validation_kl_nats_assembled"], "baseline")
+        (model_name(name), row, row["validation_kl_nats_assembled"], "baseline")
         for name, row in summary["baselines"].items()
     ]
     points = []
@@ -129,11 +129,10 @@ def _solved(facts: Facts, tables: ArchitectureSearch) -> dict[str, Any]:
 
 def _remarks(summary: Mapping[str, Any]) -> str:
     text = "".join(
-        paragraph(f"The baseline {name.replace('_', '-')} is infeasible: {found['infeasible']}")
+        paragraph(f"The baseline {model_name(name)} is infeasible: {found['infeasible']}")
         for name, found in summary["baselines"].items()
         if found.get("infeasible")
     )
     if not summary["baselines"]:
         text += paragraph("The run holds no baselines.")
-    note = search_note(summary)
-    return text + (paragraph(note) if note else "")
+    return text + "".join(paragraph(note) for note in (beaten_note(summary), search_note(summary)) if note)

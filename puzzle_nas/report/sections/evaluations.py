@@ -21,7 +21,7 @@ def evaluations(facts: Facts) -> str:
     if not shown:
         return paragraph(
             f"By domain, task and length: puzzle evaluate {facts.run} --data FILE=DOMAIN --tasks FILE --long-context, "
-            f"then puzzle report {facts.run} --again.",
+            f"then puzzle write-report {facts.run} --again.",
             "note",
         )
     return "".join(shown)
@@ -53,7 +53,7 @@ def _by_domain(part: Mapping[str, Any]) -> str:
 
 
 def _by_task(part: Mapping[str, Any]) -> str:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             name + ("" if found["counted"] else " *"),
             str(found["items"]),

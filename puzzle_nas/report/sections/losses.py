@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from puzzle_nas.architecture import SLOTS, choice_id
+from puzzle_nas.architecture import choice_id
 from puzzle_nas.artifacts import read_json
 from puzzle_nas.report.facts import Facts
-from puzzle_nas.report.figures.common import SLOT_NAMES
+from puzzle_nas.report.figures.common import slot_name
 from puzzle_nas.report.figures.layers import Curve, losses_figure, scores_figure
 from puzzle_nas.report.layout import figure, folded, pair, paragraph, table
 from puzzle_nas.report.sections.evaluations import evaluations
+from puzzle_nas.report.tables import number
 
 UNITS = {
     "kl": ("kl_nats", "KL, nats"),
@@ -39,7 +40,7 @@ def _by_step(facts: Facts) -> str:
         kl, error = figures["kl_nats"], figures["kl_nats_standard_error"]
         return (
             name,
-            f"{kl:.4f} ± {error:.4f}",
+            f"{kl:.4f} ± {number(error, '.4f')}",
             f"{figures['perplexity']:.2f}",
             f"{100 * figures['top1_agreement']:.1f} %",
         )
@@ -61,7 +62,7 @@ def _by_layer(facts: Facts) -> str:
     by_part: dict[str, dict[int, float]] = {}
     worst: list[tuple[float, str]] = []
     for (layer, specs), score in facts.tables.scores.items():
-        if all(facts.child.layers[layer][spec.slot] == spec for spec in specs):
+        if all(facts.child.at(layer, spec.slot) == spec for spec in specs):
             part = specs[0].slot if len(specs) == 1 else "block"
             by_part.setdefault(part, {})[layer] = score
             worst.append((score, f"{choice_id(specs)} in layer {layer} ({score:.3g})"))
@@ -82,14 +83,15 @@ def _by_layer(facts: Facts) -> str:
 def _of_each_variant(facts: Facts) -> str:
     run, library, metric = facts.run, facts.library, facts.recipe.scoring.metric
     field, unit = UNITS[metric][0], _unit(facts)
-    curves: dict[str, list[Curve]] = {slot: [] for slot in SLOTS}
-    for slot in SLOTS:
+    curves: dict[str, list[Curve]] = {slot: [] for slot in library.specs}
+    for slot in library.specs:
         for spec in library.specs[slot]:
             paths = [run.score(layer, spec.id, metric=metric) for layer in range(library.num_layers)]
             values = [read_json(path)[field]["mean"] if path.exists() else None for path in paths]
             if any(value is not None for value in values):
                 curves[slot].append(Curve(spec, values))
-    everything = [value for slot in SLOTS for curve in curves[slot] for value in curve.values if value is not None]
+    every = [curve for of_slot in curves.values() for curve in of_slot]
+    everything = [value for curve in every for value in curve.values if value is not None]
     if not everything:
         return paragraph("The run holds no replace-1-block scores of single variants.")
     text = paragraph("Each point is the parent with one sub-block replaced: the higher, the more that one matters.")
@@ -97,8 +99,8 @@ def _of_each_variant(facts: Facts) -> str:
     if hidden:
         text += paragraph(f"{hidden} scores at or below zero have no place on the log axis.", "note")
     drawn = "".join(
-        figure(f"scores-{slot}", scores_figure(curves[slot], unit, everything), f"Scores: {SLOT_NAMES[slot]}")
-        for slot in SLOTS
+        figure(f"scores-{slot}", scores_figure(curves[slot], unit, everything), f"Scores: {slot_name(slot)}")
+        for slot in library.specs
         if curves[slot]
     )
     return folded("What every variant would cost in each layer", text + pair(drawn))

@@ -54,7 +54,7 @@ puzzle generate runs/{folder} "Why is the sky blue?"
     return (
         commands(steps)
         + paragraph(
-            "Equal recipes, versions and cost tables give equal weights on one machine; times are measured anew, and "
+            "Equal recipes, versions and cost tables give equal weights on one machine; times are measured again, and "
             "with them the search may choose otherwise. To keep this run's, set costs.file to its "
             f"costs/{facts.recipe.engine}.json."
         )

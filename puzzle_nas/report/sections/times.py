@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from puzzle_nas.architecture import SLOTS, Architecture
-from puzzle_nas.costs import CostTable
+from puzzle_nas.architecture import Architecture
+from puzzle_nas.choosing.costs import CostTable
 from puzzle_nas.report.facts import Facts
 from puzzle_nas.report.figures.runs import prediction_figure
 from puzzle_nas.report.layout import figure, folded, paragraph, table
@@ -30,11 +30,11 @@ def times(facts: Facts) -> str:
             (str(number), f"{row['speedup_predicted']:.3f}x", f"{row['speedup_measured']:.3f}x")
             for number, row in enumerate(checks, start=1)
         ]
-        text += paragraph("What the search found was timed beside the parent, and the limit corrected accordingly.")
+        text += paragraph("What the search found was timed next to the parent, and the limit corrected accordingly.")
         text += table(("attempt", "predicted", "measured"), rows)
-    if facts.costs is None or facts.shape is None:
+    if facts.costs is None or facts.parent is None:
         return text + paragraph("The run holds no cost table.")
-    parent = Architecture.of_parent(facts.shape)
+    parent = facts.parent
     by_scenario = facts.file("measured.json")
     if by_scenario is not None and facts.child is not None:
         text += _scenarios(facts.costs, by_scenario, {"parent": parent, "child": facts.child})
@@ -58,19 +58,23 @@ def _scenarios(costs: CostTable, measured: Mapping[str, Any], models: Mapping[st
 
 def _variants(facts: Facts, costs: CostTable, parent: Architecture) -> str:
     rows = []
-    for slot in SLOTS:
-        own = parent.layers[0][slot]
-        full = costs.columns_of(own)["runtime_ms"]
-        for spec in (own, *facts.library.specs[slot]):
-            columns, weights = costs.columns_of(spec), costs.data["bytes"]["variants"][spec.id]
-            rows.append(
-                (
-                    spec.id + (" (parent)" if spec == own else ""),
-                    f"{columns['runtime_ms']:.3f}",
-                    f"{100 * columns['runtime_ms'] / full:.0f} %" if full else "-",
-                    f"{columns['parameters']:,.0f}",
-                    f"{weights['kv_bytes_per_token']:,}",
+    longest = max(scenario.total_tokens for scenario in costs.scenarios)
+    head_dim, itemsize = costs.data["bytes"]["head_dim"], costs.data["bytes"]["cache_itemsize"]
+    for layer in dict.fromkeys(parent.groups):
+        for slot, own in parent.layers[layer].items():
+            full = costs.columns_of(layer, own)["runtime_ms"]
+            for spec in (own, *(s for s in facts.library.specs.get(slot, ()) if costs.knows(layer, s))):
+                columns = costs.columns_of(layer, spec)
+                rows.append(
+                    (
+                        spec.id + (" (parent)" if spec == own else ""),
+                        str(layer),
+                        f"{columns['runtime_ms']:.3f}",
+                        f"{100 * columns['runtime_ms'] / full:.0f} %" if full else "-",
+                        f"{columns['parameters']:,.0f}",
+                        f"{spec.cache_bytes(longest, head_dim, itemsize):,}",
+                    )
                 )
-            )
-    names = ("variant", "ms in one layer", "of the parent's", "parameters", "KV bytes per token")
+    cached = f"KV bytes of {longest:,} tokens"
+    names = ("variant", "in layers like", "ms in one layer", "of the parent's", "parameters", cached)
     return folded("What each variant costs", table(names, rows))

@@ -6,10 +6,9 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable
 
-from puzzle_nas.architecture import SLOTS
 from puzzle_nas.artifacts import read_json
 from puzzle_nas.report.facts import Facts
-from puzzle_nas.report.figures.common import SLOT_NAMES
+from puzzle_nas.report.figures.common import slot_name
 from puzzle_nas.report.figures.layers import Distillation, distillation_figure
 from puzzle_nas.report.figures.runs import training_figure
 from puzzle_nas.report.layout import figure, listed, pair, paragraph, table
@@ -22,10 +21,10 @@ def training(facts: Facts) -> str:
 
 def _blocks(facts: Facts) -> str:
     recipe, library = facts.recipe, facts.library
-    specs = [spec for slot in SLOTS for spec in library.specs[slot]]
+    specs = [spec for slot in library.specs for spec in library.specs[slot]]
     if not specs:
         return paragraph("The run holds no library.")
-    trained: dict[str, list[Distillation]] = {slot: [] for slot in SLOTS}
+    trained: dict[str, list[Distillation]] = {slot: [] for slot in library.specs}
     rows = []
     for spec in specs:
         start, end = library.values(spec, "held_out_loss_start"), library.values(spec, "held_out_loss_end")
@@ -49,7 +48,7 @@ def _blocks(facts: Facts) -> str:
         )
     columns = ("variant", "initialisation (layers)", "median loss before", "after", "fell back in layers")
     facts_of_variants = table(columns, rows, text=("initialisation (layers)", "fell back in layers"))
-    every = [variant for slot in SLOTS for variant in trained[slot]]
+    every = [variant for slot in library.specs for variant in trained[slot]]
     if not every:
         skipped = recipe.bld.tokens == 0
         why = "BLD was skipped (bld.tokens is 0)" if skipped else "The run holds no losses of BLD"
@@ -69,10 +68,10 @@ def _blocks(facts: Facts) -> str:
         figure(
             f"bld-{slot}",
             distillation_figure(trained[slot], losses),
-            f"Held-out loss before and after BLD: {SLOT_NAMES[slot]}",
+            f"Held-out loss before and after BLD: {slot_name(slot)}",
             "Dotted before, solid after." + (" A cross marks a variant that fell back." if fallen else ""),
         )
-        for slot in SLOTS
+        for slot in library.specs
         if trained[slot]
     )
     return text + pair(drawn) + facts_of_variants
@@ -86,7 +85,7 @@ def _coupled(facts: Facts) -> str:
     pairs = [(layer, ids) for layer, here in enumerate(read_json(run.coupled_pairs)["layers"]) for ids in here]
     trained = [read_json(run.variant(layer, ids, "coupled").with_suffix(".json")) for layer, ids in pairs]
     before, after = (_median([f[f"held_out_loss_{end}"] for f in trained]) for end in ("start", "end"))
-    blocks = [f"{row['attention']}+{row['ffn']}" for row in facts.summary["architecture"]]
+    blocks = ["+".join(found["variant"] for found in row["slots"].values()) for row in facts.summary["architecture"]]
     return paragraph(
         f"Coupled BLD then trained {len(pairs)} pairs of attention and FFN, those that the first search used, on "
         f"{recipe.coupled_bld.tokens:,} tokens each, from a median loss of {before} to {after}; "
@@ -107,8 +106,9 @@ def _child(facts: Facts) -> str:
     else:
         fate = "kept" if refit["kept"] else "discarded"
         before, after = refit["selection_kl_nats_before"], refit["selection_kl_nats_after"]
+        started = "" if before is None else f"from {before:.4g} "
         text = paragraph(
-            f"The refit took the assembled child's KL on the selection split from {before:.4g} "
+            f"The refit took the assembled child's KL on the selection split {started}"
             f"to {'no finite number of' if after is None else f'{after:.4g}'} nats and was {fate}."
         )
     if not gkd["tokens"]:

@@ -1,0 +1,1 @@
+"""Which child: costs, limits, the search's tables, candidates that are measured, the frontier."""

@@ -1,0 +1,1 @@
+"""How weights are stored: bytes (`layout`, without torch), formats (`registry`), and rounding to them (`rounding`)."""

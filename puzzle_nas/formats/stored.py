@@ -1,0 +1,105 @@
+"""The matrices of a model that are stored in formats, by the names of its weights; their file beside a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from puzzle_nas.formats.base import Grid, GridFormat, Rounded
+from puzzle_nas.formats.registry import format_of
+
+FILE = "formats.safetensors"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix in one format."""
+
+    form: str
+    rounded: Rounded
+
+    @property
+    def weight_OI(self) -> torch.Tensor:
+        """What engines read, float32."""
+        return self.rounded.dequantised()
+
+    def of(self, weight_OI: torch.Tensor) -> Matrix:
+        """Other weights on the same scales, each rounded to nearest."""
+        form, grid = format_of(self.form), self.rounded.grid
+        if grid is None or not isinstance(form, GridFormat):
+            return Matrix(self.form, form.nearest(weight_OI))
+        return Matrix(self.form, Rounded(form.codes(weight_OI, grid), grid))
+
+    def to(self, device: torch.device) -> Matrix:
+        """The same on a device."""
+        codes, grid = self.rounded.codes_OI.to(device), self.rounded.grid
+        if grid is not None:
+            offset = None if grid.offset_OG is None else grid.offset_OG.to(device)
+            grid = Grid(grid.step_OG.to(device), offset, {n: t.to(device) for n, t in grid.stored.items()})
+        return Matrix(self.form, Rounded(codes, grid))
+
+    def packed(self) -> torch.Tensor:
+        """What GGUF files hold of it, uint8 [O, bytes of a row]."""
+        return format_of(self.form).pack(self.rounded)["weight"]
+
+
+Matrices = dict[str, Matrix]
+
+
+def write_matrices(matrices: Mapping[str, Matrix], folder: Path) -> None:
+    """Write `FILE` into a checkpoint's folder; nothing where there are none."""
+    if not matrices:
+        return
+    tensors: dict[str, torch.Tensor] = {}
+    for name, matrix in matrices.items():
+        codes, grid = matrix.rounded.codes_OI, matrix.rounded.grid
+        tensors[f"{name}:codes"] = codes if grid is None else codes.to(torch.int8)
+        if grid is None:
+            continue
+        tensors[f"{name}:step"] = grid.step_OG
+        if grid.offset_OG is not None:
+            tensors[f"{name}:offset"] = grid.offset_OG
+        tensors |= {f"{name}:stored.{part}": tensor for part, tensor in grid.stored.items()}
+    forms = {name: matrix.form for name, matrix in matrices.items()}
+    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / FILE, metadata=forms)
+
+
+def read_matrices(folder: Path) -> Matrices:
+    """What `write_matrices` wrote; nothing where there is no file."""
+    if not (folder / FILE).is_file():
+        return {}
+    with safe_open(folder / FILE, "pt") as file:
+        forms = file.metadata()
+    tensors = load_file(folder / FILE)
+    found: Matrices = {}
+    for name, form in forms.items():
+        parts = {key.removeprefix(f"{name}:"): t for key, t in tensors.items() if key.startswith(f"{name}:")}
+        codes = parts.pop("codes")
+        if "step" not in parts:
+            found[name] = Matrix(form, Rounded(codes))
+            continue
+        step, offset = parts.pop("step"), parts.pop("offset", None)
+        stored = {part.removeprefix("stored."): tensor for part, tensor in parts.items()}
+        found[name] = Matrix(form, Rounded(codes.to(torch.int16), Grid(step, offset, stored)))
+    return found
+
+
+def put(model: PreTrainedModel, matrices: Mapping[str, Matrix]) -> None:
+    """Give a model the weights that engines read of `matrices`, in place; what it shares with another is replaced."""
+    for name, matrix in matrices.items():
+        holder, _, part = name.rpartition(".")
+        module = model.get_submodule(holder)
+        setattr(module, part, parameter_of(matrix, getattr(module, part)))
+    model.tie_weights()
+
+
+def parameter_of(matrix: Matrix, like: torch.Tensor) -> nn.Parameter:
+    """The weight that engines read, in the precision and on the device of another."""
+    return nn.Parameter(matrix.weight_OI.to(like), requires_grad=False)

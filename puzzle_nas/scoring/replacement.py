@@ -1,0 +1,224 @@
+"""Replace one block at a time and measure the damage (Puzzle, section 3: replace-1-block scores).
+
+The walk goes up the layers once: what lies below a replaced block is computed once for all variants, the parent's
+token distribution once per batch. The blocks replaced are the parent's, or those of a child.
+
+Of several ranks, each may hold a part of the layers. What one of them replaces is then carried on by those above it.
+
+Shapes: S sequences, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from puzzle_nas.errors import CheckpointError
+from puzzle_nas.families import Anatomy, LayerInputs, SubBlock
+from puzzle_nas.subblocks import run_with
+from puzzle_nas.training import parallel
+from puzzle_nas.training.activations import ActivationFile
+from puzzle_nas.training.losses import Divergence, divergences
+
+
+def next_tokens(tokens_ST: torch.Tensor) -> torch.Tensor:
+    """The label of every position, -100 for the last of each sequence, shape [S, T]."""
+    return torch.cat([tokens_ST[:, 1:], torch.full_like(tokens_ST[:, :1], -100)], dim=1)
+
+
+def require_finite(parent_output: torch.Tensor) -> None:
+    """Refuse a parent whose own output overflows: nothing can be learnt from it.
+
+    Raises:
+        CheckpointError: it has NaN or infinity.
+    """
+    if not parent_output.isfinite().all():
+        precision = str(parent_output.dtype).removeprefix("torch.")
+        way_out = "set precision=float32" if precision != "float32" else "its weights are damaged"
+        raise CheckpointError(f"The parent computes NaN or infinity in {precision} on this run's text; {way_out}.")
+
+
+@torch.inference_mode()
+def climb(parts: Anatomy, states_BTD: Sequence[torch.Tensor], inputs: Sequence[LayerInputs], layers: range) -> None:
+    """Carry residual streams through some layers, and the final norm where they are the last ones, in place.
+
+    Each layer is asked for once. States may lie elsewhere than the model.
+    """
+    device = parts.model.device
+    for index in layers:
+        layer = parts.layers[index]
+        for state in states_BTD:
+            state.copy_(layer(state.to(device), **inputs[index].layer))
+    if layers.stop == len(parts.layers):
+        for state in states_BTD:
+            state.copy_(parts.norm(state.to(device)))
+
+
+@torch.inference_mode()
+def final_states(model: PreTrainedModel, tokens_ST: torch.Tensor, batch_sequences: int) -> list[torch.Tensor]:
+    """What the LM head receives, batch by batch, each [B, T, D]."""
+    parts = Anatomy(model)
+    states = [parts.embed(batch.to(model.device)) for batch in tokens_ST.split(batch_sequences)]
+    climb(parts, states, parts.inputs(tokens_ST.shape[1]), range(len(parts.layers)))
+    return states
+
+
+class ReplacementWalk:
+    """Walks a model upwards over fixed tokens; at each layer variants can be tried.
+
+    Args:
+        model: in which blocks are replaced; None means the parent itself.
+        windows: of attention among what will be tried.
+        scratch: a folder for what would otherwise be in memory: the residual streams of all tokens. Variants then go
+            through the layers above together, so that each of those is asked for once.
+        parts: the layers of each rank, for a parent that is divided among them; None: this rank goes through all.
+            Ranks then call `try_variants` and `carry` at every layer of `layers`, and only the last one has results.
+    """
+
+    def __init__(
+        self,
+        parent: PreTrainedModel,
+        tokens_ST: torch.Tensor,
+        batch_tokens: int,
+        model: PreTrainedModel | None = None,
+        scratch: Path | None = None,
+        parts: Sequence[range] | None = None,
+        windows: Sequence[int] = (),
+    ):
+        self.parent, self.model = parent, model or parent
+        self.anatomy = Anatomy(self.model)
+        of_parent = Anatomy(parent)
+        number = parallel.rank() if parts else 0
+        parts = parts or [range(len(of_parent.layers))]
+        self.part = parts[number]
+        self.is_lowest, self.is_last = number == 0, number + 1 == len(parts)
+        # First each rank's first layer, then each one's second: all have work until the end.
+        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*parts[: number + 1]))
+        self.layers = [layer for layer in in_turn if layer is not None]
+        self.labels_ST = next_tokens(tokens_ST)
+        self.batch_sequences = max(1, batch_tokens // tokens_ST.shape[1])
+        self.scratch = scratch
+        self.hidden_STD = self._room("hidden", len(tokens_ST))
+        with torch.inference_mode():
+            if self.is_lowest:
+                for state, batch in zip(self._batches(self.hidden_STD), self._batches(tokens_ST), strict=True):
+                    state.copy_(self.anatomy.embed(batch.to(parent.device)))
+            else:
+                parallel.take_from_below(self._batches(self.hidden_STD))
+            length = tokens_ST.shape[1]
+            parents_inputs = of_parent.inputs(length, windows)
+            self.inputs = [
+                # Where the model lacks a mixer, one that is tried there gets what the parent passes to its own.
+                LayerInputs(own.layer, {**parents.mixers, **own.mixers})
+                for own, parents in zip(self.anatomy.inputs(length, windows), parents_inputs, strict=True)
+            ]
+            final_STD = self._room("final", len(tokens_ST)).copy_(self.hidden_STD)
+            if self.model is not parent:
+                for state, batch in zip(self._batches(final_STD), self._batches(tokens_ST), strict=True):
+                    state.copy_(of_parent.embed(batch.to(parent.device)))
+            climb(of_parent, self._batches(final_STD), parents_inputs, self.part)
+            if self.is_last:
+                for final in self._batches(final_STD):
+                    require_finite(final)
+                self.final_STD = final_STD
+            else:
+                parallel.pass_up(self._batches(final_STD))
+        self.layer = self.part.start
+
+    def _room(self, name: str, sequences: int) -> torch.Tensor:
+        """A tensor [sequences, T, D] in memory or in scratch."""
+        shape = (sequences, self.labels_ST.shape[1], self.parent.config.hidden_size)
+        if self.scratch is None:
+            return torch.empty(shape, dtype=self.parent.dtype, device=self.parent.device)
+        return ActivationFile(self.scratch / f"{name}.bin", shape, self.parent.dtype).tensor
+
+    def _batches(self, tensor: torch.Tensor):
+        return tensor.split(self.batch_sequences)
+
+    @torch.inference_mode()
+    def advance(self) -> None:
+        """Go up one layer."""
+        climb(self.anatomy, self._batches(self.hidden_STD), self.inputs, range(self.layer, self.layer + 1))
+        self.layer += 1
+
+    def climb_to(self, layer: int) -> None:
+        """Go up to a layer of this rank's."""
+        while self.layer < layer:
+            self.advance()
+
+    @torch.inference_mode()
+    def model_itself(self) -> Divergence:
+        """The model with nothing replaced, on every rank; per token, shaped [S, T]."""
+        if self.model is not self.parent:
+            return self.try_variants([{}])[0]
+        results: list[Divergence] = []
+        if self.is_last:
+            results = self._compare([batch.to(self.parent.device)] for batch in self._batches(self.final_STD))
+        return (results if self.is_lowest and self.is_last else parallel.gathered(results))[0]
+
+    def try_variants(self, variants: Sequence[Mapping[str, SubBlock]]) -> list[Divergence]:
+        """The damage of each replacement, sub-blocks by slot, at the present layer; per token, shaped [S, T]."""
+        return self._results(variants, tried_below=False)
+
+    def carry(self, count: int) -> list[Divergence]:
+        """The damage of `count` replacements that a rank below tries; see `try_variants`."""
+        return self._results([{}] * count, tried_below=True)
+
+    @torch.inference_mode()
+    def _results(self, variants: Sequence[Mapping[str, SubBlock]], tried_below: bool) -> list[Divergence]:
+        if not variants:
+            return []
+        children = self._finish(variants, tried_below)
+        if self.is_last:
+            return self._compare(children)
+        # All go to the next rank; none comes here.
+        list(children)
+        return []
+
+    def _finish(self, variants: Sequence[Mapping[str, SubBlock]], tried_below: bool) -> Iterator[list[torch.Tensor]]:
+        """What the LM head receives in each child [B, T, D], batch by batch; nothing where the next rank goes on.
+
+        A batch at a time goes through the layers above, or, from scratch, all of them together.
+        """
+        device = self.parent.device
+        above = self.part if tried_below else range(self.layer + 1, self.part.stop)
+        together = self.batch_sequences if self.scratch is None else len(self.hidden_STD)
+        for hidden in self.hidden_STD.split(together):
+            room = self._room("variants", len(variants) * len(hidden))
+            children = [self._batches(child) for child in room.split(len(hidden))]
+            every = [state for states in children for state in states]
+            if tried_below:
+                parallel.take_from_below(every)
+            else:
+                own = list(self.anatomy.subblocks(self.layer).values())
+                for replaced, states in zip(variants, children, strict=True):
+                    for state, below in zip(states, self._batches(hidden), strict=True):
+                        state.copy_(run_with(own, replaced, below.to(device), self.inputs[self.layer]))
+            climb(self.anatomy, every, self.inputs, above)
+            if not self.is_last:
+                parallel.pass_up(every)
+                continue
+            for batch in zip(*children, strict=True):
+                yield [state.to(device) for state in batch]
+
+    def _compare(self, children: Iterable[list[torch.Tensor]]) -> list[Divergence]:
+        """Divergences of several children, given batch by batch as final hidden states [B, T, D] of each."""
+        device = self.parent.device
+        parts: list[list[Divergence]] = []
+        for final, labels, batch in zip(
+            self._batches(self.final_STD), self._batches(self.labels_ST), children, strict=True
+        ):
+            heads = [Anatomy(self.parent).head, *[self.anatomy.head] * len(batch)]
+            flat = [child.flatten(0, 1) for child in batch]
+            parts.append(divergences(final.to(device).flatten(0, 1), flat, heads, labels.to(device).flatten()))
+        return [joined(variant_parts, self.labels_ST.shape) for variant_parts in zip(*parts, strict=True)]
+
+
+def joined(parts: Sequence[Divergence], shape: torch.Size) -> Divergence:
+    """Batches of per-token figures as one, shaped `shape`, on the CPU."""
+    fields = ("kl_nats", "lm_loss_nats", "top1_agrees")
+    return Divergence(*(torch.cat([getattr(part, name) for part in parts]).view(shape).cpu() for name in fields))

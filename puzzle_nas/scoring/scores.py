@@ -1,0 +1,146 @@
+"""Replace-1-block scores: what is walked, who scores what, and what is stored.
+
+Shapes: S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from puzzle_nas.architecture import Choice, Spec, choice_id
+from puzzle_nas.artifacts import RunFolder, read_json, write_json
+from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.data.task_items import half_of, read_task
+from puzzle_nas.estimates import estimate, finite
+from puzzle_nas.families import Anatomy, load_tokenizer, parent_checkpoint
+from puzzle_nas.families.streaming import StreamedLayers
+from puzzle_nas.library import block_subblocks, read_variant, with_ends
+from puzzle_nas.progress import console, progress
+from puzzle_nas.recipe import Recipe
+from puzzle_nas.scoring.replacement import ReplacementWalk
+from puzzle_nas.scoring.task_scores import TaskWalk, TokenisedTask, task_score
+from puzzle_nas.subblocks import windows_of
+from puzzle_nas.training import parallel
+from puzzle_nas.training.losses import Divergence
+
+
+def scoring_walk(
+    recipe: Recipe,
+    run: RunFolder,
+    parent: PreTrainedModel,
+    stage: str,
+    windows: Sequence[int] = (),
+    model: PreTrainedModel | None = None,
+) -> tuple[ReplacementWalk, Callable[..., dict]]:
+    """What is walked, and what makes the JSON of a variant from its result and the parent's.
+
+    Args:
+        stage: whose scratch folder to use where the recipe streams the parent.
+        windows: of attention among what will be tried.
+        model: what is walked instead of the parent, and compared with it.
+    """
+    settings = recipe.scoring
+    scratch = run.scratch(stage) / f"rank_{parallel.rank()}" if recipe.memory == "stream" else None
+    parts = None
+    if recipe.memory == "divide":
+        layers = Anatomy(parent).layers
+        assert isinstance(layers, StreamedLayers)
+        parts = parallel.parts(range(len(layers)), parallel.world_size())
+        layers.keep(parts[parallel.rank()])
+    if settings.task is None:
+        tokens = load_tokens(run, "scoring")
+        walk = ReplacementWalk(parent, tokens, settings.batch_tokens, model, scratch, parts, windows)
+        return walk, divergence_score
+    items = half_of(read_task(settings.task), True, settings.task)[: settings.task_items]
+    task = TokenisedTask.of(items, load_tokenizer(parent_checkpoint(run)), parent.config.max_position_embeddings)
+    walk = TaskWalk(parent, task, settings.batch_tokens, model, scratch, parts, windows)
+    return walk, partial(task_score, measure=settings.task_measure)
+
+
+def score_choices(
+    recipe: Recipe, run: RunFolder, parent: PreTrainedModel, stage: str, library: str, choices: Iterable[Choice]
+) -> None:
+    """Score in the parent what is not scored yet, and name what is not fit to be chosen.
+
+    Args:
+        stage: whose scratch folder to use.
+        library: where the blocks are from.
+    """
+    paths = {(layer, s): run.score(layer, choice_id(s), library, recipe.scoring.metric) for layer, s in choices}
+    missing = parallel.from_first(lambda: [choice for choice, path in paths.items() if not path.exists()])
+    mine = missing if recipe.memory == "divide" else missing[parallel.rank() :: parallel.world_size()]
+    if mine:
+        windows = windows_of(spec for _, specs in mine for spec in specs)
+        walk, score_of = scoring_walk(recipe, run, parent, stage, windows)
+        itself: Any = walk.model_itself()
+        if isinstance(walk, TaskWalk) and (doubt := walk.task.doubt(itself)):
+            console.print(f"  {doubt}")
+        with progress("score blocks, layer", len(walk.layers)) as ticker:
+            for layer in walk.layers:
+                here = [specs for index, specs in mine if index == layer]
+                if not here:
+                    ticker.skip(1)
+                    continue
+                results, dead = _tried(run, walk, layer, here, library)
+                for specs, result, is_dead in zip(here, results, dead, strict=False):
+                    score = score_of(result, itself)
+                    write_json(paths[layer, specs], score | problem_of(score, is_dead))
+                ticker.advance()
+        for layer, (head,) in [choice for choice in mine if choice[0] == len(Anatomy(parent).layers)]:
+            ends = read_variant(run.variant(layer, head.id, library), "build-library")
+            walk, _ = scoring_walk(recipe, run, parent, stage, model=with_ends(parent, ends))
+            write_json(paths[layer, (head,)], score_of(walk.model_itself(), itself))
+    parallel.gathered(())
+    for (layer, specs), path in paths.items():
+        if problem := read_json(path).get("problem"):
+            console.print(f"  Layer {layer}, {choice_id(specs)}: {problem}; it is never chosen.")
+
+
+def _tried(
+    run: RunFolder, walk: ReplacementWalk, layer: int, choices: Sequence[tuple[Spec, ...]], library: str
+) -> tuple[Sequence[Any], list[bool]]:
+    """The results of choices at a layer, none where a later rank has them, and of each whether it is dead."""
+    dead = torch.zeros(len(choices), dtype=torch.uint8)
+    blocks = None
+    if layer in walk.part:
+        walk.climb_to(layer)
+        blocks = block_subblocks(run, walk.parent, layer, choices, library)
+        with torch.inference_mode():
+            some = walk.hidden_STD[:1].to(walk.parent.device)
+            for number, parts in enumerate(blocks):
+                dead[number] = any(
+                    not part.empty and not part.added(some, walk.inputs[layer]).any() for part in parts.values()
+                )
+    else:
+        parallel.take_from_below([dead])
+    if not walk.is_last:
+        parallel.pass_up([dead])
+    results = walk.carry(len(choices)) if blocks is None else walk.try_variants(blocks)
+    return results, dead.bool().tolist()
+
+
+def divergence_score(divergence: Divergence, parent: Divergence) -> dict:
+    """The JSON of one variant. All figures are means over the tokens of a sequence, then over sequences."""
+    kl = divergence.kl_nats.double().mean(1).tolist()
+    # The last position of a sequence has no label.
+    lm_loss = divergence.lm_loss_nats[:, :-1].double().mean(1)
+    increase = (lm_loss - parent.lm_loss_nats[:, :-1].double().mean(1)).tolist()
+    return {
+        "kl_nats": estimate(kl),
+        "lm_loss_increase_nats": estimate(increase),
+        "top1_agreement": estimate(divergence.top1_agrees.double().mean(1).tolist()),
+        "kl_nats_by_sequence": [finite(round(v, 8)) for v in kl],
+        "lm_loss_increase_nats_by_sequence": [finite(round(v, 8)) for v in increase],
+    }
+
+
+def problem_of(score: dict, adds_nothing: bool = False) -> dict[str, str]:
+    """Why something must not be chosen, as `problem`; empty for what may."""
+    if any(isinstance(figure, dict) and figure["mean"] is None for figure in score.values()):
+        return {"problem": "its score is not a finite number"}
+    return {"problem": "it has weights and adds nothing"} if adds_nothing else {}

@@ -1,0 +1,203 @@
+"""A run that searches formats too, on llama.cpp: what it stores is what the engine reads, whatever was searched."""
+
+from __future__ import annotations
+
+import json
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from puzzle_nas.architecture import Architecture, Head
+from puzzle_nas.artifacts import RunFolder, read_json, write_json
+from puzzle_nas.choosing.architecture_search import ArchitectureSearch
+from puzzle_nas.choosing.refinement import Trials
+from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.engines.base import EXPORT_RECORD
+from puzzle_nas.errors import RecipeError
+from puzzle_nas.evaluation.evaluate import Asked, evaluate
+from puzzle_nas.exporters import EXPORTERS, Child
+from puzzle_nas.families import load_model, load_parent
+from puzzle_nas.formats.stored import read_matrices
+from puzzle_nas.machine import machine_of
+from puzzle_nas.pipeline import open_run
+from puzzle_nas.stages import distill_child
+from puzzle_nas.training import parallel
+from tests.conftest import puzzle
+from tests.stages.test_bad_input import check_refused
+
+FORMATS = ("q8_0", "q4_0")
+WIDTH = 352
+"""Of the tiny parent's FFNs, once they are padded to whole blocks of 32."""
+
+
+@pytest.fixture(scope="module")
+def padded_parent(tiny_parent, tmp_path_factory):
+    """The tiny parent with channels of zeros, so that every row divides into blocks; the same function."""
+    folder = tmp_path_factory.mktemp("padded")
+    for file in tiny_parent.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if ".mlp." in name:
+            added = [0, WIDTH - weight.shape[1]] if "down_proj" in name else [0, 0, 0, WIDTH - weight.shape[0]]
+            weights[name] = torch.nn.functional.pad(weight, added).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": WIDTH}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(padded_parent, tiny_settings, tmp_path_factory):
+    """A recipe file; the limit in bytes is one that no child in full precision meets."""
+    path = tmp_path_factory.mktemp("recipes") / "formats.yaml"
+    settings = {**tiny_settings, "parent": str(padded_parent), "engine": "llama.cpp"}
+    settings["search_space"] = {"kv_heads": [1], "width_fractions": [0.5], "multiple_of": 32, "formats": list(FORMATS)}
+    settings["search"] = {"limits": {"memory_bytes": 400_000}, "verify": 2, "refine_rounds": 1, "speed_attempts": 0}
+    path.write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(recipe, tmp_path_factory):
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "formats"
+    puzzle("run", recipe, "--run-dir", folder)
+    return RunFolder(folder)
+
+
+def test_the_child_is_stored_in_the_formats_that_were_searched(run):
+    found = read_json(run.architecture())
+    architecture = Architecture.from_list(found["architecture"])
+    assert architecture.formats and found["memory_bytes"] <= 400_000
+    for folder in ("child", "child-gkd", "baselines/parent@q4_0"):
+        child = Child.load(run / folder)
+        stored = {name: matrix.form for name, matrix in child.matrices.items()}
+        wanted = {name: form for name, form in _formats_of(child).items() if form}
+        assert stored == wanted and stored
+        weights = load_file(run / folder / "model.safetensors")
+        for name, matrix in read_matrices(run / folder).items():
+            assert torch.equal(weights[name], matrix.weight_OI.to(weights[name].dtype))
+
+
+def _formats_of(child):
+    """By the name of every matrix, its format."""
+    kinds = {"self_attn": "attention", "mlp": "ffn"}
+    found = {"model.embed_tokens.weight": child.architecture.head.format}
+    for name, weight in child.model.named_parameters():
+        if ".layers." in name and weight.ndim > 1:
+            _, _, layer, mixer, *_ = name.split(".")
+            found[name] = child.architecture.layers[int(layer)][kinds[mixer]].format
+    return found
+
+
+def test_what_llama_cpp_reads_is_what_torch_has(run, tmp_path):
+    child = Child.load(run / "child-gkd")
+    EXPORTERS["gguf"].write(Child(child.model, None, matrices=child.matrices), tmp_path, "float32")
+    file = gguf.GGUFReader(tmp_path / "model.gguf")
+    read = sum(gguf.quants.dequantize(t.data, t.tensor_type).astype("float64").sum() for t in file.tensors)
+    plain = child.rounded(torch.float32)
+    assert EXPORTERS["gguf"].differing(plain, tmp_path, "float32") == []
+    EXPORTERS["gguf"].write(Child(plain.model, None), tmp_path, "float32")
+    again = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert {t.tensor_type.name for t in again.tensors} == {"F32"}
+    assert read == sum(t.data.astype("float64").sum() for t in again.tensors)
+    # One bit of one weight is seen.
+    plain.model.get_parameter("model.norm.weight").data[0] += 1e-6
+    assert EXPORTERS["gguf"].differing(plain, tmp_path, "float32") == ["output_norm.weight"]
+
+
+def test_distilling_keeps_scales_and_lowers_kl(run):
+    gkd = read_json(run / "gkd.json")
+    assert gkd["selection_kl_nats_best"] < gkd["selection_kl_nats_start"]
+    refitted = read_json(run / "refit.json")["kept"]
+    before, after = (read_matrices(run / name) for name in ("child-refit" if refitted else "child", "child-gkd"))
+    changed = 0
+    for name, matrix in after.items():
+        assert torch.equal(matrix.rounded.grid.step_OG, before[name].rounded.grid.step_OG)
+        changed += not torch.equal(matrix.rounded.codes_OI, before[name].rounded.codes_OI)
+    assert changed > len(after) // 2
+    recipe = open_run(run)
+    start = load_model(run / "child-gkd", machine_of(recipe))
+    parent = load_parent(recipe, run)
+    trials = Trials(run, parent, recipe, {s: load_tokens(run, s) for s in ("calibration", "scoring", "selection")})
+    assert trials._selection.compare(start).kl_nats == pytest.approx(gkd["selection_kl_nats_best"], rel=1e-6)
+
+
+def test_scores_add_up_and_the_summary_has_the_quantised_parents(run):
+    found = ArchitectureSearch.load(open_run(run), run)
+    heads = {spec.format: score for (layer, (spec,)), score in found.scores.items() if isinstance(spec, Head)}
+    assert list(heads) == [None, *FORMATS] and 0 == heads[None] < heads["q8_0"] < heads["q4_0"]
+    for layer, (spec,) in found.scores:
+        if spec.format and not isinstance(spec, Head):
+            own = found.space.own(layer, spec.slot)
+            parts = found.scores[layer, (spec.plain,)], found.scores[layer, (own.stored(spec.format),)]
+            assert found.scores[layer, (spec,)] == pytest.approx(sum(parts))
+    baselines = read_json(run.summary)["baselines"]
+    kl, speeds = (
+        [baselines[f"parent@{form}"][key] for form in FORMATS]
+        for key in ("validation_kl_nats_assembled", "speedup_measured")
+    )
+    assert 0 < kl[0] < kl[1] and min(speeds) > 0
+    sizes = [found.costs.memory_bytes(a) for a in (found.parent, *found.space.quantised_parents.values())]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_bytes_are_those_of_the_file(run, tmp_path):
+    """Norms are float32 in GGUF, and counted in 16 bits; the zeros in place of a removed FFN are not counted."""
+    found = ArchitectureSearch.load(open_run(run), run)
+    child = Child.load(run / "child-gkd")
+    EXPORTERS["gguf"].write(Child(child.model, None, matrices=child.matrices), tmp_path, "bfloat16")
+    tensors = gguf.GGUFReader(tmp_path / "model.gguf").tensors
+    architecture = child.architecture
+    zeros = tuple(t.name.removesuffix("gate.weight") for t in tensors if "ffn_gate" in t.name and not t.data.any())
+    counted = [t for t in tensors if not t.name.startswith(zeros)]
+    layers = {t.name: int(t.n_bytes) // (1 if len(t.shape) > 1 else 2) for t in counted}
+    cache = sum(spec.cache_bytes(24, 32, 2) for _, _, spec in architecture) * 2
+    working = found.costs.data["scenarios"]["chat"]["working_bytes"]
+    assert found.costs.memory_bytes(architecture) == sum(layers.values()) + cache + working
+
+
+def test_an_export_is_evaluated_as_its_engine_computes_it(run, padded_parent, tmp_path):
+    """The engine rounds activations to eight bits; in float32 it computes what torch does."""
+    text = tmp_path / "text.txt"
+    text.write_text((padded_parent / "config.json").read_text() * 4)
+    asked = Asked((str(text),), sequence_length=32, tokens=256)
+    found = {}
+    child = Child.load(run / "child-gkd")
+    written = {"formats": Child(child.model, None, matrices=child.matrices), "plain": child.rounded(torch.float32)}
+    for name, what in written.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        EXPORTERS["gguf"].write(Child(what.model, None, matrices=what.matrices), folder, "float32")
+        write_json(folder / EXPORT_RECORD, {"format": "gguf", "precision": "float32"})
+        found[name] = evaluate(folder, padded_parent, asked)["text"]["all"]["kl_nats"]["mean"]
+    torchs = evaluate(run / "child-gkd", padded_parent, asked)["text"]["all"]["kl_nats"]["mean"]
+    # The KV cache has 16 bits.
+    assert found["plain"] == pytest.approx(torchs, rel=1e-2)
+    assert found["formats"] == pytest.approx(torchs, rel=0.2) and found["formats"] != found["plain"]
+    check_refused("evaluate", tmp_path / "formats", "--data", text, contains=["is an export", "--parent"])
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("engine=torch", "the engine torch does not serve the format q8_0; set engine: llama.cpp"),
+        ("search_space.formats=[q3_x]", "There is no format q3_x; formats are bf16"),
+        ("search_space.formats=[int8]", "the engine llama.cpp does not serve the format int8"),
+        ("gkd.lora_rank=4", "adapters are not rounded to search_space.formats"),
+        ("search_space.formats=[q4_k]", "q4_k cannot hold self_attn.q_proj.weight of attention.kv2@q4_k"),
+        ("search.limits={memory_bytes: 1000}", "memory_bytes=1000 can reach"),
+    ],
+)
+def test_mistakes(recipe, run, tmp_path, override, sentence):
+    check_refused("run", recipe, override, "--to", "measure-costs", "--run-dir", tmp_path / "r", contains=[sentence])
+
+
+def test_several_processes_are_refused_before_anything_is_trained(run, monkeypatch):
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="distilled by one process"):
+        distill_child.run(open_run(run), run)
