@@ -33,7 +33,7 @@ from puzzle_nas.subblocks import (
 from puzzle_nas.training.refitting import rounded_alone, rounded_ends
 
 OBSERVED_BATCH_TOKENS = 4096
-ROUNDING_TOKENS = 4096
+ROUNDING_TOKENS = 2048
 """Whose Gram matrices decide how the parent's own sub-blocks are rounded to be scored; children are rounded again."""
 HELD_BACK_TOKENS = 1024
 """Enough to tell initialisations apart that differ much; those that do not differ much need no choosing."""
