@@ -33,6 +33,7 @@ from puzzle_nas.machine import Machine, machine_of
 from puzzle_nas.modeling import PuzzleConfig, config_class_of, contiguous_last_token
 from puzzle_nas.parents import Examined, examine
 from puzzle_nas.parents.fit import quiet
+from puzzle_nas.parents.quantisation import forget_quantisation, quantisation_of
 from puzzle_nas.parents.tokenizer import read_tokenizer
 from puzzle_nas.recipe import Recipe
 
@@ -112,11 +113,14 @@ def explain_loading(where: Path | str, error: Exception) -> CheckpointError:
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError)
 
 
-def open_parent(where: Path | str, examined: Examined | None = None) -> tuple[PreTrainedModel, Any]:
-    """A parent in transformers' own class (float32 or its own precision, on the CPU) and its tokenizer.
+def open_parent(
+    where: Path | str, examined: Examined | None = None, dtype: torch.dtype | str = "auto"
+) -> tuple[PreTrainedModel, Any]:
+    """A parent in transformers' own class, on the CPU, and its tokenizer.
 
     Args:
         examined: what `examine` found, where that was done already.
+        dtype: its own precision, or that of a GGUF file dequantised.
 
     Raises:
         CheckpointError: missing, truncated, of an unknown family, or what else `examine` refuses.
@@ -126,14 +130,21 @@ def open_parent(where: Path | str, examined: Examined | None = None) -> tuple[Pr
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
-                folder, config=examined.config, dtype="auto", **examined.loading_arguments
+                folder, config=examined.config, dtype=dtype, **examined.loading_arguments
             )
     except LOADING_ERRORS as error:
         raise explain_loading(where, error) from error
     model.generation_config = examined.generation_config
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    if examined.quantisation is not None:
+        _forget_quantisation(model, model.dtype)
     return model, examined.tokenizer
+
+
+def _forget_quantisation(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Leave a dequantised model as a plain one; transformers gives the experts of some back in bfloat16 always."""
+    forget_quantisation(model.config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def usable(model: PreTrainedModel) -> PreTrainedModel:
@@ -261,9 +272,14 @@ def load_model(checkpoint: Path, machine: Machine) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(checkpoint)
         family_of(parent_type(config))
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=machine.dtype)
+        found = quantisation_of(checkpoint, config)
+        extra = {} if found is None else {"quantization_config": found.argument}
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=machine.dtype, **extra)
     except LOADING_ERRORS as error:
         raise explain_loading(checkpoint, error) from error
+    if found is not None:
+        _forget_quantisation(model, machine.dtype)
     for parameter in model.parameters():
         parameter.data = aligned(parameter.data)
     if not isinstance(config, PuzzleConfig):
@@ -305,7 +321,9 @@ def stream_model(checkpoint: Path, machine: Machine) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(checkpoint)
         family_of(config.model_type)
-        model = streamed(config, WeightFiles(checkpoint, machine.device, machine.dtype))
+        found = quantisation_of(checkpoint, config)
+        forget_quantisation(config)
+        model = streamed(config, WeightFiles(checkpoint, machine.device, machine.dtype, found))
         model.generation_config = GenerationConfig.from_model_config(config)
         if (checkpoint / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint)

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.initialization import no_init_weights
+from transformers.quantizers import AutoHfQuantizer
 
 from puzzle_nas.artifacts import read_json
 from puzzle_nas.errors import CheckpointError
+from puzzle_nas.parents.quantisation import Quantisation
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -37,12 +39,18 @@ class Source:
 class WeightFiles:
     """Where each weight of a checkpoint lies, and how transformers makes it of what is stored.
 
+    Args:
+        quantisation: which transformers undoes; None for plain weights.
+
     Raises:
         CheckpointError: the checkpoint is not in safetensors.
     """
 
-    def __init__(self, checkpoint: Path, device: torch.device, dtype: torch.dtype):
-        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+    def __init__(
+        self, checkpoint: Path, device: torch.device, dtype: torch.dtype, quantisation: Quantisation | None = None
+    ):
+        self.checkpoint, self.device, self.dtype, self.quantisation = checkpoint, device, dtype, quantisation
+        self._model: Any = None
         self.sources: dict[str, list[Source]] = {}
         if (checkpoint / INDEX).is_file():
             self.places: Mapping[str, str] = read_json(checkpoint / INDEX)["weight_map"]
@@ -56,7 +64,13 @@ class WeightFiles:
 
     def match(self, model: PreTrainedModel) -> None:
         """Find out what each weight of a model, which may be on the meta device, is made of."""
-        mapping = get_model_conversion_mapping(model)
+        quantizer = None
+        if self.quantisation is not None:
+            quantizer = AutoHfQuantizer.from_config(self.quantisation.argument, pre_quantized=True)
+            quantizer.validate_environment(dtype=self.dtype, device_map=None)
+        mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
+        # Its list of layers will be another.
+        self._model = copy.deepcopy(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -72,14 +86,15 @@ class WeightFiles:
         for source in sources:
             with safe_open(self.checkpoint / self.places[source.name], "pt") as file:
                 # A copy: what the file maps is let go with it.
-                tensors[source] = file.get_tensor(source.name).to(self.device, self.dtype, copy=True)
+                tensors[source] = file.get_tensor(source.name).to(self.device, copy=True)
         if sources[0].converter is None:
-            return {made: tensors[sources[0]]}
+            return {made: tensors[sources[0]].to(self.dtype)}
         converter = copy.deepcopy(sources[0].converter)
         for source, tensor in tensors.items():
             converter.add_tensor(made, source.name, source.pattern, tensor)
-        results = converter.convert(made)
-        return {name: value[0] if isinstance(value, list) else value for name, value in results.items()}
+        results = converter.convert(made, model=self._model, config=self._model.config)
+        tensors = {name: value[0] if isinstance(value, list) else value for name, value in results.items()}
+        return {name: tensor.to(self.dtype) for name, tensor in tensors.items()}
 
     def fill(self, module: nn.Module, prefix: str) -> None:
         """Read a module's weights, in place of those on the meta device.

@@ -75,11 +75,6 @@ class Examined:
         tied = self.model.all_tied_weights_keys
         return sum(p.numel() for name, p in self.model.named_parameters() if name not in tied)
 
-    def check_streams(self) -> None:
-        """Raises: CheckpointError: single layers of it cannot be read from disk."""
-        if self.quantisation is not None:
-            raise problem("quantised and streamed", where=self.path, method=self.quantisation.method)
-
 
 def examine(where: Path | str, accept: Callable[[PreTrainedConfig], object] = lambda config: None) -> Examined:
     """Look at a parent: a checkpoint folder, a .gguf file, or a hub id (whose files are fetched first).

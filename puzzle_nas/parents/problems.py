@@ -84,8 +84,6 @@ PROBLEMS = {
     "quantization_config; fetch config.json again.",
     "no scale": "The checkpoint {where} is quantised with {method}, but {name} is stored without its scale; fetch it "
     "again.",
-    "quantised and streamed": "{where} is quantised with {method}, and single layers of it are not read from disk; use "
-    "memory: all, or save it dequantised first.",
     # GGUF
     "not GGUF": "{file} is no GGUF file that can be read; it is incomplete or damaged, fetch it again. ({reason})",
     "cut GGUF": "{file} is cut: its tensors end at byte {end}, but it has {size} bytes; fetch it again.",

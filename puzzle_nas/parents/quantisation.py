@@ -62,8 +62,11 @@ class Quantisation:
     """`quantization_config` for `from_pretrained`, so that the weights come dequantised on every device."""
 
 
-def quantisation_of(where: Path, config: PreTrainedConfig, tensors: Collection[str]) -> Quantisation | None:
+def quantisation_of(where: Path, config: PreTrainedConfig, tensors: Collection[str] = ()) -> Quantisation | None:
     """The quantisation of a checkpoint folder; None for plain weights.
+
+    Args:
+        tensors: names of what is stored, for marks of a quantisation that the configuration does not mention.
 
     Raises:
         CheckpointError: one that is not read here, with the way out.
@@ -92,6 +95,13 @@ def quantisation_of(where: Path, config: PreTrainedConfig, tensors: Collection[s
     except LIBRARY_ERRORS as error:
         shown = f"{method} ({first_line(error)})"
         raise problem("quantised", where=where, method=shown, way_out=_way_out(method)) from error
+
+
+def forget_quantisation(config: PreTrainedConfig) -> None:
+    """Let the configuration of a dequantised parent speak of plain weights."""
+    for name in ("quantization_config", "compression_config"):
+        if hasattr(config, name):
+            delattr(config, name)
 
 
 def _bitsandbytes(fields: dict) -> str | None:

@@ -29,8 +29,6 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     examined = examine(where, lambda config: family_of(config.model_type))
     for line in examined.warnings:
         console.print(f"  {line}")
-    if recipe.memory != "all":
-        examined.check_streams()
     if recipe.memory != "all" and isinstance(where, Path) and (where / "config.json").is_file():
         checkpoint = where.resolve()
         model = stream_model(checkpoint, machine)
@@ -55,7 +53,8 @@ def run(recipe: Recipe, run: RunFolder) -> None:
 
 def _opened(where: Path | str, examined: Examined, run: RunFolder, machine: Machine) -> tuple[Path, PreTrainedModel]:
     """Checkpoint and model of a parent, loaded whole and written where it is no local, plain checkpoint."""
-    model, tokenizer = open_parent(where, examined)
+    dtype = "auto" if examined.quantisation is None else machine.dtype
+    model, tokenizer = open_parent(where, examined, dtype)
     if isinstance(where, Path) and where.is_dir() and examined.quantisation is None:
         checkpoint = where.resolve()
     else:

@@ -203,11 +203,13 @@ def test_a_changed_parent_is_noticed_by_a_run(tmp_path, tiny_settings, capsys):
     assert "already done" not in capsys.readouterr().out
 
 
-def test_an_fp8_parent_is_written_out_whole_and_refused_streamed(tmp_path, tiny_settings):
+def test_an_fp8_parent_is_written_out_whole_and_read_where_it_lies_streamed(tmp_path, tiny_settings):
     folder = tiny(tmp_path / "p")
     as_fp8(folder)
     settings = {**tiny_settings, "parent": str(folder)}
     prepare(settings, tmp_path / "whole")
     assert torch.allclose(logits_of(theirs(tmp_path / "whole/parent")), logits_of(theirs(folder)), atol=1e-4)
-    with pytest.raises(CheckpointError, match="fp8, and single layers"):
-        prepare({**settings, "memory": "stream"}, tmp_path / "streamed")
+    prepare({**settings, "memory": "stream"}, tmp_path / "streamed")
+    assert not (tmp_path / "streamed/parent").exists()
+    facts = [json.loads((tmp_path / name / "parent.json").read_text()) for name in ("whole", "streamed")]
+    assert facts[0]["architecture"] == facts[1]["architecture"]

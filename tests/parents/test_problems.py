@@ -270,7 +270,6 @@ CASES = {
         (config(quantization={"group_size": 64, "bits": 4}), ["MLX"]),
         (written("hf_quant_config.json", "{}"), ["ModelOpt"]),
         (written("quantize_config.json", "{}"), ["GPTQ"]),
-        (quantised(quant_method="compressed-tensors"), ["pip install compressed-tensors"]),
         (quantised(quant_method="fp8", weight_block_size=[1]), ["fp8"]),
     ],
     "unsaid quantisation": [
@@ -322,7 +321,7 @@ CASES = {
     "tokenizer too long": [(longer_tokenizer, ["282 entries", "272", "belongs to another model", "resize_token"])],
     "not reachable": [(lambda folder: "nobody/has-this-model", ["nobody/has-this-model"])],
 }
-NOT_HERE = {"quantised and streamed", "no scale"}
+NOT_HERE = {"no scale"}
 """Met in tests/parents/test_quantised.py."""
 
 

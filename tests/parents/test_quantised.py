@@ -1,4 +1,6 @@
-"""Quantised parents: dequantised whole, the same written out, refused by name where layers are streamed."""
+"""Quantised parents compute what their codes and scales mean, loaded whole and streamed."""
+
+import importlib.util
 
 import pytest
 import torch
@@ -6,11 +8,24 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from puzzle_nas.errors import CheckpointError
-from puzzle_nas.families import open_parent
+from puzzle_nas.families import load_model, open_parent
+from puzzle_nas.families.loading import stream_model
+from puzzle_nas.formats.registry import format_of
+from puzzle_nas.formats.rounding import round_matrix
+from puzzle_nas.machine import Machine
 from puzzle_nas.parents import describe, examine
 from tests.parents.checkpoints import edit, logits_of, theirs, tiny
 
 BLOCK = 32
+MACHINE = Machine(torch.device("cpu"), torch.float32)
+
+
+def check_loads(folder, wanted, **tolerance):
+    """A run's own ways to load a parent from its folder give these logits, and nothing in it speaks of codes."""
+    for load in (load_model, stream_model):
+        model = load(folder, MACHINE)
+        assert not hasattr(model.config, "quantization_config")
+        assert torch.allclose(logits_of(model), wanted, **tolerance), load
 
 
 def as_fp8(folder):
@@ -77,14 +92,12 @@ def test_mxfp4_is_loaded_with_its_scales(mxfp4):
     assert examined.parameters == sum(p.numel() for p in examined.model.parameters()) == 160_464
     model, _ = open_parent(folder, examined)
     assert not hasattr(model.config, "quantization_config")
-    # transformers gives the experts back in bfloat16, which holds them exactly; the rest is float32.
-    assert torch.allclose(logits_of(model.float()), wanted, atol=1e-4)
+    assert torch.allclose(logits_of(model), wanted, atol=1e-4)
+    check_loads(folder, wanted, atol=1e-4)
 
 
-def test_mxfp4_is_not_streamed_and_not_without_scales(mxfp4):
+def test_mxfp4_that_lacks_scales(mxfp4):
     folder, _ = mxfp4
-    with pytest.raises(CheckpointError, match=r"mxfp4, and single layers of it are not read.*memory: all"):
-        examine(folder).check_streams()
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.0.mlp.experts.down_proj_scales"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -110,11 +123,7 @@ def test_fp8_is_loaded_with_its_scales(fp8):
     assert model.dtype == torch.float32 and not hasattr(model.config, "quantization_config")
     assert torch.allclose(logits_of(model), wanted, atol=1e-4)
     assert torch.allclose(logits_of(theirs(folder)), wanted, atol=1e-4)
-
-
-def test_fp8_is_not_streamed_without_its_scales(fp8):
-    with pytest.raises(CheckpointError, match=r"fp8, and single layers of it are not read.*memory: all"):
-        examine(fp8[0]).check_streams()
+    check_loads(folder, wanted, atol=1e-4)
 
 
 def test_fp8_that_lacks_scales(fp8):
@@ -123,4 +132,47 @@ def test_fp8_that_lacks_scales(fp8):
     del weights["model.layers.0.mlp.up_proj.weight_scale_inv"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"up_proj\.weight is stored without its scale"):
+        examine(folder)
+
+
+SCHEMES = {
+    "int8": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}),
+    "int4": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}),
+}
+
+
+# transformers gives back fused experts of packed formats alone; others are refused.
+@pytest.mark.parametrize(("family", "form"), [("llama", "int8"), ("llama", "int4"), ("qwen3_moe", "int4")])
+def test_compressed_tensors_are_loaded_with_their_scales(tmp_path, form, family):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 32}
+    folder = tiny(tmp_path / form, family, hidden_size=128, **(experts if family == "qwen3_moe" else {}))
+    stored, meant = {}, {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if "proj" not in name:
+            stored[name] = meant[name] = weight
+            continue
+        rounded = round_matrix(format_of(form), weight, None)
+        prefix = name.removesuffix("weight")
+        stored |= {prefix + kind: tensor for kind, tensor in format_of(form).pack(rounded).items()}
+        # transformers multiplies in the precision of the scales.
+        meant[name] = rounded.dequantised().to(rounded.grid.stored["scale"].dtype).float()
+    save_file(meant, folder / "model.safetensors", metadata={"format": "pt"})
+    wanted = logits_of(theirs(folder))
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    layout, weights = SCHEMES[form]
+    group = {"targets": ["Linear"], "weights": {**weights, "symmetric": True}}
+    said = {"quant_method": "compressed-tensors", "format": layout, "quantization_status": "compressed"}
+    edit(folder / "config.json", quantization_config={**said, "config_groups": {"all": group}, "ignore": ["lm_head"]})
+    examined = examine(folder)
+    assert describe(examined)["quantisation"] == "compressed-tensors"
+    model, _ = open_parent(folder, examined)
+    assert torch.allclose(logits_of(model), wanted, atol=1e-4)
+    check_loads(folder, wanted, atol=1e-4)
+
+
+def test_a_package_that_is_not_installed(tmp_path, monkeypatch):
+    folder = tiny(tmp_path / "p")
+    edit(folder / "config.json", quantization_config={"quant_method": "compressed-tensors"})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match="pip install compressed-tensors"):
         examine(folder)
