@@ -24,7 +24,6 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from results import by_arithmetic, save
 
 from puzzle_nas.architecture import Architecture, Choice
@@ -140,7 +139,6 @@ def main() -> None:
     parser.add_argument("run", nargs="?", default="runs/quickstart", type=Path)
     parser.add_argument("speedups", nargs="*", type=float, default=SPEEDUPS)
     asked = parser.parse_args()
-    torch.set_num_threads(machine_of(open_run(RunFolder(asked.run))).threads)
     children = Children(RunFolder(asked.run))
     machine = describe(machine_of(children.recipe))
     figures: dict[str, float] = {}

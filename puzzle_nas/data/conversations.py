@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ COLUMNS = ("messages", "conversations")
 """Where rows without a text column hold a conversation."""
 SYSTEM = "system"
 """The column of a row's system message, where it is kept apart."""
+TOOLS = "tools"
+"""The column of what the assistant may call: a list of JSON schemas, or that list written as JSON."""
 ROLES = {
     "system": "system",
     "human": "user",
@@ -34,9 +36,10 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, each with `role` and `content` (text)."""
+    """Messages, each with `role` and `content` (text), and the tools that the assistant has."""
 
     messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
 
     def __len__(self) -> int:
         """Characters of its texts."""
@@ -49,7 +52,8 @@ class Conversation:
 
     def to_json(self) -> str:
         """The same text for the same conversation."""
-        return json.dumps(self.messages, sort_keys=True, default=str)
+        everything = [*self.messages, {TOOLS: self.tools}] if self.tools else self.messages
+        return json.dumps(everything, sort_keys=True, default=str)
 
 
 def messages_in(value: Any) -> list[Any] | None:
@@ -77,19 +81,40 @@ def _written_messages(text: str) -> list[Any] | None:
     return value if are_messages else None
 
 
-def conversation_of(value: Sequence[Any], where: str, system: Any = None) -> Conversation:
+def conversation_of(value: Sequence[Any], where: str, system: Any = None, tools: Any = None) -> Conversation:
     """From a row's list of messages; `where` names the row.
 
     Args:
         system: the text of a system message that the row keeps apart.
+        tools: what the row says that the assistant may call.
 
     Raises:
-        DataError: an entry is not a message, or holds something other than text.
+        DataError: an entry is not a message, or holds something other than text; or tools are no list of objects.
     """
     messages = [_message(entry, where) for entry in value]
     if messages and messages[0]["role"] != "system" and isinstance(system, str) and system.strip():
         messages.insert(0, {"role": "system", "content": system})
-    return Conversation(messages)
+    return Conversation(messages, _tools(tools, where))
+
+
+def _tools(value: Any, where: str) -> list[dict[str, Any]]:
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise DataError(f"{where} holds '{TOOLS}' that are no JSON; mend or leave out that column.") from None
+    if not value:
+        return []
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise DataError(f"{where} holds '{TOOLS}' that are no list of JSON schemas; mend or leave out that column.")
+    return _without_nulls(value)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Tables give every field of every object, null where one has none; a template would write those."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _message(entry: Any, where: str) -> Message:
@@ -99,9 +124,22 @@ def _message(entry: Any, where: str) -> Message:
     role = ROLES.get(str(said).lower(), said if "role" in entry else None)
     if not isinstance(role, str):
         raise DataError(f"{where} holds a message from {said!r:.40}; known: {', '.join(ROLES)}.")
-    # Tables give every field of every message: null where a message has none.
-    others = {k: v for k, v in entry.items() if v is not None and k not in ("role", "content", "from", "value")}
+    others = {k: v for k, v in _without_nulls(entry).items() if k not in ("role", "content", "from", "value")}
+    for call in others.get("tool_calls") or ():
+        _read_arguments(call)
     return {"role": role, "content": _text(entry.get("content", entry.get("value")), where), **others}
+
+
+def _read_arguments(call: Any) -> None:
+    """In place: arguments as the object that templates expect, where they are kept as its JSON, as servers send it."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        try:
+            arguments = json.loads(function["arguments"])
+        except ValueError:
+            return
+        if isinstance(arguments, dict):
+            function["arguments"] = arguments
 
 
 def _text(content: Any, where: str) -> str:

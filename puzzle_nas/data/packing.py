@@ -11,6 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,8 @@ class Encoder:
         """The token that begins a block, and a document unless the one before it ended with the same."""
         self._special = special_ids(tokenizer)
         self._turn_marks = (turn_tokens & self._special) - {self.separator, self.beginning}
+        self.without_tools = 0
+        """Conversations whose tools the template does not write."""
         self.left_out: Counter[str] = Counter()
         """Conversations that the template refused, by its reason."""
 
@@ -149,11 +152,14 @@ class Encoder:
                 f"The text holds conversations, and the parent has no chat template to write them with "
                 f"({self.no_template}); put a chat_template.jinja into its checkpoint, or give plain text."
             )
+        render = partial(self.template.render, document.messages, strftime_now=on_a_fixed_day)
         try:
-            return self.template.render(document.messages, strftime_now=on_a_fixed_day)
+            text = render(tools=document.tools) if document.tools else render()
+            self.without_tools += bool(document.tools) and text == render()
         except ChatTemplateError as error:
             self.left_out[str(error)] += 1
             return ""
+        return text
 
     def _framed(self, ids: list[int]) -> list[int]:
         """With what begins and ends such a document."""
@@ -248,6 +254,9 @@ def pack(
         pieces["train"] = _take(iter(stream.pieces), quota, quota)
     for reason, count in encoder.left_out.items():
         console.print(f"  The parent's chat template refuses {count} conversations: {reason}", markup=False)
+    if encoder.without_tools:
+        count = encoder.without_tools
+        console.print(f"  The parent's chat template writes no tools; {count} conversations that have some lose them.")
     return {
         split: _join(
             {source.name: pieces[split] for source, pieces in zip(sources, dealt, strict=True)},

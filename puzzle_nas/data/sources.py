@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from puzzle_nas.data.conversations import COLUMNS, SYSTEM, Conversation, conversation_of, messages_in
+from puzzle_nas.data.conversations import COLUMNS, SYSTEM, TOOLS, Conversation, conversation_of, messages_in
 from puzzle_nas.errors import DataError
 from puzzle_nas.hub import go_offline_if_unreachable
 from puzzle_nas.recipe import PYTHON_STDLIB, SourceSettings
@@ -196,7 +196,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             column = _column(names, text_field, str(path))
-            for batch in file.iter_batches(batch_size=256, columns=[n for n in names if n in (column, SYSTEM)]):
+            for batch in file.iter_batches(batch_size=256, columns=[n for n in names if n in (column, SYSTEM, TOOLS)]):
                 for row in batch.to_pylist():
                     yield _document_of(row, column, str(path))
     except pyarrow.ArrowException:
@@ -224,7 +224,7 @@ def _document_of(row: dict[str, Any], text_field: str, where: str) -> Document:
     if value is None:
         return ""
     if (messages := messages_in(value)) is not None:
-        return conversation_of(messages, where, row.get(SYSTEM))
+        return conversation_of(messages, where, row.get(SYSTEM), row.get(TOOLS))
     if not isinstance(value, str):
         raise DataError(
             f"{where} holds neither text nor messages in '{column}' but {type(value).__name__}; "

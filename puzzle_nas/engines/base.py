@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from puzzle_nas.architecture import Scenario
+from puzzle_nas.architecture import Scenario, Spec
 from puzzle_nas.artifacts import explained_disk_errors, read_json
 from puzzle_nas.engines.environments import environment_python, install_environment
 from puzzle_nas.engines.worker import Worker
@@ -72,6 +72,8 @@ class Engine(ABC, Generic[M]):
     name: ClassVar[str]
     holds_all: ClassVar[bool]
     """Whether it has all models ready at once; otherwise the first one and one other."""
+    vector_itemsize: ClassVar[int | None] = None
+    """Bytes of a number in norms and biases; None: as in matrices without a format."""
 
     @abstractmethod
     def python(self) -> Path:
@@ -84,6 +86,10 @@ class Engine(ABC, Generic[M]):
     def weights_dtype(self, computed: torch.dtype) -> torch.dtype:
         """In which it holds weights that have no format, of a model that torch computes in `computed`."""
         return computed
+
+    def filler_bytes(self, spec: Spec, config: PreTrainedConfig) -> int:
+        """Bytes, at most, that its files need besides the weights of such a sub-block of a parent of `config`."""
+        return 0
 
     @abstractmethod
     def describe(self, machine: Machine) -> dict[str, Any]:

@@ -7,11 +7,14 @@ from collections import Counter
 from pathlib import Path
 
 from gguf import GGUFReader
+from transformers import PreTrainedConfig
 
+from puzzle_nas.architecture import Spec
 from puzzle_nas.artifacts import explained_disk_errors
 from puzzle_nas.engines.base import LOOPBACK, ServingEngine, Tolerance
 from puzzle_nas.engines.worker import Worker
 from puzzle_nas.errors import EngineError
+from puzzle_nas.exporters.gguf_format import idle_ffn, idle_ffns
 from puzzle_nas.machine import usable_cores
 
 WORKERS = Path(__file__).parent / "workers"
@@ -28,6 +31,7 @@ class LlamaCppEngine(ServingEngine):
     gives_logits = True
     reads_tokenizer = True
     quantised = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+    vector_itemsize = 4
     kv_dtypes = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
     # Products with 16-bit weights round the activations to 16 bits too, with quantised weights to 8.
     tolerances = {
@@ -42,6 +46,10 @@ class LlamaCppEngine(ServingEngine):
         "q4_k_m": Tolerance(mean_nats=2.0, max_nats=12.0),
         "q4_0": Tolerance(mean_nats=3.0, max_nats=14.0),
     }
+
+    def filler_bytes(self, spec: Spec, config: PreTrainedConfig) -> int:
+        """See `Engine.filler_bytes`: FFNs of zeros where a layer of the file would have none."""
+        return idle_ffns(spec) * sum(w.numel() * (4 if w.ndim == 1 else 2) for w in idle_ffn(config).tensors.values())
 
     def quantise(self, exported: Path, kind: str) -> dict[str, int]:
         """See `ServingEngine.quantise`."""

@@ -103,6 +103,23 @@ def _idle_attention(config: PreTrainedConfig) -> Mixer:
     return Mixer(1, 1, tensors)
 
 
+def idle_ffn(config: PreTrainedConfig) -> FeedForward:
+    """One of zeros, as narrow as it can be."""
+    hidden = config.hidden_size
+    tensors = {
+        "ffn_norm.weight": torch.ones(hidden),
+        "ffn_gate.weight": torch.zeros(SMALLEST_WIDTH, hidden),
+        "ffn_up.weight": torch.zeros(SMALLEST_WIDTH, hidden),
+        "ffn_down.weight": torch.zeros(hidden, SMALLEST_WIDTH),
+    }
+    return FeedForward(SMALLEST_WIDTH, tensors)
+
+
+def idle_ffns(spec: Spec) -> int:
+    """FFNs of zeros that an FFN of that kind takes, at most: behind the attention, and behind a matrix in its place."""
+    return 0 if spec.slot != "ffn" or isinstance(spec, GatedFFN) else 1 if spec.empty else 2
+
+
 def neighbouring_pairs(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Rows of queries or keys in the order in which llama.cpp rotates them: neighbours instead of halves."""
     halves = weight.reshape(num_heads, 2, -1, *weight.shape[1:])
@@ -112,15 +129,6 @@ def neighbouring_pairs(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
 def packed(parts: Iterable[Mixer | FeedForward], config: PreTrainedConfig) -> list[tuple[Mixer | None, FeedForward]]:
     """Sub-blocks in order as `deci` layers that llama.cpp computes rightly."""
     hidden = config.hidden_size
-    idle_ffn = FeedForward(
-        SMALLEST_WIDTH,
-        {
-            "ffn_norm.weight": torch.ones(hidden),
-            "ffn_gate.weight": torch.zeros(SMALLEST_WIDTH, hidden),
-            "ffn_up.weight": torch.zeros(SMALLEST_WIDTH, hidden),
-            "ffn_down.weight": torch.zeros(hidden, SMALLEST_WIDTH),
-        },
-    )
     layers: list[tuple[Mixer | None, FeedForward | None]] = []
     for part in parts:
         if isinstance(part, Mixer):
@@ -135,7 +143,7 @@ def packed(parts: Iterable[Mixer | FeedForward], config: PreTrainedConfig) -> li
         layers[0] = (_idle_attention(config), layers[0][1])
     elif layers[0][0] is None:
         layers[0] = (_matrix(torch.ones(hidden), torch.zeros(hidden, hidden), config), layers[0][1])
-    return [(mixer, ffn or idle_ffn) for mixer, ffn in layers]
+    return [(mixer, ffn or idle_ffn(config)) for mixer, ffn in layers]
 
 
 class GGUFExporter(Exporter):

@@ -91,6 +91,11 @@ class Counts:
         return self.recipe.memory != "all"
 
     @property
+    def formats(self) -> list[str]:
+        """That the search may store sub-blocks in, besides the recipe's precision."""
+        return [head.format for head in self.space.heads if head.format]
+
+    @property
     def child_share(self) -> float:
         """Of the parent's layers in the child. Limits other than `speedup` mean nothing before costs are measured."""
         return min(1.0, 1 / self.recipe.search.limits.get("speedup", 1.0))
@@ -98,16 +103,16 @@ class Counts:
     @cached_property
     def choices(self) -> list[Choice]:
         """What is scored in layers."""
-        every = self.space.choices(by_block=self.recipe.scoring.unit == "block")
-        return [choice for choice in every if choice[0] in self.layers and not self.space.is_parents(choice)]
+        every = self.space.scored(by_block=self.recipe.scoring.unit == "block")
+        return [choice for choice in every if choice[0] in self.layers]
 
     def tokens(self, split: str) -> int:
         """Of a split, in whole sequences."""
         return math.ceil(getattr(self.recipe.data, f"{split}_tokens") / self.length) * self.length
 
     def variants(self, layer: int) -> list[tuple[Spec, Size]]:
-        """What is made for a layer."""
-        return [(spec, self.size.of(layer, spec)) for spec in self.space.variants(layer)]
+        """What is made for a layer, besides its own sub-blocks in formats."""
+        return [(spec, self.size.of(layer, spec)) for spec in self.space.variants(layer) if spec.format is None]
 
     # Work
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from puzzle_nas.architecture import Choice, GatedFFN, GroupedAttention, Linear, Mixture, Spec
 from puzzle_nas.choosing.cost_fit import uniform_models
+from puzzle_nas.formats.layout import LAYOUTS
 from puzzle_nas.planning.counting import BATCH_TOKENS, Counts, Work
 from puzzle_nas.recipe import PARENT_SAMPLES, BLDSettings
 
@@ -30,8 +31,10 @@ TIMED_AGAIN = 2.5
 """Repeats made until times are steady, over those asked for; runs make up to four times as many."""
 PROBE_SECONDS = 1.0
 """To build a model that is timed."""
-HELD_BACK_TOKENS, REFITTED_TOKENS = 1024, 8192
-"""To choose between initialisations, and to refit the candidates of a search with."""
+HELD_BACK_TOKENS, REFITTED_TOKENS, ROUNDED_TOKENS = 1024, 8192, 2048
+"""To choose between initialisations, to refit the candidates of a search with, and to round own sub-blocks with."""
+ROUNDING_PASSES = {True: 5, False: 21}
+"""Products of a matrix's errors with its Gram matrix while it is rounded: to eight bits, and to fewer."""
 SPEED_CHECKS, SPEED_REPEATS = 2, 30
 """Of what search found: each time parent and child are timed so often."""
 NEAR = 4
@@ -130,6 +133,8 @@ def build_library(counts: Counts) -> Demand:
                 work += _closed_form(counts, layer, spec, tokens) * tried
                 if tried > 1:
                     work += counts.replacement(held_back, layer, (spec,)) * tried
+    for form in counts.formats:
+        work += sum((_rounded(counts, min(tokens, ROUNDED_TOKENS), *own, form) for own in parent), Work())
     held = counts.walked_bytes + counts.stream_bytes(tokens + 2 * held_back) + counts.running_bytes(BATCH_TOKENS)
     held += max(_statistics_bytes(counts, layer) for layer in counts.layers) + counts.logit_bytes(2)
     return Demand("build_library", work, held, counts.walked_bytes, counts.library_bytes)
@@ -145,6 +150,17 @@ def _candidates(spec: Spec, own: Spec) -> int:
         case Mixture(), Mixture():
             return 4 if spec.num_experts < own.num_experts else 2
     return 1
+
+
+def _rounded(counts: Counts, tokens: float, layer: int, slot: str, own: Spec, form: str) -> Work:
+    """A sub-block's matrices rounded one after another, the last one solved for."""
+    size, hidden, last = counts.size.of(layer, own), counts.size.hidden, counts.size.last_input(layer, own)
+    inside = max(0, size.multiplied - last * hidden)
+    work = counts.passed(2 * tokens, size, 2) + counts.gram(tokens, hidden) + counts.gram(tokens, last, hidden)
+    products = 2.0 * (inside * hidden + last * hidden * last)
+    # In float32, which is twice as fast as float64.
+    has_eight_bits = LAYOUTS[form].bytes_of(1, last) > last
+    return work + counts.solved(last, hidden) + Work(float64_flops=ROUNDING_PASSES[has_eight_bits] * products / 2)
 
 
 def _closed_form(counts: Counts, layer: int, spec: Spec, tokens: float) -> Work:
@@ -316,7 +332,13 @@ def _refitted(counts: Counts, most_tokens: float) -> Work:
         width = counts.size.last_input(layer, own)
         work += counts.gram(tokens, width, counts.size.hidden) * counts.child_share
         work += counts.solved(width, counts.size.hidden) * counts.child_share**3
-    return work
+    return work + _child_rounded(counts, tokens)
+
+
+def _child_rounded(counts: Counts, tokens: float) -> Work:
+    """In the mean of the recipe's formats."""
+    rounded = (_rounded(counts, tokens, *own, form) for own in counts.size.architecture for form in counts.formats)
+    return sum(rounded, Work()) * (counts.child_share / max(1, len(counts.formats)))
 
 
 def _refit_bytes(counts: Counts, tokens: float) -> float:
@@ -328,11 +350,13 @@ def _refit_bytes(counts: Counts, tokens: float) -> float:
 
 
 def assemble_child(counts: Counts) -> Demand:
-    """The child and three baselines, as checkpoints."""
-    held = counts.walked_bytes + counts.child_bytes
-    return Demand(
-        "assemble_child", Work(seconds=1, file_bytes=8 * counts.child_bytes), held, held, 4 * counts.child_bytes
-    )
+    """The child, three baselines, and the parent in each format, as checkpoints."""
+    held, children = counts.walked_bytes + counts.child_bytes, 4 + len(counts.formats)
+    work = Work(seconds=1, file_bytes=2 * children * counts.child_bytes)
+    if counts.formats:
+        tokens = counts.tokens("calibration")
+        work += counts.forward(tokens) + _child_rounded(counts, tokens) * children
+    return Demand("assemble_child", work, held, held, children * counts.child_bytes)
 
 
 def refit_child(counts: Counts) -> Demand:
@@ -408,10 +432,13 @@ def _distilling_bytes(counts: Counts, trained: float, micro: float) -> float:
 
 
 def evaluate_child(counts: Counts) -> Demand:
-    """Parent, child as assembled, refitted and distilled, and three baselines compared; child and parent timed."""
-    tokens, repeats = counts.tokens("validation"), counts.recipe.evaluation.timing_repeats
-    work = counts.forward(tokens) + counts.child_compared(tokens) * 7 + Work(file_bytes=7 * counts.child_bytes)
-    work += counts.requests() * ((1 + counts.child_share) * TIMED_AGAIN * repeats)
+    """Parent, child as assembled, refitted and distilled, three baselines and the parent in formats compared; child
+    and parent timed, and the parent in formats."""
+    tokens, repeats, forms = counts.tokens("validation"), counts.recipe.evaluation.timing_repeats, len(counts.formats)
+    compared = 7 + forms
+    work = counts.forward(tokens) + counts.child_compared(tokens) * compared
+    work += Work(file_bytes=compared * counts.child_bytes)
+    work += counts.requests() * ((1 + counts.child_share) * TIMED_AGAIN * repeats * (1 + forms))
     held = counts.parent_bytes + counts.child_bytes + _request_bytes(counts) + counts.logit_bytes(2)
     return Demand("evaluate_child", work, held, counts.parent_bytes + counts.child_bytes)
 

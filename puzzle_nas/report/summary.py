@@ -47,6 +47,7 @@ def build_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
             "parameters": facts["parameters"],
             "memory_bytes": costs.memory_bytes(parent),
             "validation_perplexity": quality["parent"]["perplexity"],
+            "validation_kl_nats_of_rounding": quality.get("kl_nats_of_rounding"),
             "runtime_ms_predicted": parent_ms,
             "runtime_ms_measured": measured["mix_ms"]["parent"],
         },

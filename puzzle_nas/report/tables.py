@@ -160,8 +160,19 @@ def _footer(summary: dict[str, Any]) -> Text:
     seconds = summary["seconds"]
     stages = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
     time = f"Time: {sum(seconds.values()):.0f} s ({stages})."
-    notes = [beaten_note(summary), speed_note(summary), prediction_note(summary), search_note(summary), time]
+    notes = [
+        *(beaten_note(summary), speed_note(summary), prediction_note(summary)),
+        *(rounding_note(summary), search_note(summary), time),
+    ]
     return Text("\n".join(note for note in notes if note))
+
+
+def rounding_note(summary: Mapping[str, Any]) -> str:
+    """What the precision of these figures can tell apart; empty in float32."""
+    of_rounding = summary["parent"].get("validation_kl_nats_of_rounding")
+    if of_rounding is None:
+        return ""
+    return f"KL has {of_rounding:.4f} nats of rounding in it: so far is the parent from itself, rounded otherwise."
 
 
 def search_note(summary: Mapping[str, Any]) -> str:

@@ -86,15 +86,17 @@ def score_choices(
                 if not here:
                     ticker.skip(1)
                     continue
-                results, dead = _tried(run, walk, layer, here, library)
+                results, dead, rounding = _tried(run, walk, layer, here, library)
                 for specs, result, is_dead in zip(here, results, dead, strict=False):
-                    score = score_of(result, itself)
+                    score = score_of(result, itself, *rounding)
                     write_json(paths[layer, specs], score | problem_of(score, is_dead))
                 ticker.advance()
         for layer, (head,) in [choice for choice in mine if choice[0] == len(Anatomy(parent).layers)]:
             ends = read_variant(run.variant(layer, head.id, library), "build-library")
+            parents, _ = scoring_walk(recipe, run, parent, stage)
+            rounding = parents.try_variants(parents.rounded_otherwise())
             walk, _ = scoring_walk(recipe, run, parent, stage, model=with_ends(parent, ends))
-            write_json(paths[layer, (head,)], score_of(walk.model_itself(), itself))
+            write_json(paths[layer, (head,)], score_of(walk.model_itself(), itself, *rounding))
     parallel.gathered(())
     for (layer, specs), path in paths.items():
         if problem := read_json(path).get("problem"):
@@ -103,8 +105,9 @@ def score_choices(
 
 def _tried(
     run: RunFolder, walk: ReplacementWalk, layer: int, choices: Sequence[tuple[Spec, ...]], library: str
-) -> tuple[Sequence[Any], list[bool]]:
-    """The results of choices at a layer, none where a later rank has them, and of each whether it is dead."""
+) -> tuple[Sequence[Any], list[bool], Sequence[Any]]:
+    """The results of choices at a layer, none where a later rank has them; of each whether it is dead; and the result
+    of rounding alone, where that counts."""
     dead = torch.zeros(len(choices), dtype=torch.uint8)
     blocks = None
     if layer in walk.part:
@@ -120,18 +123,28 @@ def _tried(
         parallel.take_from_below([dead])
     if not walk.is_last:
         parallel.pass_up([dead])
-    results = walk.carry(len(choices)) if blocks is None else walk.try_variants(blocks)
-    return results, dead.bool().tolist()
+    beside = walk.rounded_otherwise()
+    tried = len(choices) + len(beside)
+    results = walk.carry(tried) if blocks is None else walk.try_variants([*blocks, *beside])
+    return results[: len(choices)], dead.bool().tolist(), results[len(choices) :]
 
 
-def divergence_score(divergence: Divergence, parent: Divergence) -> dict:
-    """The JSON of one variant. All figures are means over the tokens of a sequence, then over sequences."""
-    kl = divergence.kl_nats.double().mean(1).tolist()
+def divergence_score(divergence: Divergence, parent: Divergence, rounding: Divergence | None = None) -> dict:
+    """The JSON of one variant. All figures are means over the tokens of a sequence, then over sequences.
+
+    Args:
+        rounding: what the same text loses where the parent is only rounded otherwise (`RoundedOtherwise`). Damage adds
+            to it, so it is taken off the KL.
+    """
+    kl = divergence.kl_nats.double().mean(1)
+    of_rounding = torch.zeros_like(kl) if rounding is None else rounding.kl_nats.double().mean(1)
+    kl = (kl - of_rounding).tolist()
     # The last position of a sequence has no label.
     lm_loss = divergence.lm_loss_nats[:, :-1].double().mean(1)
     increase = (lm_loss - parent.lm_loss_nats[:, :-1].double().mean(1)).tolist()
     return {
         "kl_nats": estimate(kl),
+        "kl_nats_of_rounding": finite(of_rounding.mean().item()),
         "lm_loss_increase_nats": estimate(increase),
         "top1_agreement": estimate(divergence.top1_agrees.double().mean(1).tolist()),
         "kl_nats_by_sequence": [finite(round(v, 8)) for v in kl],

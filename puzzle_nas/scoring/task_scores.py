@@ -85,6 +85,10 @@ class TaskWalk(ReplacementWalk):
         self.task = task
         super().__init__(parent, task.tokens_NT, batch_tokens, model, scratch, parts, windows)
 
+    def rounded_otherwise(self) -> list:
+        """Nothing: right and wrong choices are rounded alike."""
+        return []
+
     def _compare(self, children: Iterable[list[torch.Tensor]]) -> list[TaskResult]:  # type: ignore[override]
         parts = [
             [of_labels(final_BTD, self.anatomy.head, labels_BT)[0].cpu() for final_BTD in batch]

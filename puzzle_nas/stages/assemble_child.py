@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from puzzle_nas import __version__
 from puzzle_nas.architecture import Architecture
-from puzzle_nas.artifacts import RunFolder, complete_folder, read_json
+from puzzle_nas.artifacts import RunFolder, complete_folder, fingerprint, read_json
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import load_parent, load_tokenizer, parent_checkpoint, save_model
 from puzzle_nas.formats.stored import write_matrices
@@ -29,12 +30,18 @@ def run(recipe: Recipe, run: RunFolder) -> None:
             targets[run / "baselines" / name] = baseline["architecture"]
     calibration = load_tokens(run, "calibration")
     goals = room_for_goals(parent, calibration)
+    made: dict[str, Path] = {}
     for folder, layers in targets.items():
         architecture = Architecture.from_list(layers)
         with complete_folder(folder) as partial:
+            # Baselines may be the same model.
+            if (same := made.get(fingerprint(layers))) is not None:
+                shutil.copytree(same, partial, dirs_exist_ok=True)
+                continue
             child = assemble(run, parent, architecture, library)
             if architecture.formats:
                 write_matrices(refit(parent, child, calibration, None, goals=goals), partial)
             save_model(child, tokenizer, partial)
             card = model_card(recipe.parent, architecture, __version__, "assembled from the block library")
             (partial / "README.md").write_text(card)
+        made[fingerprint(layers)] = folder

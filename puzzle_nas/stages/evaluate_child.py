@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 
-from puzzle_nas.artifacts import RunFolder, read_json, write_json
+from puzzle_nas.artifacts import RunFolder, fingerprint, read_json, write_json
 from puzzle_nas.choosing.costs import CostTable
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.engines import ENGINES, interleaved_times, relative_standard_error
@@ -15,7 +15,8 @@ from puzzle_nas.families import load_model, load_parent
 from puzzle_nas.machine import OtherLoad, machine_of
 from puzzle_nas.progress import progress
 from puzzle_nas.recipe import Recipe
-from puzzle_nas.scoring.comparison import ParentReference
+from puzzle_nas.scoring.comparison import BATCH_TOKENS, ParentReference
+from puzzle_nas.scoring.replacement import ReplacementWalk
 
 NAME = __name__.rpartition(".")[2]
 
@@ -33,11 +34,19 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     }
     reference = ParentReference(parent, tokens)
     result = {"parent": reference.compare(parent).to_dict(), "child": {}, "baselines": {}}
+    compared: dict[str, dict] = {}
     with progress("evaluate, model", len(children) + len(baselines)) as ticker:
         for group, paths in (("child", children), ("baselines", baselines)):
             for name, path in paths.items():
-                result[group][name] = reference.compare(load_model(path, machine)).to_dict()
+                # Baselines may be the same model.
+                model = fingerprint(search["baselines"][name]["architecture"]) if group == "baselines" else name
+                if model not in compared:
+                    compared[model] = reference.compare(load_model(path, machine)).to_dict()
+                result[group][name] = compared[model]
                 ticker.advance()
+    walk = ReplacementWalk(parent, tokens, BATCH_TOKENS)
+    for rounding in walk.try_variants(walk.rounded_otherwise()):
+        result["kl_nats_of_rounding"] = float(rounding.kl_nats.double().mean())
     write_json(run / "evaluation.json", result)
     measured = _measure_speed(recipe, run, parent, load_model(run / "child-gkd", machine))
     measured["quantised_parents"] = {

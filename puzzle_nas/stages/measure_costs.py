@@ -21,7 +21,7 @@ from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.choosing.cost_fit import PARENT, Part, fit, parts_of, random_mixtures, uniform_models
 from puzzle_nas.choosing.costs import CostTable, group_name
-from puzzle_nas.engines import ENGINES, RequestTime, TorchEngine, interleaved_times
+from puzzle_nas.engines import ENGINES, Engine, RequestTime, TorchEngine, interleaved_times
 from puzzle_nas.errors import ArtifactError, RecipeError
 from puzzle_nas.families import Anatomy, architecture_of, head_dim_of, load_parent, parent_checkpoint, probe_model
 from puzzle_nas.formats.layout import layout_of
@@ -78,7 +78,7 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
     weights = {part: part_weights(parent, part) for part in parts_of(space)}
     engine = ENGINES[recipe.engine]
     itemsize = engine.weights_dtype(parent.dtype).itemsize
-    counted_bytes, shares = _bytes(parent, weights, itemsize), _shares(weights, space)
+    counted_bytes, shares = _bytes(parent, weights, engine, itemsize), _shares(weights, space)
     models = uniform_models(space) | random_mixtures(space, recipe.costs.mixtures, recipe.seed)
     placeholders: dict[tuple, torch.Tensor] = {}
     others = {name: architecture for name, architecture in models.items() if name != PARENT}
@@ -217,11 +217,12 @@ def by_group(values: Mapping[Part, Any], groups: Sequence[int]) -> dict[str, dic
 
 
 def _bytes(
-    parent: PreTrainedModel, weights: Mapping[Part, Mapping[str, torch.Tensor]], itemsize: int
+    parent: PreTrainedModel, weights: Mapping[Part, Mapping[str, torch.Tensor]], engine: Engine, itemsize: int
 ) -> dict[str, Any]:
     """Counted on real shapes: tied embeddings once, biases and norms included; matrices as their formats store them.
 
     Args:
+        engine: whose files are counted.
         itemsize: bytes of a number without a format, and of one in the cache.
 
     Raises:
@@ -233,7 +234,8 @@ def _bytes(
         family = Anatomy(parent).family
         variants[part] = {
             "parameters": sum(w.numel() for w in tensors.values()),
-            "parameter_bytes": sum(_stored_bytes(name, w, part.spec, itemsize) for name, w in tensors.items()),
+            "parameter_bytes": sum(_stored_bytes(name, w, part.spec, engine, itemsize) for name, w in tensors.items())
+            + (0 if isinstance(part.spec, Head) else engine.filler_bytes(part.spec, parent.config)),
             "state_bytes": family.state_bytes(parent.config, part.spec.slot, itemsize) if has_state else 0,
         }
     parts = Anatomy(parent)
@@ -243,12 +245,14 @@ def _bytes(
     return {
         "head_dim": head_dim_of(parent.config),
         "cache_itemsize": itemsize,
-        "fixed": {"parameters": fixed, "parameter_bytes": fixed * itemsize},
+        "fixed": {"parameters": fixed, "parameter_bytes": fixed * (engine.vector_itemsize or itemsize)},
         "variants": by_group(variants, architecture_of(parent.config).groups),
     }
 
 
-def _stored_bytes(name: str, weight: torch.Tensor, spec: Spec, itemsize: int) -> int:
+def _stored_bytes(name: str, weight: torch.Tensor, spec: Spec, engine: Engine, itemsize: int) -> int:
+    if weight.ndim == 1:
+        return weight.numel() * (engine.vector_itemsize or itemsize)
     if spec.format is None or weight.ndim != 2:
         return weight.numel() * itemsize
     rows, columns = weight.shape

@@ -293,6 +293,18 @@ def test_conversations_that_the_template_refuses_are_counted(tokenizer, capsys):
     assert "refuses 7 conversations: the user begins" in capsys.readouterr().out
 
 
+def test_tools_are_written_where_the_template_writes_them(tokenizer, capsys):
+    with_tools = [Conversation(chat.messages, [{"name": f"tool {i}"}]) for i, chat in enumerate(chats(300))]
+    without = pack_texts(tokenizer, with_tools)["train"]
+    assert "writes no tools; 300 conversations that have some lose them" in capsys.readouterr().out
+    assert "tool" not in tokenizer.decode(without.tokens.ravel())
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% if tools %}{{ tools[0]['name'] }}{% endif %}" + tokenizer.chat_template
+    assert "tool 2<|im_start|>user" in decoded(tokenizer, with_tools[2])
+    pack_texts(tokenizer, with_tools + chats(300))
+    assert "lose them" not in capsys.readouterr().out
+
+
 def test_a_template_that_wants_a_system_message_or_parts(tokenizer):
     wants_system = copy.deepcopy(tokenizer)
     check = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system message') }}{% endif %}"

@@ -55,6 +55,15 @@ PARTS = [
     {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "at?"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "That."}]},
 ]
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
+def called(arguments):
+    """A conversation with a call as servers send it."""
+    calls = [{"type": "function", "function": {"name": "look", "arguments": arguments}}]
+    return [SAID[0], {"role": "assistant", "content": "", "tool_calls": calls}]
+
+
 CALL = [SAID[0], {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}]
 
 
@@ -71,6 +80,8 @@ CALL = [SAID[0], {"role": "assistant", "content": None, "tool_calls": [{"name": 
         ({"system": "Be brief.", "conversations": SHARED}, [{"role": "system", "content": "Be brief."}, *SAID]),
         ({"system": "", "messages": SAID}, SAID),
         ({"messages": CALL}, [SAID[0], {"role": "assistant", "content": "", "tool_calls": [{"name": "look"}]}]),
+        ({"messages": called('{"at": [1]}')}, called({"at": [1]})),
+        ({"messages": called("not JSON")}, called("not JSON")),
     ],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
@@ -81,6 +92,27 @@ def test_conversations(tmp_path, name, row, messages):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / name)
     (found,) = read(tmp_path / name)
     assert found.messages == messages
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_tools_of_a_conversation(tmp_path, name, written):
+    """Nulls are what tables give for fields that other rows have."""
+    of_rows = [[TOOL], [{"type": "function", "function": {"name": "go", "strict": True}}], None]
+    rows = [{"messages": SAID, "tools": json.dumps(tools) if written and tools else tools} for tools in of_rows]
+    if name.endswith(".jsonl"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+    found = read(tmp_path / name)
+    assert sorted(map(str, (list(c.tools) for c in found))) == sorted(str(tools or []) for tools in of_rows)
+
+
+@pytest.mark.parametrize("tools", ["{not", "7", '["look"]', {"name": "look"}])
+def test_tools_that_are_none(tmp_path, tools):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": SAID, "tools": tools}))
+    with pytest.raises(DataError, match=r"line 1, holds 'tools' that are no.*mend or leave out that column"):
+        read(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(("asks", "answers"), [("human", "gpt"), ("User", "BOT"), ("prompter", "model")])

@@ -14,6 +14,7 @@ from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.choosing.refinement import Trials
 from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.engines import ENGINES
 from puzzle_nas.engines.base import EXPORT_RECORD
 from puzzle_nas.errors import RecipeError
 from puzzle_nas.evaluation.evaluate import Asked, evaluate
@@ -146,18 +147,20 @@ def test_scores_add_up_and_the_summary_has_the_quantised_parents(run):
 
 
 def test_bytes_are_those_of_the_file(run, tmp_path):
-    """Norms are float32 in GGUF, and counted in 16 bits; the zeros in place of a removed FFN are not counted."""
+    """The zeros in place of a removed FFN are counted as often as they can come."""
     found = ArchitectureSearch.load(open_run(run), run)
     child = Child.load(run / "child-gkd")
     EXPORTERS["gguf"].write(Child(child.model, None, matrices=child.matrices), tmp_path, "bfloat16")
     tensors = gguf.GGUFReader(tmp_path / "model.gguf").tensors
     architecture = child.architecture
     zeros = tuple(t.name.removesuffix("gate.weight") for t in tensors if "ffn_gate" in t.name and not t.data.any())
-    counted = [t for t in tensors if not t.name.startswith(zeros)]
-    layers = {t.name: int(t.n_bytes) // (1 if len(t.shape) > 1 else 2) for t in counted}
+    of_zeros = sum(int(t.n_bytes) for t in tensors if t.name.startswith(zeros))
+    of_weights = sum(int(t.n_bytes) for t in tensors) - of_zeros
+    fillers = sum(ENGINES["llama.cpp"].filler_bytes(spec, child.config) for _, _, spec in architecture)
+    assert of_zeros <= fillers
     cache = sum(spec.cache_bytes(24, 32, 2) for _, _, spec in architecture) * 2
     working = found.costs.data["scenarios"]["chat"]["working_bytes"]
-    assert found.costs.memory_bytes(architecture) == sum(layers.values()) + cache + working
+    assert found.costs.memory_bytes(architecture) == of_weights + fillers + cache + working
 
 
 def test_an_export_is_evaluated_as_its_engine_computes_it(run, padded_parent, tmp_path):

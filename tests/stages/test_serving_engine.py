@@ -9,6 +9,7 @@ from tests.conftest import puzzle
 from tests.stages.test_bad_input import check_refused
 
 ENGINE = "engine=llama.cpp"
+HIDDEN = 128
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +34,16 @@ def test_costs_and_bytes_are_the_engines(llama_run, tiny_run):
         *("llama.cpp", "cpu", "bfloat16", 1),
     )
     assert machine["llama-cpp-python"] and "torch" not in machine
-    # An engine that serves has weights and cache in 16 bits, where torch has 32 here.
+    # An engine that serves has weights and cache in 16 bits, where torch has 32 here; norms stay in 32.
     assert 2 * table["bytes"]["cache_itemsize"] == torch_table["bytes"]["cache_itemsize"] == 4
     for group, variants in torch_table["bytes"]["variants"].items():
         for name, counted in variants.items():
             halved = {**counted, "parameter_bytes": counted["parameter_bytes"] // 2}
-            assert table["bytes"]["variants"][group][name] == halved
+            here = table["bytes"]["variants"][group][name]
+            norm = 2 * HIDDEN if counted["parameters"] and group != "head" else 0
+            # One FFN of zeros, 32 wide, where there is none; two where a matrix stands in its place.
+            zeros = {"ffn.none": 1, "ffn.linear": 2}.get(name, 0) * HIDDEN * (3 * 32 * 2 + 4)
+            assert here == {**halved, "parameter_bytes": halved["parameter_bytes"] + norm + zeros}
     (here,), (there,) = table["scenarios"].values(), torch_table["scenarios"].values()
     assert here["parent_measured"] != there["parent_measured"] and here["working_bytes"] == there["working_bytes"]
     assert any(part["prefill_ms"] > 0 for group in here["variants"].values() for part in group.values())
