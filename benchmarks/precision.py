@@ -8,11 +8,12 @@ speed-up over the parent in its own precision, by the cost table, three programs
     architecture  every variant in the parent's precision
 
 The child of each is assembled, refitted and rounded on 8,192 calibration tokens, and compared with the parent on
-validation text; then it is timed in llama.cpp next to the parent. The parent in each format is treated likewise.
+validation text; then it is timed in llama.cpp next to the parent. The parent in each format is treated likewise, and
+the file that the parent was read from is timed too.
 With --distil every child is then distilled with the recipe's GKD tokens, formats straight through.
 
 Children are kept in runs/benchmark-precision, so a second call goes on. results/precision.json has, by way and
-speed-up, kl_, kl_distilled_, speedup_predicted_, speedup_measured_ and bytes_.
+speed-up, kl_, top1_, kl_distilled_, speedup_predicted_, speedup_measured_ and bytes_.
 
 python benchmarks/precision.py [--distil] [--only WAY] [RUN] [SPEEDUP ...]
 """
@@ -24,7 +25,8 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from results import by_arithmetic, save
+import gguf
+from results import save
 
 from puzzle_nas.architecture import Architecture, Choice
 from puzzle_nas.artifacts import RunFolder, complete_folder, fingerprint, read_json, write_json
@@ -33,10 +35,10 @@ from puzzle_nas.choosing.refinement import REFIT_TOKENS
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.engines import ENGINES, speedups
 from puzzle_nas.errors import InfeasibleError
-from puzzle_nas.families import load_model, load_parent, save_model
+from puzzle_nas.families import find_checkpoint, load_model, load_parent, save_model
 from puzzle_nas.formats.stored import read_matrices, write_matrices
 from puzzle_nas.library import assemble
-from puzzle_nas.machine import describe, machine_of
+from puzzle_nas.machine import describe, machine_of, usable_cores
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.scoring.comparison import ParentReference
 from puzzle_nas.training.distillation import Training
@@ -92,11 +94,12 @@ class Children:
             with complete_folder(folder / "start") as partial:
                 save_model(child, None, partial)
                 write_matrices(matrices, partial)
-            costs = self.found.costs
+            costs, compared = self.found.costs, self.validation.compare(child)
             write_json(
                 folder / "made.json",
                 {
-                    "kl": self.validation.compare(child).kl_nats,
+                    "kl": compared.kl_nats,
+                    "top1": compared.top1_agreement,
                     "speedup_predicted": costs.mix_ms(self.found.parent) / costs.mix_ms(architecture),
                     "bytes": costs.memory_bytes(architecture),
                 },
@@ -113,6 +116,29 @@ class Children:
                 ratios = speedups(self.engine, loaded, scenarios, TIMING_REPEATS, steps)
             write_json(path, {"speedup_measured": statistics.median(ratios), "repeats": ratios})
         return read_json(path)["speedup_measured"]
+
+    def timed_file(self) -> dict[str, float]:
+        """The same of the GGUF file that the parent was read from, nothing where it was none; its KL is 0."""
+        source = find_checkpoint(self.recipe.parent, self.run / "download")
+        if not isinstance(source, Path) or source.suffix != ".gguf":
+            return {}
+        path = KEPT / "parent_file" / "timed.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            link = path.with_name("model.gguf")
+            link.unlink(missing_ok=True)
+            link.symlink_to(source.resolve())
+            scenarios, steps = self.found.costs.scenarios, self.recipe.costs.decode_steps_measured
+            with (
+                self.engine.loaded({"parent": self.parent}, KEPT / "scratch") as loaded,
+                self.engine.load(path.parent, "bfloat16", usable_cores()) as file,
+            ):
+                models = {"parent": loaded["parent"], "child": file}
+                ratios = speedups(self.engine, models, scenarios, TIMING_REPEATS, steps)
+            tensors = gguf.GGUFReader(source).tensors
+            found = {"speedup_measured": statistics.median(ratios), "bytes": sum(int(t.n_bytes) for t in tensors)}
+            write_json(path, found)
+        return read_json(path)
 
     def distilled(self, architecture: Architecture) -> float:
         """KL on validation after GKD."""
@@ -155,7 +181,7 @@ def main() -> None:
     def note(name: str, found: dict[str, float]) -> None:
         figures.update({f"{key}_{name}": value for key, value in found.items()})
         print(f"{name:24s} {', '.join(f'{key} {value:.4g}' for key, value in found.items())}", flush=True)
-        save(by_arithmetic("precision"), figures, machine)
+        save("precision", figures, machine)
 
     for name, architecture in searched.items():
         note(name, children.made(architecture))
@@ -164,6 +190,8 @@ def main() -> None:
     # Times are taken in one go, of one child after the other next to the parent.
     for name, architecture in searched.items():
         note(name, {"speedup_measured": children.timed(architecture)})
+    if found := children.timed_file():
+        note("parent_file", found)
 
 
 if __name__ == "__main__":
