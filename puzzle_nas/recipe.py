@@ -218,9 +218,9 @@ class SearchSettings(Settings):
     those that lack a run, whichever are ahead. A round takes as long as all scores."""
     speed_attempts: int = Field(default=3, ge=0)
     """How often the found architecture is timed next to the parent and, where its measured speed-up falls short of the
-    limit, searched again with a tighter one. Where children are measured, the best by sums is timed before, and the
-    limit corrected by what the costs got wrong of it. 0 trusts the cost table, as does a table given with
-    costs.file."""
+    limit or is far beyond it, searched again with a tighter or looser one. Where children are measured, the best by
+    sums is timed before, and the limit corrected by what the costs got wrong of it. 0 trusts the cost table, as does a
+    table given with costs.file."""
 
     @property
     def measures_children(self) -> bool:

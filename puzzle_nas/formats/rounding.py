@@ -280,9 +280,11 @@ def descend(
         gram_II: sum of x x' over calibration tokens, `damped`.
     """
     gram = gram_II.float()
+    errors = row_errors(weight_OI, rounded, gram)
     for _ in range(sweeps):
         for improve in (_refit_steps, _descend_codes):
-            rounded = better_rows(weight_OI, gram, rounded, improve(form, weight_OI, gram, rounded))
+            other = improve(form, weight_OI, gram, rounded)
+            rounded, errors = _better(weight_OI, gram, rounded, errors, other)
     return rounded
 
 
@@ -291,7 +293,11 @@ def better_rows(weight_OI: torch.Tensor, gram_II: torch.Tensor, *roundings: Roun
     best, *others = roundings
     errors = row_errors(weight_OI, best, gram_II)
     for other in others:
-        new = row_errors(weight_OI, other, gram_II)
-        best = _chosen(other, best, (new < errors).unsqueeze(1))
-        errors = torch.minimum(errors, new)
+        best, errors = _better(weight_OI, gram_II, best, errors, other)
     return best
+
+
+def _better(weight_OI, gram_II, best: Rounded, errors_O: torch.Tensor, other: Rounded) -> tuple[Rounded, torch.Tensor]:
+    """Of each row the better rounding, and its error."""
+    new = row_errors(weight_OI, other, gram_II)
+    return _chosen(other, best, (new < errors_O).unsqueeze(1)), torch.minimum(errors_O, new)

@@ -350,8 +350,8 @@ def _refit_bytes(counts: Counts, tokens: float) -> float:
 
 
 def assemble_child(counts: Counts) -> Demand:
-    """The child, three baselines, and the parent in each format, as checkpoints."""
-    held, children = counts.walked_bytes + counts.child_bytes, 4 + len(counts.formats)
+    """The child and three baselines, or the parent in each format, as checkpoints."""
+    held, children = counts.walked_bytes + counts.child_bytes, 1 + (len(counts.formats) or 3)
     work = Work(seconds=1, file_bytes=2 * children * counts.child_bytes)
     if counts.formats:
         tokens = counts.tokens("calibration")
@@ -432,10 +432,10 @@ def _distilling_bytes(counts: Counts, trained: float, micro: float) -> float:
 
 
 def evaluate_child(counts: Counts) -> Demand:
-    """Parent, child as assembled, refitted and distilled, three baselines and the parent in formats compared; child
-    and parent timed, and the parent in formats."""
+    """Parent, child as assembled, refitted and distilled, and baselines compared; child and parent timed, and the
+    parent in formats."""
     tokens, repeats, forms = counts.tokens("validation"), counts.recipe.evaluation.timing_repeats, len(counts.formats)
-    compared = 7 + forms
+    compared = 4 + (forms or 3)
     work = counts.forward(tokens) + counts.child_compared(tokens) * compared
     work += Work(file_bytes=compared * counts.child_bytes)
     work += counts.requests() * ((1 + counts.child_share) * TIMED_AGAIN * repeats * (1 + forms))

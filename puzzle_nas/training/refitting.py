@@ -228,11 +228,12 @@ class Correction:
         gram, cross = 0.0, 0.0
         for h, (mixed, context), now, wanted in zip(hidden, found, added, goal, strict=True):
             x = context.flatten(0, 1).float()
-            error = subblock.before_output(wanted.float() - h.float() - now.float(), mixed, now).flatten(0, 1)
             weighted = (x * inverse_norm(wanted.flatten(0, 1), 2)[:, None]).T
             with fast_products(context):
                 gram = gram + (weighted @ x).double()
-                cross = cross + (weighted @ error).double()
+                if self.ridge is not None:
+                    error = subblock.before_output(wanted.float() - h.float() - now.float(), mixed, now)
+                    cross = cross + (weighted @ error.flatten(0, 1)).double()
         assert isinstance(gram, torch.Tensor)
         weight = matrix.weight.double()
         if self.ridge is not None:

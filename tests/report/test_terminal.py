@@ -57,6 +57,13 @@ def test_plain_characters_where_output_is_not_utf8(tmp_path):
     assert "██████████" in puzzle("show", run, env={"PYTHONIOENCODING": "utf-8"}).stdout
 
 
+def test_how_much_of_kl_is_rounding_is_said(tmp_path, monkeypatch):
+    _, _, summary = make_run(tmp_path)
+    assert "of rounding" not in printed(show(summary), 100, monkeypatch)
+    summary["parent"]["validation_kl_nats_of_rounding"] = 0.00187
+    assert "KL has 0.0019 nats of rounding in it" in printed(show(summary), 100, monkeypatch)
+
+
 def test_a_speed_up_measured_beside_other_work_is_doubted(tmp_path):
     _, _run, summary = make_run(tmp_path)
     assert "Do not rely" not in speed_note(summary)

@@ -45,6 +45,16 @@ def test_the_limit_is_tightened_until_it_is_met_as_measured(searched):
     assert [check["speedup_measured"] >= 1.3 for check in result["speed_checks"]] == [False, True]
 
 
+def test_the_limit_is_loosened_where_the_child_is_faster_than_asked(searched):
+    result = searched(1.15, limits={"speedup": 1.3})
+    first, *others = result["speed_checks"]
+    assert first["speedup_measured"] > 1.3 * 1.15 * 0.999
+    assert others and result["speedup_predicted"] < first["speedup_predicted"]
+    assert result["speedup_predicted"] * 1.15 >= 1.3
+    trusted = searched(1.0, limits={"speedup": 1.3}, speed_attempts=0)
+    assert result["score_sum"] < trusted["score_sum"]
+
+
 def test_a_limit_out_of_reach_once_corrected_still_gives_a_child(searched):
     fastest = searched(1.0, limits={"speedup": 1.3}, speed_attempts=0)
     result = searched(0.2, limits={"speedup": 1.3}, verify=2, speed_attempts=1)
