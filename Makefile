@@ -15,9 +15,9 @@ quickstart: install-use
 	@if [ -f runs/quickstart/stages/write_report.json ]; then echo "runs/quickstart is there; checking that it is complete."; fi
 	$(BIN)/puzzle engine install llama.cpp
 	$(BIN)/puzzle run recipes/quickstart.yaml
-	@ls -d runs/quickstart/exports/gguf-* > /dev/null 2>&1 || $(BIN)/puzzle export runs/quickstart --to gguf
+	$(BIN)/puzzle export runs/quickstart --to gguf
 	$(BIN)/puzzle generate runs/quickstart $(QUESTIONS) --with-parent --max-new-tokens 48
-	@echo; echo "Serve it: $(BIN)/puzzle serve $$(ls -d runs/quickstart/exports/gguf-*) --engine llama.cpp"
+	@echo; echo "Serve it: $(BIN)/puzzle serve $$(ls -td runs/quickstart/exports/gguf-* | head -1) --engine llama.cpp"
 
 quickstart-smoke: install-use
 	$(BIN)/puzzle engine install llama.cpp

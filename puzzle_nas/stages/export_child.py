@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from puzzle_nas import __version__
-from puzzle_nas.artifacts import complete_folder, file_checksum, write_json
+from puzzle_nas.artifacts import complete_folder, file_checksum, read_json, write_json
 from puzzle_nas.data.sources import stdlib_documents
 from puzzle_nas.engines import serving_engine
 from puzzle_nas.engines.base import EXPORT_RECORD
@@ -53,8 +53,20 @@ def export_child(checkpoint: Path, to: str, dtype: str | None, quantise: str | N
     formats = child.architecture.formats
     if formats and quantise is not None:
         raise ExportError(f"The child is stored in {', '.join(formats)} already; leave out --quantize {quantise}.")
-    prompts = cut_prompts(_text_tokens(child), child.config.max_position_embeddings)
     folder = exports / f"{to}-{quantise or '+'.join(formats) or dtype}"
+    made_from = {
+        "puzzle_nas": __version__,
+        "checkpoint": _checksums(checkpoint, "*.safetensors"),
+        "format": to,
+        "precision": quantise or dtype,
+        "formats": list(formats),
+    }
+    if (folder / EXPORT_RECORD).is_file():
+        record = read_json(folder / EXPORT_RECORD)
+        if record.items() >= made_from.items() and record.get("files") == _checksums(folder, "[!.]*", EXPORT_RECORD):
+            console.print(f"  {folder} holds this very child already, verified.")
+            return folder
+    prompts = cut_prompts(_text_tokens(child), child.config.max_position_embeddings)
     notes = exporter.notes(child)
     for note in notes:
         console.print(f"  {note}")
@@ -87,17 +99,9 @@ def export_child(checkpoint: Path, to: str, dtype: str | None, quantise: str | N
                 f"  of {sum(tensor_types.values())} tensors {types}: what does not fit a type becomes another"
             )
             checks[quantise] = verify_quantised(exporter, engine, child, partial, quantise, prompts)
-        record = {
-            "puzzle_nas": __version__,
-            "checkpoint": {file.name: file_checksum(file) for file in sorted(checkpoint.glob("*.safetensors"))},
-            "format": to,
-            "precision": quantise or dtype,
-            "formats": formats,
-            "verification": checks,
-            "notes": notes,
-            "tensor_types": tensor_types,
-        }
-        write_json(partial / EXPORT_RECORD, record)
+        found = {"verification": checks, "notes": notes, "tensor_types": tensor_types}
+        found["files"] = _checksums(partial, "[!.]*")
+        write_json(partial / EXPORT_RECORD, made_from | found)
     for precision, check in checks.items():
         console.print(
             f"  {precision}: {check['num_tokens']} tokens, log-probabilities differ by {check['mean_nats']:.2g} nats "
@@ -105,6 +109,11 @@ def export_child(checkpoint: Path, to: str, dtype: str | None, quantise: str | N
             f"{check['continued_tokens']} greedily continued tokens are torch's too"
         )
     return folder
+
+
+def _checksums(folder: Path, pattern: str, but: str = "") -> dict[str, str]:
+    files = sorted(file for file in folder.glob(pattern) if file.is_file() and file.name != but)
+    return {file.name: file_checksum(file) for file in files}
 
 
 def _text_tokens(child: Child) -> list[int]:

@@ -8,6 +8,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections import Counter
+from functools import partial
 
 import gguf
 import pytest
@@ -77,6 +78,18 @@ def test_a_quantised_export_through_the_command_line(checkpoint, tmp_path):
     kinds = Counter(t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "gguf-q8_0/model.gguf").tensors)
     assert record["tensor_types"] == kinds and kinds["Q8_0"] and kinds["F32"]
     assert f"of {sum(kinds.values())} tensors" in out and f"{kinds['Q8_0']} are Q8_0" in out
+
+
+def test_an_export_is_not_written_twice_and_a_damaged_one_anew(checkpoint, tmp_path, capsys):
+    export = partial(export_child, checkpoint, "gguf", "float32", None, tmp_path)
+    file = export() / "model.gguf"
+    assert "already" not in capsys.readouterr().out
+    before = file.read_bytes()
+    export()
+    assert "holds this very child already" in capsys.readouterr().out and file.read_bytes() == before
+    file.write_bytes(before[:-1])
+    export()
+    assert "already" not in capsys.readouterr().out and file.read_bytes() == before
 
 
 def test_what_a_quantised_type_does_not_fit_is_said(tmp_path, capsys):
