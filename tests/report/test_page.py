@@ -19,6 +19,7 @@ from puzzle_nas.choosing.costs import group_name
 from puzzle_nas.errors import ArtifactError
 from puzzle_nas.recipe import Recipe, parse_recipe
 from puzzle_nas.report.figures.common import log_axis
+from puzzle_nas.report.figures.layers import Bar, child_figure
 from puzzle_nas.report.figures.tradeoffs import Point, decision_figure
 from puzzle_nas.report.layout import packed_plotly
 from puzzle_nas.report.page import SECTIONS, render_page
@@ -273,6 +274,15 @@ def test_child_bars_are_relative_to_the_parents_subblock(made):
     assert bars["narrower"]["y"] == pytest.approx([50.0, 200 / 3, 200 / 3])
     assert bars["left out"]["x"] == [7]
     assert set(bars["as in the parent"]["y"]) == {100.0}
+
+
+def test_own_subblocks_in_a_format_are_not_called_changed():
+    specs = [GatedFFN(96), GatedFFN(96).stored("q8_0"), GatedFFN(48).stored("q4_0"), NoOp("ffn")]
+    figure = child_figure([Bar(layer, spec, layer < 2, 50.0) for layer, spec in enumerate(specs)])
+    named = {trace.name: trace for trace in figure.data if trace.name}
+    assert list(named) == ["as in the parent", "as in the parent, q8_0", "narrower, q4_0", "left out"]
+    opacities = [trace.opacity for trace in list(named.values())[:3]]
+    assert opacities == sorted(opacities, reverse=True) and len(set(opacities)) == 3
 
 
 def test_fallen_variants_are_marked(made):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from puzzle_nas.architecture import Spec
+from puzzle_nas.formats.layout import LAYOUTS
 from puzzle_nas.report.figures.common import (
     GHOST,
     KIND_COLOURS,
@@ -36,8 +38,15 @@ class Bar:
     layer: int
     spec: Spec
     is_parent: bool
+    """Whether it is the parent's own, in whichever format."""
     percent_of_parent: float
     """Runtime relative to the parent's sub-block."""
+
+    @property
+    def label(self) -> str:
+        """What became of the parent's, and the format."""
+        kind = "as in the parent" if self.is_parent else KIND_LABELS.get(self.spec.kind, self.spec.kind)
+        return _label(kind, self.spec.format)
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,10 @@ def child_figure(bars: Sequence[Bar]) -> go.Figure:
     slots = list(dict.fromkeys(bar.spec.slot for bar in bars))
     figure = make_subplots(rows=len(slots), cols=1, shared_xaxes=True, vertical_spacing=0.16 / len(slots))
     named: set[str] = set()
-    ranks = {label: rank for rank, label in enumerate(["as in the parent", *KIND_LABELS.values()])}
+    formats = sorted({bar.spec.format for bar in bars}, key=_bits, reverse=True)
+    labels = [_label(kind, form) for kind in ("as in the parent", *KIND_LABELS.values()) for form in formats]
+    ranks = {label: rank for rank, label in enumerate(labels)}
+    opacities = {form: max(0.3, 1 - 0.35 * place) for place, form in enumerate(formats)}
     for row, slot in enumerate(slots, 1):
         own = [bar for bar in bars if bar.spec.slot == slot]
         layers = [bar.layer for bar in own]
@@ -71,8 +83,7 @@ def child_figure(bars: Sequence[Bar]) -> go.Figure:
         figure.add_trace(go.Bar(x=layers, y=[100] * len(own), width=BAR_WIDTH, **ghosts), row, 1)
         kinds: dict[str, list[Bar]] = {}
         for bar in own:
-            label = "as in the parent" if bar.is_parent else KIND_LABELS.get(bar.spec.kind, bar.spec.kind)
-            kinds.setdefault(label, []).append(bar)
+            kinds.setdefault(bar.label, []).append(bar)
         for label, members in kinds.items():
             kind = members[0].spec.kind
             colour = PARENT if members[0].is_parent else KIND_COLOURS.get(kind, SIZES[-1])
@@ -92,7 +103,8 @@ def child_figure(bars: Sequence[Bar]) -> go.Figure:
                 figure.add_trace(crosses, row, 1)
             else:
                 heights = [bar.percent_of_parent for bar in members]
-                figure.add_trace(go.Bar(y=heights, width=BAR_WIDTH, marker_color=colour, **shared), row, 1)
+                look = {"marker_color": colour, "opacity": opacities[members[0].spec.format]}
+                figure.add_trace(go.Bar(y=heights, width=BAR_WIDTH, **look, **shared), row, 1)
             named.add(label)
         highest = max([100.0, *(bar.percent_of_parent for bar in own)])
         figure.update_yaxes(title_text=f"{slot_name(slot)}, %", row=row, col=1)
@@ -103,6 +115,15 @@ def child_figure(bars: Sequence[Bar]) -> go.Figure:
         figure.update_xaxes(title_text="", row=row, col=1)
     figure.update_layout(barmode="overlay")
     return styled(figure, 210 * len(slots))
+
+
+def _label(kind: str, form: str | None) -> str:
+    return f"{kind}, {form}" if form else kind
+
+
+def _bits(form: str | None) -> float:
+    """Of a weight; more than of any format for what has none."""
+    return math.inf if form is None else 8 * LAYOUTS[form].block_bytes / LAYOUTS[form].block
 
 
 def scores_figure(curves: Sequence[Curve], unit: str, limits: Iterable[float | None]) -> go.Figure:

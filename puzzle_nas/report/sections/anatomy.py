@@ -18,14 +18,14 @@ def anatomy(facts: Facts) -> str:
             Bar(
                 layer,
                 spec,
-                spec == facts.parent.layers[layer][slot],
+                spec.plain == facts.parent.layers[layer][slot],
                 layers[layer]["slots"][slot]["percent_of_parent"],
             )
             for layer, slot, spec in facts.child
         ]
         caption = (
             "Predicted runtime of each sub-block relative to the parent's own (grey, 100 %). "
-            "A cross marks a sub-block that is left out."
+            "A cross marks a sub-block that is left out; the paler, the fewer bits."
         )
         drawn = figure("child", child_figure(bars), "Runtime of each sub-block", caption)
     else:
