@@ -46,7 +46,7 @@ def engine_install_command(
     """Install a serving engine; nothing to do where it is installed already."""
     from puzzle_nas.engines import serving_engine
 
-    print(f"Installing {name}; this can take ten minutes.", flush=True)
+    print(f"Installing {name} where it is not yet; that can take ten minutes.", flush=True)
     print(f"{name} is installed in {serving_engine(name).install()}")
 
 
