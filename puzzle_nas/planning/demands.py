@@ -159,7 +159,7 @@ def _rounded(counts: Counts, tokens: float, layer: int, slot: str, own: Spec, fo
     work = counts.passed(2 * tokens, size, 2) + counts.gram(tokens, hidden) + counts.gram(tokens, last, hidden)
     products = 2.0 * (inside * hidden + last * hidden * last)
     # In float32, which is twice as fast as float64.
-    has_eight_bits = LAYOUTS[form].bytes_of(1, last) > last
+    has_eight_bits = LAYOUTS[form].block_bytes >= LAYOUTS[form].block
     return work + counts.solved(last, hidden) + Work(float64_flops=ROUNDING_PASSES[has_eight_bits] * products / 2)
 
 
@@ -378,7 +378,9 @@ def distill_child(counts: Counts) -> Demand:
     measured = 1 + math.ceil(steps / settings.evaluate_every_steps)
     trained = _trained_parameters(counts)
     work = _token_distilled(counts) * settings.tokens + counts.child_compared(counts.tokens("selection")) * measured
-    work += Work(updates=steps * trained, file_bytes=36 * trained * measured + 3 * counts.child_bytes)
+    # Rounding in every step takes about as long as AdamW.
+    updates = steps * trained * (2 if counts.formats else 1)
+    work += Work(updates=updates, file_bytes=36 * trained * measured + 3 * counts.child_bytes)
     micro = max(counts.length, min(batch, settings.micro_batch_tokens or batch))
     work += Work(layer_calls=4 * math.ceil(settings.tokens / micro) * len(counts.layers))
     loaded = max(counts.child_bytes + counts.parent_bytes, SAVING_BYTES * trained / counts.processes)

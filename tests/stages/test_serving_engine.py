@@ -42,7 +42,7 @@ def test_costs_and_bytes_are_the_engines(llama_run, tiny_run):
             here = table["bytes"]["variants"][group][name]
             norm = 2 * HIDDEN if counted["parameters"] and group != "head" else 0
             # One FFN of zeros, 32 wide, where there is none; two where a matrix stands in its place.
-            zeros = {"ffn.none": 1, "ffn.linear": 2}.get(name, 0) * HIDDEN * (3 * 32 * 2 + 4)
+            zeros = {"ffn.no_op": 1, "ffn.linear": 2}.get(name, 0) * HIDDEN * (3 * 32 * 2 + 4)
             assert here == {**halved, "parameter_bytes": halved["parameter_bytes"] + norm + zeros}
     (here,), (there,) = table["scenarios"].values(), torch_table["scenarios"].values()
     assert here["parent_measured"] != there["parent_measured"] and here["working_bytes"] == there["working_bytes"]
