@@ -55,7 +55,7 @@ def test_the_search_and_the_child_are_timed_there_and_it_is_said(llama_run):
     run, out = llama_run
     summary = json.loads((run / "summary.json").read_text())
     assert summary["engine"] == summary["machine"]["engine"] == "llama.cpp"
-    assert len(summary["search"]["speed_checks"]) == 1
+    assert 1 <= len(summary["search"]["speed_checks"]) <= 3
     assert summary["child"]["speedup_measured"] > 0 and summary["child"]["speedup_measured_repeats"] >= 2
     assert "side by side on llama.cpp." in out and "side by side on llama.cpp." in puzzle("show", run).stdout
     page = (run / "report.html").read_text()
