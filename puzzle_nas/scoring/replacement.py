@@ -68,6 +68,11 @@ def final_states(model: PreTrainedModel, tokens_ST: torch.Tensor, batch_sequence
     return states
 
 
+def rounding_counts(parent: PreTrainedModel) -> bool:
+    """Whether rounding alone moves the parent's distribution; in float32 it does so too little."""
+    return parent.dtype != torch.float32
+
+
 class RoundedOtherwise:
     """A sub-block half of whose numbers, drawn at random, are the next larger ones of their precision.
 
@@ -172,8 +177,8 @@ class ReplacementWalk:
             self.advance()
 
     def rounded_otherwise(self) -> list[dict[str, Any]]:
-        """What to try beside variants to learn what rounding alone does; nothing in float32, where it does little."""
-        if self.parent.dtype == torch.float32:
+        """What to try beside variants to learn what rounding alone does; nothing where it does little."""
+        if not rounding_counts(self.parent):
             return []
         own = self.anatomy.subblocks(self.layer)
         return [{slot: RoundedOtherwise(subblock) for slot, subblock in own.items() if not subblock.empty}]

@@ -22,7 +22,7 @@ from puzzle_nas.families.streaming import StreamedLayers
 from puzzle_nas.library import block_subblocks, read_variant, with_ends
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe
-from puzzle_nas.scoring.replacement import ReplacementWalk
+from puzzle_nas.scoring.replacement import ReplacementWalk, rounding_counts
 from puzzle_nas.scoring.task_scores import TaskWalk, TokenisedTask, task_score
 from puzzle_nas.subblocks import windows_of
 from puzzle_nas.training import parallel
@@ -91,10 +91,13 @@ def score_choices(
                     score = score_of(result, itself, *rounding)
                     write_json(paths[layer, specs], score | problem_of(score, is_dead))
                 ticker.advance()
-        for layer, (head,) in [choice for choice in mine if choice[0] == len(Anatomy(parent).layers)]:
-            ends = read_variant(run.variant(layer, head.id, library), "build-library")
+        heads = [choice for choice in mine if choice[0] == len(Anatomy(parent).layers)]
+        rounding = []
+        if heads and rounding_counts(parent):
             parents, _ = scoring_walk(recipe, run, parent, stage)
             rounding = parents.try_variants(parents.rounded_otherwise())
+        for layer, (head,) in heads:
+            ends = read_variant(run.variant(layer, head.id, library), "build-library")
             walk, _ = scoring_walk(recipe, run, parent, stage, model=with_ends(parent, ends))
             write_json(paths[layer, (head,)], score_of(walk.model_itself(), itself, *rounding))
     parallel.gathered(())

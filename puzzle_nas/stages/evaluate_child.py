@@ -16,7 +16,7 @@ from puzzle_nas.machine import OtherLoad, machine_of
 from puzzle_nas.progress import progress
 from puzzle_nas.recipe import Recipe
 from puzzle_nas.scoring.comparison import BATCH_TOKENS, ParentReference
-from puzzle_nas.scoring.replacement import ReplacementWalk
+from puzzle_nas.scoring.replacement import ReplacementWalk, rounding_counts
 
 NAME = __name__.rpartition(".")[2]
 
@@ -44,8 +44,9 @@ def run(recipe: Recipe, run: RunFolder) -> None:
                     compared[model] = reference.compare(load_model(path, machine)).to_dict()
                 result[group][name] = compared[model]
                 ticker.advance()
-    walk = ReplacementWalk(parent, tokens, BATCH_TOKENS)
-    for rounding in walk.try_variants(walk.rounded_otherwise()):
+    if rounding_counts(parent):
+        walk = ReplacementWalk(parent, tokens, BATCH_TOKENS)
+        (rounding,) = walk.try_variants(walk.rounded_otherwise())
         result["kl_nats_of_rounding"] = float(rounding.kl_nats.double().mean())
     write_json(run / "evaluation.json", result)
     measured = _measure_speed(recipe, run, parent, load_model(run / "child-gkd", machine))
