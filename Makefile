@@ -30,13 +30,14 @@ export-smoke: quickstart-smoke engines
 	$(BIN)/puzzle export runs/quickstart-smoke --to gguf
 	$(BIN)/puzzle export runs/quickstart-smoke/parent --to vllm --out runs/quickstart-smoke/exports
 
-# A process for each core, each with one thread.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# A process for each core, each with one thread. Files in their order: by their number of tests, the slowest come last.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # What tells in minutes whether the tree is sound: no engine, no browser, no whole run.
 QUICK := $(addprefix tests/,data commands exporters families formats modeling planning search \
 	choosing/test_cost_fit.py choosing/test_costs.py parents/test_problems.py \
 	subblocks/test_experts.py training/test_losses.py training/test_optimiser.py report/test_terminal.py \
-	test_architecture.py test_cli.py test_contracts.py test_estimates.py test_hub.py test_machine.py test_recipe.py)
+	test_architecture.py test_cli.py test_contracts.py test_estimates.py test_hub.py test_machine.py test_recipe.py \
+	test_removed_settings.py)
 
 test: test-quick engines browser
 	$(PYTEST) $(addprefix --ignore=,$(QUICK))
@@ -63,10 +64,8 @@ check: install
 
 # The paper's tables beside ours: docs/paper.md. Goes on where it stopped. BUDGET=gpu spends more.
 BUDGET ?= cpu
-TABLES := $(basename $(notdir $(wildcard benchmarks/paper/table_*.py benchmarks/paper/figure_*.py)))
 paper: install
-	@for table in $(TABLES); do $(BIN)/python -m benchmarks.paper.$$table --budget $(BUDGET) || exit; done
-	@$(BIN)/python -m benchmarks.paper.summary
+	$(BIN)/python -m benchmarks paper --budget $(BUDGET)
 
 # For use and development.
 install: $(VENV)/.installed-dev

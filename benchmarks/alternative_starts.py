@@ -1,4 +1,4 @@
-"""How else a parent could be made faster: every method of benchmarks/alternatives.py, up to its child before GKD.
+"""How else a parent could be made faster: every method of the benchmark `alternatives`, up to its child before GKD.
 
 For parents whose layers are all alike.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,16 +17,17 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.common import linked, opened
 from puzzle_nas.architecture import Architecture, GatedFFN, NoOp
 from puzzle_nas.artifacts import RunFolder, read_json, write_bytes, write_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
-from puzzle_nas.choosing.costs import CostTable
+from puzzle_nas.choosing.costs import CostTable, timed_steps
 from puzzle_nas.choosing.refinement import Refinement, Trials
 from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.effort import EFFORTS
 from puzzle_nas.engines import ENGINES
-from puzzle_nas.families import Anatomy, load_parent, probe_model
+from puzzle_nas.families import Anatomy, probe_model
 from puzzle_nas.library import assemble
-from puzzle_nas.pipeline import open_run
 from puzzle_nas.recipe import Recipe
 from puzzle_nas.scoring.comparison import ParentReference
 from puzzle_nas.search import Limit
@@ -44,31 +44,6 @@ WIDTH_MULTIPLE = 16
 NARROWEST = 32
 """The FFN width that is timed, for costs below those of the cost table."""
 TIMING_REPEATS = 7
-
-
-@dataclass(frozen=True)
-class Place:
-    """The run whose parent, text and library are used, and where what is made of them is kept."""
-
-    base: RunFolder
-
-    @property
-    def name(self) -> str:
-        """Of the run."""
-        return self.base.path.name
-
-    @property
-    def folder(self) -> Path:
-        """Of everything made."""
-        return Path("runs/benchmark-alternatives") / self.name
-
-    def linked(self, path: Path) -> RunFolder:
-        """A run folder that shares the base run's parent and text."""
-        path.mkdir(parents=True, exist_ok=True)
-        for name in ("data", "parent", "parent.json"):
-            if not (path / name).exists():
-                (path / name).symlink_to((self.base / name).resolve())
-        return RunFolder(path)
 
 
 @dataclass
@@ -95,7 +70,7 @@ def narrow_shares(found: ArchitectureSearch, recipe: Recipe, parent: PreTrainedM
             for layer in layers:
                 architecture = architecture.replaced(layer, GatedFFN(width) if width else NoOp("ffn"))
             models[str(width)] = probe_model(parent, architecture)
-        engine, steps = ENGINES[recipe.engine], recipe.costs.decode_steps_measured
+        engine, steps = ENGINES[recipe.engine], timed_steps(recipe.engine)
         times: dict[str, list[float]] = {name: [] for name in models}
         with engine.loaded(models, path.parent / "scratch") as loaded:
             for _ in range(TIMING_REPEATS):
@@ -137,19 +112,20 @@ def with_widths(costs: CostTable, widths: Sequence[int], narrow: Mapping[int, fl
 
 
 class Starts:
-    """One parent, its library, and every method as `method(speedup)`."""
+    """One parent, its library, and every method as `method(speedup)`.
 
-    def __init__(self, place: Place) -> None:
-        self.place, self.base = place, place.base
-        self.recipe = open_run(self.base)
-        self.parent = load_parent(self.recipe, self.base)
-        self.threads = self.recipe.threads or len(os.sched_getaffinity(0))
-        torch.set_num_threads(self.threads)
+    Args:
+        folder: for what is made.
+    """
+
+    def __init__(self, base: RunFolder, folder: Path) -> None:
+        self.base, self.folder = base, folder
+        self.recipe, self.parent = opened(base)
         self.found = ArchitectureSearch.load(self.recipe, self.base)
         if len(set(self.found.parent.groups)) > 1:
             raise SystemExit("The layers of this parent differ; whole layers and widths are counted here as if alike.")
         self.layers, self.width_of_parent = len(self.found.parent.layers), self.parent.config.intermediate_size
-        narrow = narrow_shares(self.found, self.recipe, self.parent, place.folder / "narrow.json")
+        narrow = narrow_shares(self.found, self.recipe, self.parent, folder / "narrow.json")
         widths = range(NARROWEST, self.width_of_parent, WIDTH_MULTIPLE)
         self.costs = with_widths(self.found.costs, widths, narrow)
         self.calibration = load_tokens(self.base, "calibration")
@@ -225,19 +201,19 @@ class Starts:
 
     def puzzle(self, speedup: float) -> Start:
         searches = self.found.by_either_loss(self.recipe, self.base)
-        refinement = Refinement(searches, self.recipe.search, self.trials)
+        refinement = Refinement(searches, EFFORTS[self.recipe.search.effort], self.trials)
         architecture = refinement.best({"speedup": self.target(speedup)})
         child = assemble(self.base, self.parent, architecture)
         refitted = copy.deepcopy(child)
-        refit(self.parent, refitted, self.calibration, self.recipe.refit.ridge_tokens)
+        refit(self.parent, refitted, self.calibration)
         kept = self.selection.compare(refitted).kl_nats < self.selection.compare(child).kl_nats
         facts = {"assembled_kl_nats": self.validation.compare(child).kl_nats, "refit_kept": kept}
         return Start(refitted if kept else child, architecture, facts)
 
     def greedy(self, speedup: float) -> Start:
-        limits, gap, seconds = {"speedup": self.target(speedup)}, self.recipe.search.gap, 60.0
-        (best,) = self.found.solve(limits, gap, seconds)
-        solution = self.found.baselines(self.found.problem(limits), best, gap, seconds)["greedy"]()
+        limits = {"speedup": self.target(speedup)}
+        (best,) = self.found.solve(limits)
+        solution = self.found.baselines(self.found.problem(limits), best)["greedy"]()
         return self._assembled(self.found.architecture(solution))
 
     def random(self, speedup: float) -> Start:
@@ -274,9 +250,9 @@ class Starts:
 
     def _narrowed(self, initialisation: str, speedup: float) -> Start:
         widths = sorted({self.width_of(s)[1] for s in SPEEDUPS})
-        run = self.place.linked(self.place.folder / f"library-{initialisation}")
+        run = linked(self.base, self.folder / f"library-{initialisation}")
         settings = self.recipe.model_dump(mode="json")
-        settings["threads"] = self.threads
+        settings["threads"] = torch.get_num_threads()
         settings["library"]["initialisation"] = initialisation
         settings["search_space"] |= {
             "width_fractions": [w / self.width_of_parent for w in widths],

@@ -2,9 +2,8 @@
 
 KL is measured on one text, as a library's scores are: each sub-block alone in a format; embeddings and head alone; real
 mixtures, against the sum of their parts; and narrower FFNs in a format, against the score of the narrower FFN plus the
-score of the parent's FFN in the format. Rounding is `rounding.py`'s best, with the parent's Gram matrices.
-
-python benchmarks/compose.py
+score of the parent's FFN in the format. Rounding is the best of the benchmark `rounding`, with the parent's Gram
+matrices.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ import random
 import statistics
 
 import torch
-from results import save
-from rounding import BEST, Grams, Roundings, Subject, all_calibration, gram_matrices
 
+from benchmarks.common import report, spearman
+from benchmarks.rounding import BEST, Grams, Roundings, Subject, all_calibration, gram_matrices
 from puzzle_nas.formats.registry import FORMATS
 from puzzle_nas.formats.rounding import damped, round_matrix
 
@@ -67,11 +66,6 @@ class Scorer:
         return ((self.parent.exp() * (self.parent - q)).sum() / self.tokens.numel()).item()
 
 
-def spearman(x: list[float], y: list[float]) -> float:
-    """Rank correlation."""
-    return torch.corrcoef(torch.tensor([x, y]).argsort(1).argsort(1).float())[0, 1].item()
-
-
 def sub_block(roundings: Roundings, layer: int, part: str) -> Weights:
     """All matrices of a sub-block in a format, as engines read them."""
     names = [name for name in roundings.weights if name.startswith(f"{layer}.{part}.")]
@@ -101,6 +95,11 @@ def mixtures(scores: Scores) -> list[dict[tuple[int, str], str]]:
     return found
 
 
+def spread(name: str, values: list[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {f"{name}_median": statistics.median(values), f"{name}_least": min(values), f"{name}_most": max(values)}
+
+
 def mixture_figures(scorer: Scorer, roundings: dict[str, Roundings], scores: Scores) -> dict[str, float]:
     """Sums of scores against real mixtures."""
     sums, reals = [], []
@@ -112,15 +111,9 @@ def mixture_figures(scorer: Scorer, roundings: dict[str, Roundings], scores: Sco
         reals.append(scorer.kl(weights))
         in_4_bits = sum(form == "q4_0" for form in mixture.values())
         print(f"{in_4_bits:3d} of {len(mixture)} in q4_0: sum {sums[-1]:.4f}, real {reals[-1]:.4f}", flush=True)
-    return {
-        "mixtures": len(sums),
-        "spearman_sum_vs_real": spearman(sums, reals),
-        "real_over_sum_median": statistics.median(real / total for total, real in zip(sums, reals, strict=True)),
-        "real_over_sum_least": min(real / total for total, real in zip(sums, reals, strict=True)),
-        "real_over_sum_most": max(real / total for total, real in zip(sums, reals, strict=True)),
-        "kl_all_in_q4_0": reals[-1],
-        "sum_all_in_q4_0": sums[-1],
-    }
+    figures = {"mixtures": len(sums), "spearman_sum_vs_real": spearman(sums, reals)}
+    figures |= spread("real_over_sum", [real / total for total, real in zip(sums, reals, strict=True)])
+    return figures | {"kl_all_in_q4_0": reals[-1], "sum_all_in_q4_0": sums[-1]}
 
 
 def narrowed(subject: Subject, grams: Grams, layer: int, width: int) -> tuple[Weights, Grams]:
@@ -150,11 +143,7 @@ def pair_figures(scorer: Scorer, scores: Scores, grams: Grams) -> dict[str, floa
             predicted["sum_by_width"].append(alone + of_format * width / scorer.subject.model.config.intermediate_size)
             reals.append(real)
             increments.append((real - alone) / of_format)
-    figures |= {
-        "format_adds_over_its_score_median": statistics.median(increments),
-        "format_adds_over_its_score_least": min(increments),
-        "format_adds_over_its_score_most": max(increments),
-    }
+    figures |= spread("format_adds_over_its_score", increments)
     for way, values in predicted.items():
         errors = [abs(value - real) / real for value, real in zip(values, reals, strict=True)]
         figures[f"pairs_{way}_relative_error_median"] = statistics.median(errors)
@@ -182,27 +171,15 @@ def table_figures(scorer: Scorer, grams: Grams) -> dict[str, float]:
     return figures
 
 
-def figures_of(subject: Subject, grams: Grams, roundings: dict[str, Roundings]) -> dict[str, float]:
-    """All figures, printed as they come."""
-    scorer = Scorer(subject)
-    scores = scores_of_formats(scorer, roundings)
-    figures = {f"score_{part}_{layer}_{form}": score for (layer, part, form), score in scores.items()}
-    figures |= mixture_figures(scorer, roundings, scores)
-    figures |= pair_figures(scorer, scores, grams)
-    figures |= table_figures(scorer, grams)
-    print({name: round(value, 4) for name, value in figures.items() if not name.startswith(("score_", "kl_layer"))})
-    return figures
-
-
+@torch.no_grad()
 def main() -> None:
     """Print each score, keep the figures."""
     torch.set_num_threads(1)
     subject = Subject()
     grams = gram_matrices(subject, all_calibration(subject))
     roundings = {form: Roundings(subject, form, grams) for form in METHODS}
-    print("Written to", save("compose", figures_of(subject, grams, roundings)))
-
-
-if __name__ == "__main__":
-    with torch.no_grad():
-        main()
+    scorer = Scorer(subject)
+    scores = scores_of_formats(scorer, roundings)
+    figures = {f"score_{part}_{layer}_{form}": score for (layer, part, form), score in scores.items()}
+    figures |= mixture_figures(scorer, roundings, scores)
+    report("compose", figures | pair_figures(scorer, scores, grams) | table_figures(scorer, grams))

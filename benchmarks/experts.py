@@ -2,18 +2,22 @@
 
 `solved` solves the last matrices of those that stay; `bld` trains layers alone, with a router that trains or does not.
 
-The mixture is made of the tests' tiny trained parent (glassllm, 4 layers, hidden size 128): 8 experts of 128 channels
-of each FFN's 341, 2 for a token, taught block by block. PYTHONPATH=. python benchmarks/experts.py
+The mixture is made of a dense Llama: 8 experts of a third of each FFN's channels, 2 for a token, taught block by block.
+RUN is a folder whose parent is taken, such as the quickstart's; without it, the tests' tiny parent (glassllm, 4 layers,
+hidden size 128).
 """
 
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
+from typing import Annotated
 
 import torch
-from results import save
-from transformers import PreTrainedModel
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.common import report
 from puzzle_nas.architecture import Mixture
 from puzzle_nas.data.sources import documents
 from puzzle_nas.families import Anatomy, architecture_of, build, child_config
@@ -35,7 +39,7 @@ from tests.mixtures import learn, upcycled
 LENGTH = 64
 CALIBRATION, VALIDATION = 128, 48
 """Sequences."""
-EXPERTS, PER_TOKEN, WIDTH, STEPS = 8, 2, 128, 300
+EXPERTS, PER_TOKEN, STEPS = 8, 2, 300
 KEPT = 4
 SEEDS = 5
 
@@ -102,7 +106,7 @@ def kl_nats(parent: PreTrainedModel, child: PreTrainedModel, tokens_ST: torch.Te
 @torch.no_grad()
 def halves(parent: PreTrainedModel, teaching: torch.Tensor, validation: torch.Tensor) -> dict[str, float]:
     """KL in nats of children with half of the experts in every layer, by name."""
-    spec = Mixture(KEPT, PER_TOKEN, WIDTH)
+    spec = Mixture(KEPT, PER_TOKEN, parent.config.intermediate_size)
     architecture = architecture_of(parent.config)
     for layer in range(len(architecture.layers)):
         architecture = architecture.replaced(layer, spec)
@@ -116,22 +120,23 @@ def halves(parent: PreTrainedModel, teaching: torch.Tensor, validation: torch.Te
     return results
 
 
-def main() -> None:
+def dense_parent(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A Llama in float32 and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder)
+
+
+def main(run: Annotated[Path | None, typer.Argument(metavar="[RUN]")] = None) -> None:
     """Print the table and keep the figures."""
     torch.manual_seed(0)
-    dense, tokenizer = glassllm_as_llama()
+    dense, tokenizer = dense_parent(run / "parent") if run else glassllm_as_llama()
     teaching, validation = texts(tokenizer)
-    parent = upcycled(dense, teaching, EXPERTS, PER_TOKEN, WIDTH, STEPS)
+    width = -(-dense.config.intermediate_size // 3 // 64) * 64
+    parent = upcycled(dense, teaching, EXPERTS, PER_TOKEN, width, STEPS)
     figures = {"upcycled_from_dense_kl_nats": kl_nats(dense, parent, validation)}
     results = halves(parent, teaching, validation)
     for suffix in ("", "_solved"):
         random = [results.pop(f"random_{seed}{suffix}") for seed in range(SEEDS)]
         results |= {f"random{suffix}_mean": statistics.mean(random), f"random{suffix}_best": min(random)}
     figures |= {f"half_by_{name}_kl_nats": value for name, value in results.items()}
-    for name, value in figures.items():
-        print(f"{name:56} {value:.4f}")
-    save("experts", figures)
-
-
-if __name__ == "__main__":
-    main()
+    report(f"experts_{run.name}" if run else "experts", figures)

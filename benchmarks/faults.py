@@ -2,21 +2,17 @@
 
 A journey is one run of the tiny parent (4 layers, cost table pinned) that is killed once in every stage, half of the
 times at a moment drawn from the stage's duration and half just before one of its changes of the file system, then
-finished and compared, file by file. python benchmarks/faults.py [--kills 60] [--seed 0]
+finished and compared, file by file. 60 kills take about two minutes.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
-from results import save
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.common import report
 from tests.conftest import TINY_SETTINGS, glassllm_as_llama
 from tests.faults import STAGES, Undisturbed, puzzle
 
@@ -33,32 +29,31 @@ def undisturbed_run(folder: Path) -> Undisturbed:
     return Undisturbed.make(folder, settings, folder / "measured/costs/torch.json")
 
 
-def main() -> None:
+def main(kills: int = 60, seed: int = 0) -> None:
     """Print where the kills struck and what became of them; keep the counts."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    rng = random.Random(asked.seed)
+    rng = random.Random(seed)
     struck: Counter[tuple[str, str]] = Counter()
     survived, lost, journeys = 0, [], 0
     with tempfile.TemporaryDirectory() as name:
         undisturbed = undisturbed_run(Path(name))
-        while struck.total() < asked.kills:
+        while struck.total() < kills:
             run = Path(name) / f"run-{journeys}"
-            kills = 0
+            survivors = 0
             for stage in STAGES:
                 kill = undisturbed.draw(rng, stage)
                 where = undisturbed.disturb(run, kill)
                 if where is None:
                     break
                 struck[where, kill.how] += 1
-                kills += 1
+                survivors += 1
             differing = undisturbed.finish(run)
             lost += differing
-            survived += 0 if differing else kills
+            survived += 0 if differing else survivors
             journeys += 1
-            print(f"journey {journeys}: {kills} kills, {len(differing)} files differ {' '.join(differing)}", flush=True)
+            print(
+                f"journey {journeys}: {survivors} kills, {len(differing)} files differ {' '.join(differing)}",
+                flush=True,
+            )
     print(f"{'struck in':20}{'at a time':>10}{'before a write':>16}")
     for stage in STAGES:
         print(f"{stage:20}{struck[stage, 'time']:10d}{struck[stage, 'write']:16d}")
@@ -72,10 +67,4 @@ def main() -> None:
         "kills_before_a_write": sum(n for (_, how), n in struck.items() if how == "write"),
         **{f"kills_in_{stage}": struck[stage, "time"] + struck[stage, "write"] for stage in STAGES},
     }
-    print(
-        f"{survived} of {struck.total()} kills survived, {len(lost)} artifacts lost; kept in {save('faults', figures)}"
-    )
-
-
-if __name__ == "__main__":
-    main()
+    report("faults", figures)

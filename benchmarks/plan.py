@@ -1,39 +1,39 @@
 """`puzzle plan` against a run: seconds, peak memory and disk of each stage, as planned and as it took.
 
-    python benchmarks/plan.py RECIPE RUN [KEY=VALUE ...]
-
 Makes the run, or goes on with it, in one thread. Seconds are of that thread's processor time, and so are the rates that
-the plan is made from: what else the machine does counts for little. Peaks are of a whole process, so those planned are
-of the stage and all before it.
+the plan is made from: what else the machine does counts for little. With --wall they are of the clock, in as many
+threads as the recipe says: that wants a quiet machine. Peaks are of a whole process, so those planned are of the stage
+and all before it.
 """
 
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated
 
-from results import by_arithmetic, save
+import typer
 
+from benchmarks.common import RunArgument, by_arithmetic, report
 from puzzle_nas import pipeline
 from puzzle_nas.artifacts import RunFolder, read_json
 from puzzle_nas.families import architecture_of, parent_checkpoint
 from puzzle_nas.parents.config import read_config
 from puzzle_nas.planning import measuring
-from puzzle_nas.planning.measuring import this_machine
 from puzzle_nas.planning.plan import make_plan
 from puzzle_nas.planning.shapes import model_size
-from puzzle_nas.recipe import Recipe, load_recipe, search_space_of
+from puzzle_nas.recipe import Recipe, search_space_of
+from puzzle_nas.recipe_text import load_recipe
 
 
 def compared(recipe: Recipe, run: RunFolder) -> Iterator[tuple[str, float]]:
     """Figures of every stage, and of all together."""
     config = read_config(parent_checkpoint(run))
     size = model_size(config, search_space_of(recipe, architecture_of(config)))
-    plan = make_plan(recipe, size, this_machine(recipe, size, run.path))
+    plan = make_plan(recipe, size, measuring.this_machine(recipe, size, run.path))
     peaks = itertools.accumulate((stage.main_bytes for stage in plan.stages), max)
     planned = recorded = 0.0
     for stage, peak in zip(plan.stages, peaks, strict=True):
@@ -51,16 +51,17 @@ def compared(recipe: Recipe, run: RunFolder) -> Iterator[tuple[str, float]]:
     yield "disk_gigabytes_recorded", sum(path.stat().st_size for path in files) / 1e9
 
 
-def main() -> None:
+def main(
+    recipe: Path,
+    run: RunArgument,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    wall: Annotated[bool, typer.Option("--wall", help="The clock's seconds, in all threads.")] = False,
+) -> None:
     """See above."""
-    pipeline.time = measuring.time = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[assignment]
-    recipe, run = load_recipe(Path(sys.argv[1]), ["threads=1", *sys.argv[3:]]), RunFolder(sys.argv[2])
-    pipeline.run_stages(recipe, run)
-    figures = dict(compared(recipe, run))
-    for name, value in figures.items():
-        print(f"  {name:50s} {value:10.2f}")
-    print("Written to", save(by_arithmetic(f"plan_{run.path.name}"), figures))
-
-
-if __name__ == "__main__":
-    main()
+    overrides = overrides or []
+    if not wall:
+        pipeline.time = measuring.time = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[assignment]
+        overrides = ["threads=1", *overrides]
+    loaded, folder = load_recipe(recipe, overrides), RunFolder(run)
+    pipeline.run_stages(loaded, folder)
+    report(by_arithmetic(f"plan_{run.name}"), dict(compared(loaded, folder)))

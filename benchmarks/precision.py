@@ -1,4 +1,4 @@
-"""Sizes and formats searched together, against formats alone, sizes alone and the parent in one format throughout.
+"""Sizes and formats searched together, against what people would do instead, at equal speed.
 
 Reads a run with formats, scores and costs (`puzzle run recipes/quickstart.yaml --to search-architecture`). At each
 speed-up over the parent in its own precision, by the cost table, three programs are solved over the same tables:
@@ -7,45 +7,57 @@ speed-up over the parent in its own precision, by the cost table, three programs
     formats       the parent's own sub-blocks, in every format
     architecture  every variant in the parent's precision
 
+and two rules are followed, in each format throughout, of which the one with the lowest KL on selection counts:
+
+    depth         as few neighbouring layers removed as are enough, those without which KL on scoring text is lowest
+    width         every FFN as narrow as is enough, of the library's widths
+
 The child of each is assembled, refitted and rounded on 8,192 calibration tokens, and compared with the parent on
-validation text; then it is timed in llama.cpp next to the parent. The parent in each format is treated likewise, and
-the file that the parent was read from is timed too.
-With --distil every child is then distilled with the recipe's GKD tokens, formats straight through.
+validation text; then it is timed on the run's engine next to the parent. The parent in each format is treated likewise,
+and in llama.cpp the file that the parent was read from is timed too.
 
-Children are kept in runs/benchmark-precision, so a second call goes on. results/precision.json has, by way and
-speed-up, kl_, top1_, kl_distilled_, speedup_predicted_, speedup_measured_ and bytes_.
+With --tokens N every child is distilled with so many tokens, at that of --rate whose child is nearest on selection.
+With --items N it answers N of the multiple-choice items of `python -m benchmarks continuations`.
 
-python benchmarks/precision.py [--distil] [--only WAY] [RUN] [SPEEDUP ...]
+Children are kept in runs/benchmark-precision, so a second call goes on. results/precision.json, with --tokens
+equal_speed.json (with another run's name, NAME_RUN.json) has, by way and speed-up, and by tokens where
+distilled, kl_, top1_, bytes_, learning_rate_, accuracy_continuations_, speedup_predicted_ and speedup_measured_.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, Any
 
 import gguf
-from results import save
+import typer
+from transformers import PreTrainedModel
 
-from puzzle_nas.architecture import Architecture, Choice
+from benchmarks.common import CONTINUATIONS, RunArgument, linked, opened, right_answers, save, task_items
+from puzzle_nas import engines
+from puzzle_nas.architecture import Architecture, Choice, GatedFFN
 from puzzle_nas.artifacts import RunFolder, complete_folder, fingerprint, read_json, write_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
-from puzzle_nas.choosing.refinement import REFIT_TOKENS
+from puzzle_nas.choosing.costs import timed_steps
+from puzzle_nas.choosing.refinement import REFIT_TOKENS, Trials
 from puzzle_nas.data.batches import load_tokens
-from puzzle_nas.engines import ENGINES, speedups
+from puzzle_nas.engines import LlamaCppEngine
 from puzzle_nas.errors import InfeasibleError
-from puzzle_nas.families import find_checkpoint, load_model, load_parent, save_model
-from puzzle_nas.formats.stored import read_matrices, write_matrices
+from puzzle_nas.families import find_checkpoint, load_model, load_tokenizer, parent_checkpoint, save_model
+from puzzle_nas.formats.stored import FILE, read_matrices, write_matrices
 from puzzle_nas.library import assemble
 from puzzle_nas.machine import describe, machine_of, usable_cores
-from puzzle_nas.pipeline import open_run
 from puzzle_nas.scoring.comparison import ParentReference
 from puzzle_nas.training.distillation import Training
 from puzzle_nas.training.parent_outputs import LiveParent
 from puzzle_nas.training.refitting import Goals, refit
 
 SPEEDUPS = (1.25, 1.5, 2.0, 2.5)
+PROGRAMS, RULES = ("joint", "formats", "architecture"), ("depth", "width")
+WAYS = (*PROGRAMS, *RULES)
 KEPT = Path("runs/benchmark-precision")
 TIMING_REPEATS = 7
 
@@ -54,13 +66,16 @@ class Children:
     """Children of one run, each made, compared and timed once."""
 
     def __init__(self, run: RunFolder):
-        self.run, self.recipe = run, open_run(run)
-        self.parent = load_parent(self.recipe, run)
+        self.run = run
+        self.recipe, self.parent = opened(run)
         self.found = ArchitectureSearch.load(self.recipe, run)
         calibration = load_tokens(run, "calibration")
         self.calibration = calibration[: max(1, REFIT_TOKENS // calibration.shape[1])]
         self.validation = ParentReference(self.parent, load_tokens(run, "validation"))
-        self.engine = ENGINES[self.recipe.engine]
+        self.selection = ParentReference(self.parent, load_tokens(run, "selection"))
+        splits = {split: load_tokens(run, split) for split in ("calibration", "scoring", "selection")}
+        self.trials = Trials(run, self.parent, self.recipe, splits, self.found.library)
+        self.engine = engines.ENGINES[self.recipe.engine]
         self.goals: Goals = {}
 
     def searched(self, way: str, speedup: float) -> Architecture:
@@ -77,9 +92,40 @@ class Children:
             return way == "joint" or all(spec.format is None for spec in specs)
 
         search = replace(self.found, scores={c: score for c, score in self.found.scores.items() if allowed(c)})
-        settings = self.recipe.search
-        (solution,) = search.solve({"speedup": speedup}, settings.gap, settings.time_limit_seconds)
+        (solution,) = search.solve({"speedup": speedup})
         return search.architecture(solution)
+
+    def by_rule(self, way: str, speedup: float) -> Architecture:
+        """The best child of one rule on the selection split.
+
+        Raises:
+            InfeasibleError: it makes none that is so fast.
+        """
+        space, rule = self.found.space, self._without_layers if way == "depth" else self._narrowed
+        starts = [space.parent, *space.quantised_parents.values()]
+        children = [child for child in (rule(start, speedup) for start in starts) if child is not None]
+        if not children:
+            raise InfeasibleError("No such child is fast enough.")
+        return min(children, key=lambda child: self.made(child)["selection_kl"])
+
+    def _without_layers(self, start: Architecture, speedup: float) -> Architecture | None:
+        number = len(start.layers)
+        for removed in range(number):
+            runs = [range(first, first + removed) for first in range(number - removed + 1)] if removed else [range(0)]
+            if self.found.meets({"speedup": speedup}, start.without(runs[0])):
+                return start.without(self.trials.best_run(runs) if removed else runs[0])
+        return None
+
+    def _narrowed(self, start: Architecture, speedup: float) -> Architecture | None:
+        widths = {spec.intermediate_size for _, _, spec in self.found.space if isinstance(spec, GatedFFN)}
+        for width in sorted(widths, reverse=True):
+            child = start
+            for layer, _, spec in start:
+                if isinstance(spec, GatedFFN):
+                    child = child.replaced(layer, GatedFFN(width, slot=spec.slot, format=spec.format))
+            if self.found.meets({"speedup": speedup}, child):
+                return child
+        return None
 
     def folder(self, architecture: Architecture) -> Path:
         """Where a child is kept."""
@@ -90,21 +136,21 @@ class Children:
         folder = self.folder(architecture)
         if not (folder / "made.json").exists():
             child = assemble(self.run, self.parent, architecture)
-            matrices = refit(self.parent, child, self.calibration, self.recipe.refit.ridge_tokens, goals=self.goals)
+            matrices = refit(self.parent, child, self.calibration, goals=self.goals)
             with complete_folder(folder / "start") as partial:
                 save_model(child, None, partial)
-                write_matrices(matrices, partial)
+                write_matrices(matrices, partial / FILE)
             costs, compared = self.found.costs, self.validation.compare(child)
-            write_json(
-                folder / "made.json",
-                {
-                    "kl": compared.kl_nats,
-                    "top1": compared.top1_agreement,
-                    "speedup_predicted": costs.mix_ms(self.found.parent) / costs.mix_ms(architecture),
-                    "bytes": costs.memory_bytes(architecture),
-                },
-            )
+            figures = {"kl": compared.kl_nats, "top1": compared.top1_agreement}
+            figures["selection_kl"] = self.selection.compare(child).kl_nats
+            figures["speedup_predicted"] = costs.mix_ms(self.found.parent) / costs.mix_ms(architecture)
+            write_json(folder / "made.json", figures | {"bytes": costs.memory_bytes(architecture)})
         return read_json(folder / "made.json")
+
+    def ratios(self, models: Mapping[str, Any]) -> list[float]:
+        """Speed-ups of the child over the parent, one for each repeat."""
+        scenarios, steps = self.found.costs.scenarios, timed_steps(self.recipe.engine)
+        return engines.speedups(self.engine, models, scenarios, TIMING_REPEATS, steps)
 
     def timed(self, architecture: Architecture) -> float:
         """The measured speed-up over the parent in its own precision."""
@@ -112,15 +158,14 @@ class Children:
         if not path.exists():
             child = load_model(self.folder(architecture) / "start", machine_of(self.recipe))
             with self.engine.loaded({"parent": self.parent, "child": child}, KEPT / "scratch") as loaded:
-                scenarios, steps = self.found.costs.scenarios, self.recipe.costs.decode_steps_measured
-                ratios = speedups(self.engine, loaded, scenarios, TIMING_REPEATS, steps)
+                ratios = self.ratios(loaded)
             write_json(path, {"speedup_measured": statistics.median(ratios), "repeats": ratios})
         return read_json(path)["speedup_measured"]
 
     def timed_file(self) -> dict[str, float]:
         """The same of the GGUF file that the parent was read from, nothing where it was none; its KL is 0."""
         source = find_checkpoint(self.recipe.parent, self.run / "download")
-        if not isinstance(source, Path) or source.suffix != ".gguf":
+        if not isinstance(source, Path) or source.suffix != ".gguf" or not isinstance(self.engine, LlamaCppEngine):
             return {}
         path = KEPT / "parent_file" / "timed.json"
         if not path.exists():
@@ -128,71 +173,89 @@ class Children:
             link = path.with_name("model.gguf")
             link.unlink(missing_ok=True)
             link.symlink_to(source.resolve())
-            scenarios, steps = self.found.costs.scenarios, self.recipe.costs.decode_steps_measured
             with (
                 self.engine.loaded({"parent": self.parent}, KEPT / "scratch") as loaded,
                 self.engine.load(path.parent, "bfloat16", usable_cores()) as file,
             ):
-                models = {"parent": loaded["parent"], "child": file}
-                ratios = speedups(self.engine, models, scenarios, TIMING_REPEATS, steps)
+                ratios = self.ratios({"parent": loaded["parent"], "child": file})
             tensors = gguf.GGUFReader(source).tensors
             found = {"speedup_measured": statistics.median(ratios), "bytes": sum(int(t.n_bytes) for t in tensors)}
             write_json(path, found)
         return read_json(path)
 
-    def distilled(self, architecture: Architecture) -> float:
-        """KL on validation after GKD."""
-        path = self.folder(architecture) / "distilled.json"
+    def distilled(self, architecture: Architecture, tokens: int, rate: float, items: int) -> dict[str, float]:
+        """KL on selection and validation after GKD, and the share of so many items that are answered."""
+        path = self.folder(architecture) / f"distilled_{tokens}_{rate:g}_{items}.json"
         if not path.exists():
             start = self.folder(architecture) / "start"
-            run = RunFolder(self.folder(architecture) / "run")
-            for name in ("data", "parent", "parent.json", "recipe.yaml"):
-                if not (run / name).exists():
-                    run.path.mkdir(parents=True, exist_ok=True)
-                    (run / name).symlink_to((self.run / name).resolve())
-            child = load_model(start, machine_of(self.recipe))
-            training = Training(self.recipe, run, LiveParent(self.parent), child, read_matrices(start))
+            run = linked(self.run, self.folder(architecture) / f"run_{tokens}_{rate:g}")
+            gkd = self.recipe.gkd.model_copy(update={"tokens": tokens, "learning_rate": rate})
+            recipe, child = self.recipe.model_copy(update={"gkd": gkd}), load_model(start, machine_of(self.recipe))
+            training = Training(recipe, run, LiveParent(self.parent), child, read_matrices(start / FILE))
             training.train()
-            write_json(path, {"kl_distilled": self.validation.compare(training.finish().eval()).kl_nats})
-        return read_json(path)["kl_distilled"]
+            distilled = training.finish().eval()
+            figures = {"selection_kl": training.best["selection_kl_nats"], "learning_rate": rate}
+            figures["kl"] = self.validation.compare(distilled).kl_nats
+            write_json(path, figures | self.accuracy(distilled, items))
+        return read_json(path)
+
+    def answers(self, architecture: Architecture, items: int) -> dict[str, float]:
+        """The share of the first so many items that a child answers before it is distilled."""
+        path = self.folder(architecture) / f"answers_{items}.json"
+        if not path.exists():
+            child = load_model(self.folder(architecture) / "start", machine_of(self.recipe))
+            write_json(path, self.accuracy(child, items))
+        return read_json(path)
+
+    def accuracy(self, model: PreTrainedModel, items: int) -> dict[str, float]:
+        """The share of the first so many items that a model answers; nothing of none."""
+        if not items:
+            return {}
+        tokenizer = load_tokenizer(parent_checkpoint(self.run))
+        right = right_answers(model, tokenizer, task_items(CONTINUATIONS, items))
+        return {"accuracy_continuations": statistics.mean(right)}
 
 
-def main() -> None:
+def main(
+    run: RunArgument = Path("runs/quickstart"),
+    speedups: Annotated[list[float] | None, typer.Argument(metavar="[SPEEDUP]...")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Distil every child with so many tokens.")] = None,
+    rate: Annotated[list[float] | None, typer.Option(help="Learning rates to try; 1e-4 by default.")] = None,
+    items: Annotated[int, typer.Option(help="So many multiple-choice items are answered.")] = 0,
+    only: Annotated[list[str] | None, typer.Option(metavar="WAY", help=", ".join(WAYS))] = None,
+) -> None:
     """Go through all ways and speeds, printing and saving as it goes."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--distil", action="store_true")
-    parser.add_argument("--only", action="append", choices=("joint", "formats", "architecture"))
-    parser.add_argument("run", nargs="?", default="runs/quickstart", type=Path)
-    parser.add_argument("speedups", nargs="*", type=float, default=SPEEDUPS)
-    asked = parser.parse_args()
-    children = Children(RunFolder(asked.run))
+    children = Children(RunFolder(run))
     machine = describe(machine_of(children.recipe))
     figures: dict[str, float] = {}
-
+    name_of_results = "equal_speed" if tokens else "precision"
+    name_of_results += "" if run.name == "quickstart" else f"_{run.name}"
     parents = children.found.space.quantised_parents
     searched = {f"uniform_{name.removeprefix('parent@')}": architecture for name, architecture in parents.items()}
-    for speedup in asked.speedups:
-        for way in asked.only or ("joint", "formats", "architecture"):
+    for speedup in speedups or SPEEDUPS:
+        for way in only or WAYS:
             try:
-                searched[f"{way}_{speedup:g}x"] = children.searched(way, speedup)
+                find = children.by_rule if way in RULES else children.searched
+                searched[f"{way}_{speedup:g}x"] = find(way, speedup)
             except InfeasibleError as error:
                 print(f"{way}_{speedup:g}x: {error}", flush=True)
 
     def note(name: str, found: dict[str, float]) -> None:
         figures.update({f"{key}_{name}": value for key, value in found.items()})
         print(f"{name:24s} {', '.join(f'{key} {value:.4g}' for key, value in found.items())}", flush=True)
-        save("precision", figures, machine)
+        save(name_of_results, figures, machine)
 
+    if items:
+        note("parent", children.accuracy(children.parent, items))
     for name, architecture in searched.items():
         note(name, children.made(architecture))
-        if asked.distil:
-            note(name, {"kl_distilled": children.distilled(architecture)})
+        if items and not tokens:
+            note(name, children.answers(architecture, items))
+        for budget in tokens or ():
+            tried = [children.distilled(architecture, budget, at, items) for at in rate or (1e-4,)]
+            note(f"{name}_{budget}", min(tried, key=lambda found: found["selection_kl"]))
     # Times are taken in one go, of one child after the other next to the parent.
     for name, architecture in searched.items():
         note(name, {"speedup_measured": children.timed(architecture)})
     if found := children.timed_file():
         note("parent_file", found)
-
-
-if __name__ == "__main__":
-    main()

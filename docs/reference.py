@@ -15,7 +15,8 @@ from pydantic.fields import FieldInfo
 from typer.main import get_command
 
 from puzzle_nas.cli import app
-from puzzle_nas.recipe import Recipe, Settings, settings_in
+from puzzle_nas.recipe import Recipe, Settings
+from puzzle_nas.recipe_text import settings_in
 
 FOLDER = Path(__file__).parent
 NOTE = "<!-- Written by docs/reference.py; do not edit. -->\n"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self, TypeAlias, TypeVar
 
 from puzzle_nas.errors import RecipeError
+from puzzle_nas.formats.layout import layout_of
 
 
 class Offer(Protocol):
@@ -24,7 +25,6 @@ class Offer(Protocol):
     kv_heads: list[int] | None
     windows: list[int]
     width_fractions: list[float]
-    multiple_of: int
     expert_counts: list[float]
     experts_per_token: list[float]
     formats: list[str]
@@ -165,7 +165,7 @@ class GatedFFN(Spec):
 
     def offers(self, asked: Offer) -> list[Spec]:
         """Fewer channels."""
-        widths = [round_width(f, self.intermediate_size, asked.multiple_of) for f in asked.width_fractions]
+        widths = [round_width(f, self.intermediate_size) for f in asked.width_fractions]
         return [dataclasses.replace(self, intermediate_size=w) for w in widths if w < self.intermediate_size]
 
 
@@ -198,7 +198,7 @@ class Mixture(Spec):
         fewer = [Mixture(n, min(top_k, n), width, slot=self.slot) for n in counts if n < all_experts]
         per_token = [count_of(wanted, top_k) for wanted in asked.experts_per_token]
         sparser = [dataclasses.replace(self, num_experts_per_tok=k) for k in per_token if k < top_k]
-        widths = [round_width(fraction, width, asked.multiple_of) for fraction in asked.width_fractions]
+        widths = [round_width(fraction, width) for fraction in asked.width_fractions]
         narrower = [dataclasses.replace(self, moe_intermediate_size=w) for w in widths if w < width]
         return [*fewer, *sparser, *narrower]
 
@@ -364,9 +364,18 @@ class SearchSpace:
         return Architecture(tuple({slot: specs[0] for slot, specs in slots.items()} for slots in self.options))
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        """In which sub-blocks may be stored besides the model's precision."""
+        return tuple(dict.fromkeys(spec.format for _, _, spec in self if spec.format))
+
+    @property
     def quantised_parents(self) -> dict[str, Architecture]:
-        """The parent in each format throughout: `parent@q8_0`."""
-        return {f"parent@{head.format}": self.parent.stored(head.format) for head in self.heads if head.format}
+        """The parent in each format throughout, the head where it can be: `parent@q8_0`."""
+        heads = {head.format: head for head in self.heads}
+        return {
+            f"parent@{form}": dataclasses.replace(self.parent.stored(form), head=heads.get(form, self.heads[0]))
+            for form in self.formats
+        }
 
     def choices(self, by_block: bool = False) -> Iterator[Choice]:
         """What can be chosen where: every sub-block, or every combination of a layer's."""
@@ -430,9 +439,18 @@ class Scenario:
         return self.prefill_tokens + self.decode_tokens
 
 
-def round_width(fraction: float, intermediate_size: int, multiple_of: int) -> int:
-    """The FFN width nearest to `fraction` of the parent's that is a multiple of `multiple_of`, at least one."""
-    return max(multiple_of, round(fraction * intermediate_size / multiple_of) * multiple_of)
+WIDTH_MULTIPLE = 32
+"""Widths of FFNs and experts are multiples of this: what processors multiply at once, and what a block of a format
+holds."""
+
+
+def round_width(fraction: float, intermediate_size: int) -> int:
+    """The FFN width nearest to `fraction` of the parent's that is a multiple of WIDTH_MULTIPLE, and at least that.
+
+    Parents narrower than eight times that have multiples of the largest power of two up to an eighth of their width.
+    """
+    multiple = min(WIDTH_MULTIPLE, 1 << max(0, (intermediate_size // 8).bit_length() - 1))
+    return max(multiple, round(fraction * intermediate_size / multiple) * multiple)
 
 
 def count_of(wanted: float, of_parent: int) -> int:
@@ -483,7 +501,8 @@ def build_search_space(
             slot: tuple(s for s in specs if s.plain == specs[0] or not {s.id, s.plain.id}.isdisjoint(allowed))
             for slot, specs in options[layer].items()
         }
-    return SearchSpace(tuple(options), tuple(in_formats([parent.head], asked.formats)))
+    for_heads = [form for form in asked.formats if layout_of(form).heads]
+    return SearchSpace(tuple(options), tuple(in_formats([parent.head], for_heads)))
 
 
 S = TypeVar("S", bound=Spec)

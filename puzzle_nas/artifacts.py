@@ -196,6 +196,11 @@ class RunFolder:
         return self / "search" / "frontier.json"
 
     @property
+    def drafts(self) -> Path:
+        """The best children as drafts for their parent."""
+        return self / "search" / "drafts.json"
+
+    @property
     def summary(self) -> Path:
         """Everything that `puzzle show` prints."""
         return self / "summary.json"

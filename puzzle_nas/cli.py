@@ -43,6 +43,8 @@ def main() -> None:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
+        if parallel is not None:
+            parallel.leave()
         sys.exit(code or 0)
     except PuzzleError as error:
         print(f"puzzle: {error}", file=sys.stderr)

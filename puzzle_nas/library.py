@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -15,8 +15,11 @@ from puzzle_nas.artifacts import RunFolder, file_checksum, read_json, write_byte
 from puzzle_nas.errors import ArtifactError
 from puzzle_nas.families import Anatomy, SubBlock, architecture_of, build, child_config
 from puzzle_nas.families.loading import aligned
+from puzzle_nas.formats.stored import Matrices, read_matrices, write_matrices
 from puzzle_nas.subblocks import Weights, made_subblock, subblock_weights, weights_of_slot
 
+Place: TypeAlias = tuple[int, str]
+"""A layer and a slot."""
 MADE_BY = {"initial": "build-library", "main": "distill-blocks", "coupled": "couple-blocks"}
 
 
@@ -30,13 +33,32 @@ def variant_is_stored(path: Path) -> bool:
     return facts_path(path).exists()
 
 
-def write_variant(path: Path, specs: Sequence[Spec], weights: Weights, facts: Mapping[str, Any]) -> None:
-    """Write weights, then facts: `spec` (of a pair `specs`), `parameters`, checksum, and whatever the maker adds."""
+def matrices_path(path: Path) -> Path:
+    """Where the matrices of a variant in a format lie."""
+    return path.with_name(path.name.removesuffix(".safetensors") + ".formats.safetensors")
+
+
+def write_variant(
+    path: Path,
+    specs: Sequence[Spec],
+    weights: Weights,
+    facts: Mapping[str, Any],
+    matrices: Matrices | None = None,
+) -> None:
+    """Write weights, then facts: `spec` (of a pair `specs`), `parameters`, checksum, and whatever the maker adds.
+
+    Args:
+        matrices: what the variant stores in a format, by the names of `weights`.
+    """
     tensors = {name: w.detach().cpu().contiguous().clone() for name, w in weights.items()}
     write_bytes(path, safetensors.torch.save(tensors))
+    write_matrices(matrices or {}, matrices_path(path))
     parameters = sum(w.numel() for w in tensors.values())
     what = {"spec": specs[0].to_dict()} if len(specs) == 1 else {"specs": [spec.to_dict() for spec in specs]}
-    write_json(facts_path(path), {**what, "parameters": parameters, "checksum": file_checksum(path), **facts})
+    made = {"parameters": parameters, "checksum": file_checksum(path)}
+    if matrices:
+        made["matrices_checksum"] = file_checksum(matrices_path(path))
+    write_json(facts_path(path), {**what, **made, **facts})
 
 
 def read_variant(path: Path, made_by: str) -> Weights:
@@ -54,8 +76,28 @@ def read_variant(path: Path, made_by: str) -> Weights:
         raise ArtifactError(f"{path} is corrupted ({error}).") from None
 
 
+def _read_matrices(path: Path) -> Matrices:
+    """What an initial variant stores in a format; nothing of one that an earlier version made.
+
+    Raises:
+        ArtifactError: missing or corrupted.
+    """
+    made_by = MADE_BY["initial"]
+    matrices, facts = matrices_path(path), read_json(facts_path(path), made_by)
+    if "matrices_checksum" not in facts:
+        return {}
+    if not matrices.exists() or file_checksum(matrices) != facts["matrices_checksum"]:
+        raise ArtifactError(f"{matrices} is missing or corrupted. Make it again with: puzzle {made_by} RUN --again")
+    return read_matrices(matrices)
+
+
 def variant_weights(run: RunFolder, parent: PreTrainedModel, layer: int, spec: Spec, library: str = "main") -> Weights:
-    """Weights of a variant on the parent's device; the parent's own sub-block comes from the parent itself."""
+    """Weights of a variant on the parent's device; the parent's own sub-block comes from the parent itself.
+
+    What has none need not be in the library.
+    """
+    if spec.empty:
+        return {}
     if spec == architecture_of(parent.config).layers[layer][spec.slot]:
         return subblock_weights(Anatomy(parent).subblocks(layer)[spec.slot])
     return _like_parent(parent, read_variant(run.variant(layer, spec.id, library), MADE_BY[library]))
@@ -103,6 +145,30 @@ def block_subblocks(
             parts = {spec.slot: alone[spec] for spec in specs}
         result.append(parts)
     return result
+
+
+def rounded_already(run: RunFolder, parent: PreTrainedModel, architecture: Architecture) -> dict[Place, Matrices]:
+    """What the library has rounded of a child: the parent's own sub-blocks, and behind the last layer its ends.
+
+    Returns:
+        By layer and slot; matrices by the names of the model's weights.
+
+    Raises:
+        ArtifactError: a file of the library is missing or corrupted.
+    """
+    prefix, own = Anatomy(parent).layer_prefix, architecture_of(parent.config)
+    found: dict[Place, Matrices] = {}
+    for layer, slot, spec in architecture:
+        if spec.format and spec.plain == own.layers[layer][slot]:
+            matrices = _read_matrices(run.initial_variant(layer, spec.id))
+            found[layer, slot] = {f"{prefix}{layer}.{name}": matrix for name, matrix in matrices.items()}
+    if architecture.head.format:
+        behind = len(architecture.layers)
+        path = run.initial_variant(behind, architecture.head.id)
+        found[behind, architecture.head.slot] = _read_matrices(path)
+    return {
+        place: {n: m.to(parent.device) for n, m in matrices.items()} for place, matrices in found.items() if matrices
+    }
 
 
 def with_ends(parent: PreTrainedModel, ends: Weights) -> PreTrainedModel:

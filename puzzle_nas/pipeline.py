@@ -20,7 +20,8 @@ from puzzle_nas.engines import ENGINES
 from puzzle_nas.errors import ArtifactError, PuzzleError, RecipeError, puzzle_command
 from puzzle_nas.planning.remaining import Remaining
 from puzzle_nas.progress import console
-from puzzle_nas.recipe import Recipe, load_run_recipe
+from puzzle_nas.recipe import Recipe
+from puzzle_nas.recipe_text import load_run_recipe
 from puzzle_nas.stages import EVERYTHING, STAGES, Stage
 from puzzle_nas.stages.prepare_parent import local_weights
 from puzzle_nas.training import parallel

@@ -16,7 +16,7 @@ from puzzle_nas.architecture import (
     Spec,
     WindowAttention,
 )
-from puzzle_nas.formats.layout import LAYOUTS
+from puzzle_nas.formats.layout import LAYOUTS, layout_of
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Server:
             return f"{self.label} has no {spec.plain.id}"
         if self.first_layer_needs_attention and layer == 0 and spec == NoOp("attention"):
             return f"{self.label} needs attention in the first layer"
+        if isinstance(spec, Head) and spec.format and not layout_of(spec.format).heads:
+            return f"{self.label} has embeddings and LM head in the model's precision only"
         if spec.format and spec.format not in self.formats:
             return f"{self.label} has no {spec.format}"
         return None
@@ -43,7 +45,11 @@ class Server:
 
 SERVERS = {
     "transformers": Server("transformers with our modelling code", formats=tuple(LAYOUTS)),
-    "vllm": Server("vLLM with our plugin", frozenset({GroupedAttention, WindowAttention, GatedFFN, Linear, NoOp})),
+    "vllm": Server(
+        "vLLM with our plugin",
+        frozenset({GroupedAttention, WindowAttention, GatedFFN, Linear, NoOp}),
+        formats=("int8", "int4"),
+    ),
     "vllm-stock": Server("stock vLLM", frozenset({GroupedAttention, GatedFFN, NoOp}), first_layer_needs_attention=True),
     "llama.cpp": Server(
         "llama.cpp",
@@ -51,6 +57,8 @@ SERVERS = {
         formats=("f16", "q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "q4_1", "q4_0"),
     ),
 }
+# The same, running models as they are written.
+SERVERS["vllm-eager"] = SERVERS["vllm"]
 
 
 def servable_space(space: SearchSpace, servers: Sequence[str]) -> SearchSpace:

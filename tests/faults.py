@@ -30,7 +30,7 @@ PRELOADED = (
 )
 TIMES = ("seconds/", "measured.json", "summary.json", "report.html", "evaluate_child", "write_report")
 """Measured times live in these and are no part of the claim."""
-COUPLED = {"tokens": 2048, "batch_tokens": 256, "checkpoint_every_steps": 4, "learning_rate": 1e-3}
+COUPLED = {"coupled_tokens": 2048}
 """Settings of coupled BLD, long enough to be interrupted."""
 YEAR = 365 * 24 * 3600
 
@@ -143,7 +143,9 @@ def _puzzle(arguments: list[str], pipes: list[Path], sender: Any, fault: Fault |
     from transformers.utils import logging
 
     from puzzle_nas.cli import main
+    from puzzle_nas.training import block_distillation
 
+    block_distillation.CHECKPOINT_STEPS = 4
     # Where transformers is imported already, the environment that the command sets comes too late.
     logging.set_verbosity_error()
     sys.argv = ["puzzle", *arguments]
@@ -250,7 +252,7 @@ class Undisturbed:
     def make(cls, folder: Path, settings: dict[str, Any], cost_table: Path) -> Undisturbed:
         """Run it, in `folder`/whole."""
         recipe = folder / "pinned.yaml"
-        everything = {**settings, "costs": {"file": str(cost_table)}, "coupled_bld": COUPLED}
+        everything = {**settings, "costs": {"file": str(cost_table)}, "bld": settings["bld"] | COUPLED}
         recipe.write_text(json.dumps(everything))
         counts = folder / "writes.json"
         puzzle("run", recipe, "--run-dir", folder / "whole", fault=CountWrites(counts), check=True)

@@ -1,5 +1,7 @@
 """Architectures, search spaces and their labels, formats included."""
 
+import pytest
+
 from puzzle_nas.architecture import (
     Architecture,
     GatedFFN,
@@ -10,8 +12,10 @@ from puzzle_nas.architecture import (
     build_search_space,
     in_formats,
     plain,
+    round_width,
 )
-from puzzle_nas.recipe import SearchSpaceSettings
+from puzzle_nas.recipe import SearchSpaceSettings, search_space_of
+from puzzle_nas.recipe_text import parse_recipe
 
 BLOCK = {"attention": GroupedAttention(2), "ffn": GatedFFN(64)}
 PARENT = Architecture((BLOCK, BLOCK))
@@ -64,3 +68,18 @@ def test_without_formats_the_head_is_no_choice():
     assert {layer for layer, _ in bare.choices()} == {0, 1} and bare.parent == PARENT
     assert list(in_formats([NoOp("ffn")], ["q8_0"])) == [NoOp("ffn")]
     assert SearchSpace(bare.options).heads == (Head(),)
+
+
+@pytest.mark.parametrize(
+    ("width", "fraction", "rounded"),
+    [(1536, 0.75, 1152), (1536, 0.1, 160), (341, 0.5, 160), (256, 0.01, 32), (255, 0.1, 32), (64, 0.1, 8), (7, 0.5, 4)],
+)
+def test_widths_are_multiples_of_32_and_of_less_only_in_narrow_parents(width, fraction, rounded):
+    assert round_width(fraction, width) == rounded
+
+
+def test_matrices_and_gaps_are_offered_where_a_recipe_says():
+    settings = "search_space: {linear: [attention], no_op: [ffn]}"
+    recipe = parse_recipe(f"{{parent: p, data: {{sources: [{{source: s}}]}}, {settings}}}")
+    offered = {spec.id for specs in search_space_of(recipe, PARENT).options[0].values() for spec in specs}
+    assert {"attention.linear", "ffn.no_op"} < offered and offered.isdisjoint({"ffn.linear", "attention.no_op"})

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from puzzle_nas import __version__
-from puzzle_nas.recipe import Recipe, load_recipe, parse_recipe
+from puzzle_nas.recipe import Recipe
+from puzzle_nas.recipe_text import load_recipe, parse_recipe
 from tests.conftest import puzzle
 
 TABLE = """layer,variant,loss,ms

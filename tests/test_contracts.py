@@ -59,7 +59,7 @@ def test_a_planted_violation_breaks_its_contract(copy_of_package, what):
 
 
 def test_light_modules_do_not_load_torch():
-    names = "architecture, recipe, errors, artifacts, search, stages, estimates, cli"
+    names = "architecture, recipe, recipe_text, errors, artifacts, search, stages, estimates, cli"
     imports = f"import sys; from puzzle_nas import {names}; from puzzle_nas.choosing import costs, frontier"
     code = f"{imports}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -3,7 +3,7 @@
 import pytest
 
 from puzzle_nas.errors import DataError, RecipeError
-from puzzle_nas.recipe import load_recipe, parse_recipe
+from puzzle_nas.recipe_text import load_recipe, parse_recipe
 
 BASE = "parent: ./p\ndata: {sources: [{source: python-stdlib}]}\n"
 
@@ -52,10 +52,20 @@ def test_what_only_old_yaml_reads_as_a_number_stays_text():
         ("gkd: {tokens: lots}", "The recipe's gkd.tokens is lots, but must be a whole number of at least 0."),
         ("gkd: 3", "The recipe's gkd is 3, but must be settings."),
         ("gkd: null", "The recipe's gkd is null, but must be settings."),
-        ("memory: disk", "The recipe's memory is disk, but must be one of all, stream, divide."),
+        ("memory: disk", "The recipe's memory is disk, but must be one of all, stream."),
         ("search_space: {layers: {a: []}}", "search_space.layers.a is a, but must be a whole number."),
-        ("refit: {enabled: maybe}", "The recipe's refit.enabled is maybe, but must be true or false."),
-        ("gkd: {lora_rank: 2, train_embeddings: true}", "The recipe's gkd: with lora_rank only adapters train"),
+        ("search_space: {no_op: [experts]}", "search_space.no_op.0 is experts, but must be one of attention, ffn."),
+        ("refit: maybe", "The recipe's refit is maybe, but must be true or false."),
+        (
+            "gkd: {parent_top_k: 2}",
+            "The recipe's gkd: parent_top_k keeps no hidden states of the parent; set gkd.losses to",
+        ),
+        ("gkd: {losses: {cosine: 0}}", "The recipe's gkd: losses needs a weight above 0, such as gkd.losses={kl: 1}."),
+        ("gkd: {losses: {ce: 1}}", "The recipe's gkd.losses.ce is ce, but must be one of kl, cosine, lm."),
+        (
+            "gkd: {also_train: [norms]}",
+            "The recipe's gkd.also_train.0 is norms, but must be one of embeddings, experts.",
+        ),
         ("scenarios: [{nmae: x}]", "does not know the key scenarios.0.nmae. Did you mean name?"),
         ("x: [", "recipe is not YAML: expected the node content, but found '<stream end>' in line 3."),
     ],
@@ -110,7 +120,7 @@ def recipe_in(folder, parent="model", source="texts/a.txt", more="", overrides=(
 
 
 def test_relative_paths_are_relative_to_the_recipe_and_work_from_anywhere(project):
-    more = "costs: {file: costs.json}\nscoring: {metric: task, task: items.jsonl}"
+    more = "costs: {file: costs.json}\nsearch: {effort: fast}\nscoring: {metric: task_margin, task: items.jsonl}"
     recipe = recipe_in(project, more=more)
     assert recipe.parent == str(project / "model")
     assert recipe.data.sources[0].source == str(project / "texts/a.txt")

@@ -1,34 +1,26 @@
-"""What the paper's tables share: budgets, children measured once, and the verdict on an ordering.
-
-Every script prints its table in the paper's row order with our figures beside the paper's, says whether the ordering
-came out, and keeps benchmarks/results/paper/NAME.json. Ours are KL(parent || child) in nats on validation text, where
-nothing else is said: a parent of 135 M parameters is too near chance on the paper's tasks.
-"""
+"""What the paper's tables share: budgets, children of one run measured once, and the verdict on an ordering."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel
-
-from benchmarks.results import RESULTS, save
+from benchmarks.common import RESULTS, opened
 from puzzle_nas import pipeline
 from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, fingerprint, read_json, write_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.data.batches import load_tokens
-from puzzle_nas.families import load_parent
 from puzzle_nas.library import assemble
-from puzzle_nas.recipe import Recipe, parse_recipe
+from puzzle_nas.recipe_text import load_recipe
 from puzzle_nas.scoring.comparison import ParentReference
+
+SPEEDUPS = (1.25, 1.5, 2.0)
+KEPT = Path("runs/benchmark-paper")
 
 
 @dataclass(frozen=True)
@@ -62,23 +54,18 @@ BUDGETS = {
         2_000_000,
     ),
 }
-SPEEDUPS = (1.25, 1.5, 2.0)
 
 
 class Children:
-    """Children of one run, assembled and measured; figures are kept in runs/benchmark-paper."""
+    """Children of one run, assembled and measured; figures are kept."""
 
     def __init__(self, budget: Budget):
         self.budget, self.run = budget, budget.run
-        self.kept = Path(f"runs/benchmark-paper/{budget.name}-kl.json")
-
-    @cached_property
-    def recipe(self) -> Recipe:
-        """The run's; a run that is not there is made, up to its scores."""
+        self.kept = KEPT / f"{budget.name}-kl.json"
         if not self.run.recipe.is_file():
-            recipe = parse_recipe(Path("recipes/torch.yaml").read_text(), self.budget.overrides)
+            recipe = load_recipe(Path("recipes/torch.yaml"), list(budget.overrides))
             pipeline.run_stages(recipe, self.run, last="score-blocks")
-        return pipeline.open_run(self.run)
+        self.recipe, self.parent = opened(self.run)
 
     @cached_property
     def found(self) -> ArchitectureSearch:
@@ -88,44 +75,27 @@ class Children:
     @cached_property
     def by_lm_loss(self) -> ArchitectureSearch:
         """The same by the increase in LM loss."""
-        scores = {
-            (layer, (spec,)): read_json(self.run.score(layer, spec.id))["lm_loss_increase_nats"]["mean"]
-            if score
-            else 0.0
-            for (layer, (spec,)), score in self.found.scores.items()
-        }
+        scores = self.found.scores.copy()
+        for layer, (spec,) in (choice for choice, score in scores.items() if score):
+            scores[layer, (spec,)] = read_json(self.run.score(layer, spec.id))["lm_loss_increase_nats"]["mean"]
         return replace(self.found, scores=scores)
-
-    @cached_property
-    def parent(self) -> PreTrainedModel:
-        """The run's parent, on no more threads than there are cores to use."""
-        parent = load_parent(self.recipe, self.run)
-        torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
-        return parent
 
     @cached_property
     def validation(self) -> ParentReference:
         """The run's validation text."""
         return ParentReference(self.parent, load_tokens(self.run, "validation"))
 
-    def chosen(self, speedup: float, by: ArchitectureSearch | None = None) -> Architecture:
-        """What the mixed-integer search takes at a speed-up."""
-        found, settings = by or self.found, self.recipe.search
-        (best,) = found.solve({"speedup": speedup}, settings.gap, settings.time_limit_seconds)
-        return found.architecture(best)
-
-    def baseline(self, name: str, speedup: float) -> Architecture:
-        """A baseline under the same limit.
+    def chosen(self, speedup: float, by: ArchitectureSearch | None = None, baseline: str | None = None) -> Architecture:
+        """What the mixed-integer search takes at a speed-up, or a baseline under the same limit.
 
         Raises:
-            InfeasibleError: it cannot meet the limit.
+            InfeasibleError: the baseline cannot meet the limit.
         """
-        limits, settings = {"speedup": speedup}, self.recipe.search
-        (best,) = self.found.solve(limits, settings.gap, settings.time_limit_seconds)
-        problem = self.found.problem(limits)
-        return self.found.architecture(
-            self.found.baselines(problem, best, settings.gap, settings.time_limit_seconds)[name]()
-        )
+        found, limits = by or self.found, {"speedup": speedup}
+        (best,) = found.solve(limits)
+        if baseline:
+            best = found.baselines(found.problem(limits), best)[baseline]()
+        return found.architecture(best)
 
     def kl_nats(self, architecture: Architecture) -> float:
         """KL on validation of the assembled child, nothing distilled beyond BLD."""
@@ -137,18 +107,29 @@ class Children:
         return kept[key]
 
 
+Columns = Mapping[str, Mapping[str, float]]
+"""Column -> row -> figure."""
+
+
 @dataclass(frozen=True)
 class Measured:
-    """Ours: column -> row -> figure, what the paper found and whether we find it, and what explains a difference."""
+    """Ours, what the paper found and whether we find it, and what explains a difference."""
 
-    columns: Mapping[str, Mapping[str, float]]
+    columns: Columns
     claims: Mapping[str, bool]
     remark: str = ""
 
+    @property
+    def figures(self) -> dict:
+        """Flat."""
+        figures: dict = {
+            f"{row}@{column}": value for column, rows in self.columns.items() for row, value in rows.items()
+        }
+        figures |= {f"claim.{claim}": held for claim, held in self.claims.items()}
+        return figures | {"came_out": all(self.claims.values()) if self.claims else None, "remark": self.remark}
 
-def ordering(
-    paper: Mapping[str, float], columns: Mapping[str, Mapping[str, float]], paper_lower_is_better: bool = False
-) -> dict[str, bool]:
+
+def ordering(paper: Mapping[str, float], columns: Columns, paper_lower_is_better: bool = False) -> dict[str, bool]:
     """For every two rows that differ in the paper: whether the better one has the lower KL here, column by column."""
     claims = {}
     for one, other in itertools.combinations(paper, 2):
@@ -161,56 +142,19 @@ def ordering(
     return claims
 
 
-def figures_of(name: str) -> dict:
-    """What another benchmark kept.
-
-    Raises:
-        SystemExit: nothing; names the way out.
-    """
-    path, script = RESULTS / f"{name}.json", RESULTS.with_name(f"{name}.py")
-    if not path.exists():
-        way_out = f"Make it with: python benchmarks/{name}.py" if script.exists() else f"git checkout -- {path}"
-        raise SystemExit(f"{path} is missing. {way_out}")
-    return json.loads(path.read_text())["figures"]
-
-
 @dataclass(frozen=True)
 class Table:
     """One of the paper's tables or figures."""
 
     name: str
-    """`table_10`, which is also its script."""
     title: str
     paper_unit: str
-    paper: Mapping[str, float | str]
+    paper: Mapping
     """Rows in the paper's order."""
     ours: str
     """What our figures are."""
-    measure: Callable[..., Measured] = field(repr=False)
-    """Of a budget, and of the options as keywords, None where they are not given."""
-    options: tuple[str, ...] = ()
-    """Further ones of the command, without their dashes."""
-
-    def main(self) -> None:
-        """Measure, print, keep."""
-        parser = argparse.ArgumentParser(description=f"{self.title} ({self.name})")
-        parser.add_argument("--budget", choices=BUDGETS, default="cpu")
-        for option in self.options:
-            parser.add_argument(f"--{option}")
-        given = vars(parser.parse_args())
-        budget = BUDGETS[given.pop("budget")]
-        measured = self.measure(budget, **given)
-        figures: dict = {
-            f"{row}@{column}": value for column, rows in measured.columns.items() for row, value in rows.items()
-        }
-        figures |= {f"claim.{claim}": held for claim, held in measured.claims.items()}
-        came_out = all(measured.claims.values()) if measured.claims else None
-        figures |= {"came_out": came_out, "remark": measured.remark}
-        command = f"python -m benchmarks.paper.{self.name} --budget {budget.name}"
-        command += "".join(f" --{option} {value}" for option, value in given.items() if value is not None)
-        print(f"{self.title}\n")
-        print(self.markdown(figures))
-        print("Written to", save(f"paper/{self.name}", figures, command=command))
+    measure: Callable[[Budget], Measured] | None = field(default=None, repr=False)
+    """None where the experiment is settled and its script gone: what it gave is kept."""
 
     @property
     def kept(self) -> dict | None:
@@ -223,12 +167,11 @@ class Table:
         claims = {k.removeprefix("claim."): held for k, held in figures.items() if k.startswith("claim.")}
         cells = {tuple(k.split("@")): v for k, v in figures.items() if "@" in k}
         columns = list(dict.fromkeys(column for _, column in cells))
-        rows = dict.fromkeys([*self.paper, *(row for row, _ in cells)])
         lines = [
             "| | " + " | ".join([f"paper, {self.paper_unit}", *columns]) + " |",
             "|---|" + "---|" * (1 + len(columns)),
         ]
-        for row in rows:
+        for row in dict.fromkeys([*self.paper, *(row for row, _ in cells)]):
             values = [cells.get((row, column)) for column in columns]
             shown = ["" if v is None else f"{v:.4g}" for v in values]
             lines.append("| " + " | ".join([row, str(self.paper.get(row, "")), *shown]) + " |")
@@ -239,3 +182,15 @@ class Table:
         if failed:
             lines[-1] += " Otherwise here: " + "; ".join(failed) + "."
         return "\n".join([*lines, *([figures["remark"]] if figures["remark"] else [])]) + "\n"
+
+
+TABLES: dict[str, Table] = {}
+
+
+def table(name: str, title: str, paper_unit: str, paper: Mapping, ours: str):
+    """Make what measures a table that table."""
+
+    def made(measure: Callable[[Budget], Measured] | None) -> None:
+        TABLES[name] = Table(name, title, paper_unit, paper, ours, measure)
+
+    return made

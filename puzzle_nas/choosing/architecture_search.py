@@ -17,6 +17,7 @@ from typing import Any
 from puzzle_nas.architecture import Architecture, Choice, SearchSpace, Spec, choice_id
 from puzzle_nas.artifacts import RunFolder, read_json, written_by_this_version
 from puzzle_nas.choosing.costs import CostTable
+from puzzle_nas.effort import GAP, TIME_LIMIT_SECONDS
 from puzzle_nas.errors import InfeasibleError
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.search import (
@@ -82,7 +83,7 @@ class ArchitectureSearch:
         """
         space = servable_space(search_space_of(recipe, parent_of(run)), recipe.search.servable_by)
         metric, library = recipe.scoring.metric, library or recipe.final_library
-        field = {"kl": "kl_nats", "lm_loss": "lm_loss_increase_nats", "task": "task_loss"}[by or metric]
+        field = {"kl": "kl_nats", "lm_loss": "lm_loss_increase_nats"}.get(by or metric, "task_loss")
         by_block = recipe.scoring.unit == "block"
 
         @functools.cache
@@ -134,7 +135,7 @@ class ArchitectureSearch:
         best, lowest, failure = None, math.inf, None
         for found in every:
             try:
-                (solution,) = found.solve(limits, recipe.search.gap, recipe.search.time_limit_seconds)
+                (solution,) = found.solve(limits)
             except InfeasibleError as error:
                 failure = error
                 continue
@@ -147,11 +148,10 @@ class ArchitectureSearch:
 
     def by_either_loss(self, recipe: Recipe, run: RunFolder) -> tuple[ArchitectureSearch, ...]:
         """This search, the one by the other of KL and LM loss, and by their mean; itself alone if a task scores."""
-        metric = recipe.scoring.metric
-        if metric == "task":
+        if recipe.scoring.by_task:
             return (self,)
         other = self.load_with(
-            self.costs, recipe, run, library=self.library, by="kl" if metric == "lm_loss" else "lm_loss"
+            self.costs, recipe, run, library=self.library, by="kl" if recipe.scoring.metric == "lm_loss" else "lm_loss"
         ).scores
         mean = {choice: (score + other[choice]) / 2 for choice, score in self.scores.items()}
         return self, replace(self, scores=other), replace(self, scores=mean)
@@ -170,7 +170,7 @@ class ArchitectureSearch:
             row = {"layer": position(layer, specs), "variant": choice_id(specs), "score": score}
             row |= {column: sum(cost[column] for cost in costs) for column in costs[0]}
             if near is not None:
-                row["changes"] = float(not self._holds(near, layer, specs))
+                row["changes"] = float(not self.holds(near, layer, specs))
             rows.append(row)
         if near is not None:
             bounds.append(Limit("changes", maximum=float(max_changes)))
@@ -181,7 +181,8 @@ class ArchitectureSearch:
         return Problem(Table.from_rows(rows), "score", limits=tuple(bounds), fixed=fixed)
 
     @staticmethod
-    def _holds(architecture: Architecture, layer: int, specs: Sequence[Spec]) -> bool:
+    def holds(architecture: Architecture, layer: int, specs: Sequence[Spec]) -> bool:
+        """Whether the architecture has all of these in that layer."""
         return all(architecture.at(layer, spec.slot) == spec for spec in specs)
 
     @property
@@ -190,13 +191,13 @@ class ArchitectureSearch:
         removed = self.parent.without(range(len(self.parent.layers)))
         of_layers = [choice for choice in self.scores if choice[0] < len(self.parent.layers)]
         places = {position(layer, specs): layer for layer, specs in of_layers}
-        empty = {position(layer, specs) for layer, specs in of_layers if self._holds(removed, layer, specs)}
+        empty = {position(layer, specs) for layer, specs in of_layers if self.holds(removed, layer, specs)}
         return set(places.values()) - {layer for place, layer in places.items() if place not in empty}
 
     def without(self, layers: Container[int]) -> ArchitectureSearch:
         """The search where these, removable, layers are left out."""
         removed = self.parent.without(layers)
-        kept = {c: score for c, score in self.scores.items() if c[0] not in layers or self._holds(removed, *c)}
+        kept = {c: score for c, score in self.scores.items() if c[0] not in layers or self.holds(removed, *c)}
         return replace(self, scores=kept)
 
     def meets(self, limits: dict[str, float], architecture: Architecture) -> bool:
@@ -206,7 +207,7 @@ class ArchitectureSearch:
 
     def score_of(self, architecture: Architecture) -> float:
         """The summed score."""
-        return sum(score for (layer, specs), score in self.scores.items() if self._holds(architecture, layer, specs))
+        return sum(score for (layer, specs), score in self.scores.items() if self.holds(architecture, layer, specs))
 
     def architecture(self, solution: Solution) -> Architecture:
         """The chosen variants as an architecture."""
@@ -231,8 +232,8 @@ class ArchitectureSearch:
     def solve(
         self,
         limits: dict[str, float],
-        gap: float,
-        time_limit_seconds: float,
+        gap: float = GAP,
+        time_limit_seconds: float = TIME_LIMIT_SECONDS,
         num_solutions: int = 1,
         min_different: int = 1,
     ) -> list[Solution]:
@@ -249,7 +250,11 @@ class ArchitectureSearch:
             raise InfeasibleError(_explain(self, limits, error)) from error
 
     def baselines(
-        self, problem: Problem, child: Solution, gap: float, time_limit_seconds: float
+        self,
+        problem: Problem,
+        child: Solution,
+        gap: float = GAP,
+        time_limit_seconds: float = TIME_LIMIT_SECONDS,
     ) -> dict[str, Callable[[], Solution]]:
         """What a child is compared with under the same limits, each found when called (Puzzle, tables 10-12)."""
         groups = {position(layer, specs): layer for layer, specs in self.scores}

@@ -16,6 +16,19 @@ TIMES = ("runtime_ms", "prefill_ms", "decode_step_ms")
 """Of a whole request batch, of its prompts, and of one token for every request."""
 
 
+REPEATS = 3
+"""How often a model is timed for costs, interleaved; more often where times differ too much. Where the engine loads
+models again for each, once less, and twice each time."""
+
+
+def timed_steps(engine: str) -> int:
+    """Decode steps that are timed, around the middle of the decode, at most those of the scenario.
+
+    Steps of engines that serve are short.
+    """
+    return 8 if engine == "torch" else 16
+
+
 def group_name(layer: int, groups: Sequence[int]) -> str:
     """What a cost table calls the layers that are like `layer`, or the head, which is behind the last layer."""
     return f"layers like {groups[layer]}" if layer < len(groups) else "head"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.errors import InfeasibleError, PuzzleError, RecipeError, SearchTimeoutError
 from puzzle_nas.progress import progress
@@ -55,16 +56,24 @@ class LimitRange:
         return cls.between(name, *ends, steps)
 
 
-def reachable_speedups(found: ArchitectureSearch, limits: dict[str, float], recipe: Recipe) -> LimitRange:
+def fastest(found: ArchitectureSearch, limits: dict[str, float], column: str = "runtime_ms") -> Architecture:
+    """The child within the limits whose sum of a column of times is least.
+
+    Raises:
+        InfeasibleError: nothing meets the limits.
+    """
+    found.solve(limits)
+    (solution,) = solve(replace(found.problem(limits), objective=column))
+    return found.architecture(solution)
+
+
+def reachable_speedups(found: ArchitectureSearch, limits: dict[str, float]) -> LimitRange:
     """From 1.05x to the speed-up of the fastest child within the other limits.
 
     Raises:
         InfeasibleError: nothing meets those, or no child is that fast.
     """
-    found.solve(limits, recipe.search.gap, recipe.search.time_limit_seconds)
-    problem = replace(found.problem(limits), objective="runtime_ms")
-    (fastest,) = solve(problem, recipe.search.gap, recipe.search.time_limit_seconds)
-    speedup = found.describe(found.architecture(fastest))["speedup_predicted"]
+    speedup = found.describe(fastest(found, limits))["speedup_predicted"]
     if speedup <= SLOWEST:
         raise InfeasibleError(
             f"The fastest child of this search space is predicted at {speedup:.3f}x; offer cheaper variants, "
@@ -91,17 +100,16 @@ def solve_frontier(
         InfeasibleError: no limit of the range can be met.
         RecipeError: a limit that is not known.
     """
-    gap, seconds = recipe.search.gap, recipe.search.time_limit_seconds
     ranged = limit_range.name if limit_range else "speedup"
     others = {name: value for name, value in recipe.search.limits.items() if name != ranged}
-    limit_range = limit_range or reachable_speedups(found, others, recipe)
+    limit_range = limit_range or reachable_speedups(found, others)
     rows: list[dict[str, Any]] = []
     failure: PuzzleError | None = None
     with progress("frontier, limit", len(limit_range.values)) as ticker:
         for index, value in enumerate(limit_range.values):
             limits = {**others, limit_range.name: value}
             try:
-                (child,) = found.solve(limits, gap, seconds)
+                (child,) = found.solve(limits)
             except (InfeasibleError, SearchTimeoutError) as error:
                 failure = error
                 rows.append({"model": "child", "limit": value, "infeasible": str(error)})
@@ -127,14 +135,13 @@ def solve_frontier(
 def _baselines(
     recipe: Recipe, found: ArchitectureSearch, limits: dict[str, float], child: Solution, index: int
 ) -> list[tuple[str, Callable[[], Solution]]]:
-    gap, seconds = recipe.search.gap, recipe.search.time_limit_seconds
     problem = found.problem(limits)
     as_slow = Limit("runtime_ms", minimum=0.99 * child.costs["runtime_ms"])
     alike = replace(problem, limits=(*problem.limits, as_slow))
     draws = [np.random.default_rng([recipe.seed, index, draw]) for draw in range(NUM_RANDOM)]
     return [
-        *found.baselines(problem, child, gap, seconds).items(),
-        *(("random", lambda rng=rng: random_architecture(alike, rng, seconds)) for rng in draws),
+        *found.baselines(problem, child).items(),
+        *(("random", lambda rng=rng: random_architecture(alike, rng)) for rng in draws),
     ]
 
 

@@ -20,17 +20,18 @@ from transformers import PreTrainedModel
 from puzzle_nas.architecture import Architecture, Choice, choice_id, plain
 from puzzle_nas.artifacts import RunFolder, fingerprint, read_json, write_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
+from puzzle_nas.effort import MIN_DIFFERENT, Effort
 from puzzle_nas.errors import InfeasibleError
 from puzzle_nas.estimates import finite
 from puzzle_nas.families import architecture_of
-from puzzle_nas.library import assemble, block_subblocks
+from puzzle_nas.library import assemble, block_subblocks, rounded_already
 from puzzle_nas.progress import console, progress
-from puzzle_nas.recipe import Recipe, SearchSettings
+from puzzle_nas.recipe import Recipe
 from puzzle_nas.scoring.comparison import ParentReference
-from puzzle_nas.scoring.replacement import ReplacementWalk
+from puzzle_nas.scoring.replacement import ReplacementWalk, batch_tokens_of
 from puzzle_nas.search import InfeasibleLimitsError, solve
 from puzzle_nas.subblocks import windows_of
-from puzzle_nas.training.refitting import RefitKL, refit, refit_if_better, room_for_goals
+from puzzle_nas.training.refitting import RefitKL, refit_if_better, room_for_goals, rounded
 
 REFIT_TOKENS = 8_192
 """Of calibration, to refit a candidate with: a third of the quickstart's, in a third of the time."""
@@ -55,7 +56,7 @@ class Trials:
         self.run, self.parent, self.recipe, self.library = run, parent, recipe, library
         self._whole = architecture_of(parent.config)
         text = [hashlib.sha256(splits[name].numpy().tobytes()).hexdigest() for name in sorted(splits)]
-        self._made_from = [library, recipe.refit.model_dump(mode="json"), text]
+        self._made_from = [library, recipe.refit, text]
         self._scoring = ParentReference(parent, splits["scoring"])
         calibration = splits["calibration"]
         self._calibration = calibration[: max(1, REFIT_TOKENS // calibration.shape[1])]
@@ -74,13 +75,13 @@ class Trials:
         """KL(parent || child) on the selection split; refitted, where that is on and helps."""
 
         def measure() -> dict[str, Any]:
-            child, settings = assemble(self.run, self.parent, architecture, self.library), self.recipe.refit
-            if not settings.enabled:
+            child = assemble(self.run, self.parent, architecture, self.library)
+            if not self.recipe.refit:
                 if architecture.formats:
-                    refit(self.parent, child, self._calibration, None, goals=self._goals)
+                    already = rounded_already(self.run, self.parent, architecture)
+                    rounded(self.parent, child, self._calibration, already, self._goals)
                 return {"selection_kl_nats": {"assembled": finite(self._selection.compare(child).kl_nats)}}
-            tokens, ridge = self._calibration, settings.ridge_tokens
-            kl = refit_if_better(self.parent, child, self._selection, tokens, ridge, goals=self._goals)[2]
+            kl = refit_if_better(self.parent, child, self._selection, self._calibration, goals=self._goals)[2]
             return {"selection_kl_nats": {"assembled": kl.before, "refitted": kl.after}}
 
         found = self._kept(architecture, "KL", measure)["selection_kl_nats"]
@@ -127,7 +128,7 @@ class Trials:
     ) -> dict[Choice, float]:
         child = assemble(self.run, self.parent, architecture, self.library)
         windows = windows_of(spec for _, specs in choices for spec in specs)
-        tokens, batch_tokens = self._scoring.tokens_ST, self.recipe.scoring.batch_tokens
+        tokens, batch_tokens = self._scoring.tokens_ST, batch_tokens_of(self.parent)
         walk = ReplacementWalk(self.parent, tokens, batch_tokens, child, windows=windows)
         present = float(walk.model_itself().kl_nats.double().mean())
         scores: dict[Choice, float] = {}
@@ -156,8 +157,8 @@ class Refinement:
         searches: of the same space and costs, by different scores; candidates come from each in turn.
     """
 
-    def __init__(self, searches: Sequence[ArchitectureSearch], settings: SearchSettings, trials: Trials):
-        self.searches, self.settings, self.trials = searches, settings, trials
+    def __init__(self, searches: Sequence[ArchitectureSearch], effort: Effort, trials: Trials):
+        self.searches, self.effort, self.trials = searches, effort, trials
         self.tried: list[dict[str, Any]] = []
         """What was measured, in order: how it was found, its summed score, its predicted speed-up, its KL."""
         self._near: tuple[ArchitectureSearch, Architecture] | None = None
@@ -180,7 +181,7 @@ class Refinement:
             labels.append("quantised parent")
         measured = self._measured(found, labels, kinds)
         leaders = sorted((min(kind, key=_kl) for kind in measured if kind), key=_kl)
-        best, rounds = leaders[0], min(self.settings.refine_rounds, len(leaders))
+        best, rounds = leaders[0], min(self.effort.refine_rounds, len(leaders))
         for number, (_, around) in enumerate(leaders[:rounds], start=1):
             with progress(f"score around a child, round {number}/{rounds}, layer", len(around.layers)) as ticker:
                 changes = self.trials.scores_around(around, found.scores, ticker.advance)
@@ -198,10 +199,10 @@ class Refinement:
         return best[1]
 
     def _by_sums(self, limits: dict[str, float]) -> list[Architecture]:
-        settings, candidates = self.settings, []
-        for number, search in enumerate(self.searches[: settings.verify]):
-            count = len(range(number, settings.verify, len(self.searches)))
-            solutions = search.solve(limits, settings.gap, settings.time_limit_seconds, count, settings.min_different)
+        candidates: list[Architecture] = []
+        for number, search in enumerate(self.searches[: self.effort.by_sums]):
+            count = len(range(number, self.effort.by_sums, len(self.searches)))
+            solutions = search.solve(limits, num_solutions=count, min_different=MIN_DIFFERENT)
             candidates += [a for a in map(search.architecture, solutions) if a not in candidates]
         return candidates
 
@@ -210,11 +211,11 @@ class Refinement:
         found, candidates = self.searches[0], []
         layers, removable = range(len(found.parent.layers)), found.removable_layers
         length = next((n for n in layers[1:] if found.meets(limits, found.parent.without(range(n)))), 0)
-        while length and len(candidates) < self.settings.removed_runs:
+        while length and len(candidates) < self.effort.removed_runs:
             runs = [range(first, first + length) for first in layers[: len(layers) - length + 1]]
             if runs := [run for run in runs if removable.issuperset(run)]:
                 layers = self.trials.best_run(runs)
-                solutions = found.without(layers).solve(limits, self.settings.gap, self.settings.time_limit_seconds)
+                solutions = found.without(layers).solve(limits)
                 candidates += map(found.architecture, solutions)
             length //= 2
         return candidates
@@ -228,7 +229,7 @@ class Refinement:
                 break
             problem = near.problem(limits, around, max_changes)
             try:
-                (solution,) = solve(problem, self.settings.gap, self.settings.time_limit_seconds)
+                (solution,) = solve(problem)
             except InfeasibleLimitsError:
                 # Tighter limits may be out of reach within few changes, never within any number.
                 continue

@@ -32,7 +32,7 @@ def puzzle(
 
 
 def show_help_alone(context: typer.Context) -> None:
-    """Without a command, what there is."""
+    """Print the help if no command is given."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 

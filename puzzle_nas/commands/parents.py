@@ -1,4 +1,4 @@
-"""The command that looks at a parent."""
+"""The command that describes a parent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def inspect_command(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What a parent is, from its files' headers: sizes, tokenizer, formats, what is unusual, what cannot be loaded."""
+    """Describe a parent from its files' headers: sizes, tokenizer, formats, what is unusual, what cannot be loaded."""
     from puzzle_nas.exporters.served import may_become
     from puzzle_nas.families import find_checkpoint
     from puzzle_nas.parents import describe, examine

@@ -22,14 +22,14 @@ def plan_command(
     gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Plan for GPUs of this kind, such as H100.")] = None,
     count: Annotated[int, typer.Option(min=1, help="How many of these GPUs, each with a process of its own.")] = 1,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A config.json, for a parent that is not at hand.")
+        Path | None, typer.Option(metavar="FILE", help="A config.json, for a parent that is not on this machine.")
     ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Where results will go. Default: runs/RECIPE.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time, memory and disk of each stage before anything runs, and which settings make it fit (docs/plan.md).
 
-    Without --gpu, for this machine, whose rates are measured in two seconds.
+    Without --gpu the plan is for this machine, whose speed is measured in two seconds.
     """
     from puzzle_nas.errors import RecipeError
     from puzzle_nas.families import architecture_of
@@ -37,7 +37,8 @@ def plan_command(
     from puzzle_nas.planning.measuring import this_machine
     from puzzle_nas.planning.plan import make_plan
     from puzzle_nas.planning.shapes import model_size, read_parent_config
-    from puzzle_nas.recipe import load_recipe, search_space_of
+    from puzzle_nas.recipe import search_space_of
+    from puzzle_nas.recipe_text import load_recipe
 
     settings = load_recipe(recipe, overrides or [])
     if gpu is None and count > 1:
@@ -65,7 +66,9 @@ def _print(plan: Plan, parent: str) -> None:
     last = plan.stages[-1].disk_bytes
     rows.append(["whole run", duration(plan.seconds), _bytes(most), _bytes(max(gpus, default=None)), _bytes(last)])
     columns = ("stage", "time", "main memory", "GPU memory", "disk")
-    print(f"{parent}: {plan.parameters / 1e9:.2f} B parameters. {_described(plan.machine)}")
+    millions = plan.parameters / 1e6
+    size = f"{millions:.1f} M" if millions < 100 else f"{millions / 1e3:.2f} B"
+    print(f"{parent}: {size} parameters. {_described(plan.machine)}")
     print_tables(FigureTable("", columns, rows))
     for stage in plan.stages:
         if stage.problem:

@@ -19,12 +19,12 @@ def generate_command(
         Path, typer.Argument(metavar="MODEL", help="A checkpoint or .gguf file, or a run folder for its child.")
     ],
     prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT...", help="What to say to the model; each by itself.")
+        list[str], typer.Argument(metavar="PROMPT...", help="What to ask the model; each prompt on its own.")
     ],
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     plain: Annotated[bool, typer.Option("--plain", help="Continue the text; no chat template.")] = False,
     temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.0,
-    with_parent: Annotated[bool, typer.Option("--with-parent", help="Of a run, its parent's answers too.")] = False,
+    with_parent: Annotated[bool, typer.Option("--with-parent", help="For a run: the parent's answers too.")] = False,
 ) -> None:
     """Let a parent or child answer."""
     from puzzle_nas.artifacts import RunFolder
@@ -57,8 +57,7 @@ def evaluate_command(
         Path,
         typer.Argument(
             metavar="MODEL",
-            help="A run folder, for its child against its parent; a checkpoint; or an export for llama.cpp, which then "
-            "computes it.",
+            help="A run folder (its child against its parent), a checkpoint, or an export for llama.cpp, run there.",
         ),
     ],
     parent: Annotated[Path | None, typer.Option(help="A checkpoint to compare with. Default: a run's own.")] = None,
@@ -77,7 +76,7 @@ def evaluate_command(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=2, help="Items of each task. Default: all.")] = None,
     held_out: Annotated[
-        bool, typer.Option("--held-out", help="Of task files, only the half that scoring.metric=task never sees.")
+        bool, typer.Option("--held-out", help="Of task files, only the half that scoring.task does not use.")
     ] = False,
     long_context: Annotated[
         bool, typer.Option("--long-context", help="Text and questions at 512, 1024, ... tokens.")
@@ -90,7 +89,7 @@ def evaluate_command(
 ) -> None:
     """What a model lost against its parent, with standard errors; any transformers model.
 
-    Of a run, each part of the result is kept in RUN/evaluations as well.
+    Results of a run are also kept in RUN/evaluations.
     """
     from puzzle_nas.evaluation.evaluate import Asked, evaluate
     from puzzle_nas.evaluation.tables import show_evaluation
@@ -112,9 +111,9 @@ def evaluate_command(
 @app.command("judge")
 def judge_command(
     child: Annotated[
-        Path, typer.Argument(metavar="CHILD", help="A run folder, for its child against its parent, or a checkpoint.")
+        Path, typer.Argument(metavar="CHILD", help="A run folder (its child against its parent) or a checkpoint.")
     ],
-    questions: Annotated[Path, typer.Option(help="JSON lines with question, or a text file with one in each line.")],
+    questions: Annotated[Path, typer.Option(help="JSON lines with `question`, or a text file, one question a line.")],
     parent: Annotated[Path | None, typer.Option(help="A checkpoint. Default: a run's own.")] = None,
     judge: Annotated[
         str | None, typer.Option(metavar="URL", help="An OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1.")
@@ -124,11 +123,11 @@ def judge_command(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where answers and votes are kept, to go on later. Default: RUN/evaluations/judged.json."),
+        typer.Option(help="Where answers and votes are kept, to continue later. Default: RUN/evaluations/judged.json."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Blind ballots between the answers of child and parent, each pair in both orders.
+    """Let a model or a person judge the answers of child and parent, unnamed and in both orders.
 
     The questions and answers are sent to the endpoint that you name. If OPENAI_API_KEY is set, it is sent along.
     """

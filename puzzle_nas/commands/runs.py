@@ -28,7 +28,7 @@ def run_command(
     from puzzle_nas import pipeline
     from puzzle_nas.artifacts import RunFolder
     from puzzle_nas.errors import puzzle_command
-    from puzzle_nas.recipe import load_recipe
+    from puzzle_nas.recipe_text import load_recipe
 
     settings = load_recipe(recipe, overrides or [])
     run = RunFolder(run_dir or Path("runs") / recipe.stem)
@@ -39,7 +39,7 @@ def run_command(
 
 
 def _run_in_processes(nproc, recipe, overrides, run_dir, first, last) -> None:
-    from puzzle_nas.recipe import load_recipe
+    from puzzle_nas.recipe_text import load_recipe
     from puzzle_nas.training.parallel import launch
 
     load_recipe(recipe, overrides)
@@ -55,7 +55,7 @@ def _add_stage(stage: Stage) -> None:
     def stage_command(run_dir: RunArgument, overrides: Overrides = None, again: Again = False) -> None:
         from puzzle_nas import pipeline
         from puzzle_nas.artifacts import RunFolder
-        from puzzle_nas.recipe import load_run_recipe
+        from puzzle_nas.recipe_text import load_run_recipe
 
         run = RunFolder(run_dir)
         pipeline.open_run(run)
@@ -107,7 +107,7 @@ def _require_finished(run_dir: Path) -> None:
 @app.command("recipe")
 def recipe_command() -> None:
     """Print every setting of a recipe with its default and meaning."""
-    from puzzle_nas.recipe import explained_settings
+    from puzzle_nas.recipe_text import explained_settings
 
     print(explained_settings())
 
@@ -116,9 +116,9 @@ def recipe_command() -> None:
 def verify_command(
     run_dir: RunArgument, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
 ) -> None:
-    """Check every artifact against its recorded hash, and every stage against what it was made from.
+    """Check every file against its recorded hash, and every stage against its recorded inputs.
 
-    Exit code 2 where something is missing, changed or stale; stages that have not finished are no fault.
+    Exit code 2 if something is missing, changed or stale; unfinished stages are not an error.
     """
     from puzzle_nas.artifacts import RunFolder
     from puzzle_nas.verify import verify_run
@@ -140,8 +140,8 @@ def show_command(
 @app.command("compare")
 def compare_command(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, two or more.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print every summary, and what forbids comparing.")] = False,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page to look at as well.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every summary, and what cannot be compared.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page.")] = None,
 ) -> None:
     """Several finished runs side by side."""
     from puzzle_nas.artifacts import RunFolder, write_bytes

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from puzzle_nas.commands.app import RunArgument, app
+from puzzle_nas.effort import GAP, TIME_LIMIT_SECONDS
 
 
 @app.command("search")
@@ -25,34 +26,44 @@ def search_command(
             "parameters=1e8. For a table: COLUMN=MAX or COLUMN=MIN:MAX. Repeatable.",
         ),
     ] = None,
+    purpose: Annotated[
+        Literal["draft"] | None,
+        typer.Option(
+            "--for",
+            help="For a run: the children that are the best drafts of their parent in speculative decoding.",
+        ),
+    ] = None,
     table: Annotated[Path | None, typer.Option(help="A CSV, Parquet or JSON-lines table instead of a run.")] = None,
     minimize: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the table to minimise.")] = None,
     maximize: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the table to maximise.")] = None,
     solutions: Annotated[int, typer.Option(help="How many solutions, for a table.")] = 1,
     min_different: Annotated[int, typer.Option(help="Layers in which each must differ from every earlier one.")] = 1,
-    gap: Annotated[
-        float | None, typer.Option(help="Relative optimality gap at which to stop. Default: the recipe's; 1e-4.")
-    ] = None,
-    time_limit_seconds: Annotated[
-        float | None, typer.Option(help="Longest time for one solve. Default: the recipe's; 60.")
-    ] = None,
+    gap: Annotated[float, typer.Option(help="Relative optimality gap at which to stop.")] = GAP,
+    time_limit_seconds: Annotated[float, typer.Option(help="Longest time for one solve.")] = TIME_LIMIT_SECONDS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """The best architecture within limits, for a run or for any table.
 
-    Limits given here leave the run's own child alone: the result goes to RUN/search/LIMITS/architecture.json.
+    The run's own child does not change. The result is written to RUN/search/LIMITS/architecture.json, that of
+    --for draft to RUN/search/drafts.json.
     """
     from puzzle_nas.errors import RecipeError, puzzle_command
 
     if (table is None) == (run_dir is None):
         raise RecipeError("Name either a run folder or a table with --table.")
+    if table is not None and purpose is not None:
+        raise RecipeError("--for draft is for a run folder, whose cost table and scores it reads; leave out --table.")
     if table is not None:
-        gap, seconds = 1e-4 if gap is None else gap, 60.0 if time_limit_seconds is None else time_limit_seconds
-        _search_table(table, limit or [], minimize, maximize, solutions, min_different, gap, seconds, as_json)
+        _search_table(
+            table, limit or [], minimize, maximize, solutions, min_different, gap, time_limit_seconds, as_json
+        )
         return
     assert run_dir is not None
     if minimize or maximize or solutions != 1 or min_different != 1:
         raise RecipeError("--minimize, --maximize, --solutions and --min-different are for a table; add --table FILE.")
+    if purpose == "draft":
+        _search_drafts(run_dir, dict(map(_named_number, limit or [])), as_json)
+        return
     if not limit:
         own = puzzle_command("search-architecture", run_dir)
         raise RecipeError(f"Name a limit, such as --limit speedup=1.5; the search within the recipe's limits is: {own}")
@@ -65,9 +76,7 @@ def search_command(
     limits = dict(_named_number(text) for text in limit)
     run = RunFolder(run_dir)
     recipe = pipeline.open_run(run)
-    gap = recipe.search.gap if gap is None else gap
-    seconds = recipe.search.time_limit_seconds if time_limit_seconds is None else time_limit_seconds
-    result = search(ArchitectureSearch.at_best_batch_sizes(recipe, run, limits), limits, gap, seconds)
+    result = search(ArchitectureSearch.at_best_batch_sizes(recipe, run, limits), limits, gap, time_limit_seconds)
     path = run.architecture(",".join(f"{name}={value:g}" for name, value in limits.items()))
     write_json(path, result)
     if as_json:
@@ -96,6 +105,29 @@ def _named_number(text: str) -> tuple[str, float]:
         return name, float(value)
     except ValueError:
         raise RecipeError(f"'{text}' is not a limit; write NAME=NUMBER, such as speedup=1.5.") from None
+
+
+def _search_drafts(run_dir, limits, as_json) -> None:
+    from puzzle_nas import pipeline
+    from puzzle_nas.artifacts import RunFolder, write_json
+    from puzzle_nas.choosing.drafts import TOKEN_LIMIT, search_drafts
+    from puzzle_nas.errors import puzzle_command
+    from puzzle_nas.report.tables import draft_note, show_drafts
+    from puzzle_nas.report.terminal import print_tables
+
+    run = RunFolder(run_dir)
+    found = search_drafts(pipeline.open_run(run), run, limits)
+    write_json(run.drafts, found)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    print_tables(show_drafts(found))
+    print(draft_note(found))
+    if found["best"]["speedup_predicted"] > 1:
+        held = {**limits, TOKEN_LIMIT: found["best"][TOKEN_LIMIT]}
+        changed = "search.limits={" + ", ".join(f"{name}: {value:.6g}" for name, value in held.items()) + "}"
+        print(f"Make it with: {puzzle_command('run', 'RECIPE', changed, '--run-dir', run)}")
+    print(f"Written to {run.drafts}.")
 
 
 def _search_table(path, limits, minimize, maximize, solutions, min_different, gap, seconds, as_json) -> None:
@@ -150,11 +182,11 @@ def frontier_command(
         str | None,
         typer.Option(
             metavar="NAME=FROM:TO[:COUNT]",
-            help="Default: speed-ups from 1.05 to the largest that can be reached. The recipe's other limits hold.",
+            help="Default: speed-ups from 1.05 to the largest possible. The recipe's other limits apply.",
         ),
     ] = None,
 ) -> None:
-    """The best child and the baselines over a range of limits: RUN/search/frontier.json, and .html to look at."""
+    """The best child and the baselines over a range of limits: RUN/search/frontier.json, and .html, the picture."""
     from puzzle_nas import pipeline
     from puzzle_nas.artifacts import RunFolder, read_json, write_bytes, write_json
     from puzzle_nas.choosing.architecture_search import ArchitectureSearch

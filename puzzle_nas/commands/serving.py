@@ -1,4 +1,4 @@
-"""Commands that export, time and serve a child with the engines of others."""
+"""Commands that export, time and serve a child with serving engines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from puzzle_nas.commands.app import app, show_help_alone
 
 @app.command("export")
 def export_command(
-    model: Annotated[Path, typer.Argument(metavar="RUN|CHILD", help="A run folder for its child, or a checkpoint.")],
+    model: Annotated[Path, typer.Argument(metavar="RUN|CHILD", help="A run folder (its child) or a checkpoint.")],
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="transformers, decilm, vllm or gguf.")],
     dtype: Annotated[
         str | None,
@@ -23,7 +23,7 @@ def export_command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where the export gets its folder. Default: RUN/exports.")] = None,
 ) -> None:
-    """What an engine serves, checked against the child with that engine."""
+    """Write the child for an engine, and check with that engine that it computes the child."""
     from puzzle_nas.errors import RecipeError
     from puzzle_nas.stages.export_child import export_child
 
@@ -43,10 +43,10 @@ app.add_typer(engine_app, name="engine", rich_help_panel=None)
 def engine_install_command(
     name: Annotated[str, typer.Argument(metavar="ENGINE", help="llama.cpp or vllm.")],
 ) -> None:
-    """Install a serving engine; nothing to do where it is installed already."""
+    """Install a serving engine, unless it is installed already."""
     from puzzle_nas.engines import serving_engine
 
-    print(f"Installing {name} where it is not yet; that can take ten minutes.", flush=True)
+    print(f"Installing {name}, unless it is installed already; that can take ten minutes.", flush=True)
     print(f"{name} is installed in {serving_engine(name).install()}")
 
 
@@ -68,7 +68,7 @@ def bench_command(
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share every layer (vllm).")] = 1,
     out: Annotated[
-        Path | None, typer.Option(help="Where to write the figures as JSON, and a picture of them beside it.")
+        Path | None, typer.Option(help="Where to write the figures as JSON, with a picture of them (.html).")
     ] = None,
 ) -> None:
     """Time a parent and a child on the engine that serves them."""
@@ -81,7 +81,7 @@ def bench_command(
     try:
         sizes = [int(size) for size in batch_sizes.split(",")]
     except ValueError:
-        raise RecipeError(f"'{batch_sizes}' are no batch sizes; write numbers with commas, such as 1,4,16.") from None
+        raise RecipeError(f"'{batch_sizes}' are not batch sizes; write numbers with commas, such as 1,4,16.") from None
     lengths = scenario_lengths(scenarios, scale)
     exports, loading = {"parent": parent, "child": child}, Loading(dtype, kv_dtype, tensor_parallel)
     result = bench(serving_engine(engine), exports, lengths, sizes, repeats, threads, loading)

@@ -261,7 +261,7 @@ def _hub_documents(name: str, text_field: str, seed: int) -> Iterator[Document]:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise DataError(
-            f"{name} is no file here, and as a hub data set it could not be loaded ({reason}); correct its "
+            f"{name} is not a file here, and as a hub data set it could not be loaded ({reason}); correct its "
             "name in data.sources (name:configuration where it has several), or give a local file."
         ) from error
 

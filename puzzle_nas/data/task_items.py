@@ -68,7 +68,7 @@ def _item(row: dict, where: str) -> TaskItem:
     question, choices, answer = (row.get(name) for name in ("question", "choices", "answer"))
     choices = choices if isinstance(choices, list) and all(isinstance(c, str) and c for c in choices) else []
     if not isinstance(question, str) or not question.strip() or len(choices) < 2:
-        raise DataError(f"{where} is no item: it needs a question and two or more choices, such as {EXAMPLE}.")
+        raise DataError(f"{where} is not an item: it needs a question and two or more choices, such as {EXAMPLE}.")
     if isinstance(answer, str) and answer in choices:
         answer = choices.index(answer)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):

@@ -20,7 +20,7 @@ from puzzle_nas.engines.environments import environment_python, install_environm
 from puzzle_nas.engines.worker import Worker
 from puzzle_nas.errors import EngineError, ExportError
 from puzzle_nas.exporters import EXPORTERS, Child
-from puzzle_nas.machine import Machine, describe
+from puzzle_nas.machine import Machine, describe, free_bytes
 
 M = TypeVar("M")
 
@@ -70,8 +70,6 @@ class Engine(ABC, Generic[M]):
     """Times models of type `M`."""
 
     name: ClassVar[str]
-    holds_all: ClassVar[bool]
-    """Whether it has all models ready at once; otherwise the first one and one other."""
     vector_itemsize: ClassVar[int | None] = None
     """Bytes of a number in norms and biases; None: as in matrices without a format."""
 
@@ -94,6 +92,10 @@ class Engine(ABC, Generic[M]):
     @abstractmethod
     def describe(self, machine: Machine) -> dict[str, Any]:
         """What times that it measures belong to: engine, versions, processor, precision, threads."""
+
+    @abstractmethod
+    def holds(self, models: Mapping[str, PreTrainedModel]) -> bool:
+        """Whether `loaded` has all of them ready at once; otherwise the first one and one other."""
 
     @abstractmethod
     def loaded(self, models: Mapping[str, PreTrainedModel], scratch: Path) -> AbstractContextManager[Mapping[str, M]]:
@@ -127,7 +129,8 @@ class ServingEngine(Engine[Worker]):
     see engines/workers/protocol.py. A model of this engine is the worker that has loaded it.
     """
 
-    holds_all = False
+    worker_bytes: ClassVar[int]
+    """What a process of it takes, at most, besides the weights."""
     device: ClassVar[str] = "cpu"
     """Where it computes, as torch calls it."""
     formats: ClassVar[tuple[str, ...]]
@@ -138,6 +141,10 @@ class ServingEngine(Engine[Worker]):
     """Run by the environment's Python; imports nothing of ours but what lies beside it."""
     tolerances: ClassVar[Mapping[str, Tolerance]]
     """By precision (float32, bfloat16, float16, or a quantised type)."""
+    rounds_activations: ClassVar[str | None] = None
+    """The key of `tolerances` for a child in formats, whose products round what they receive."""
+    served_in_16_bits: ClassVar[str | None] = None
+    """The key of `tolerances` for a child in formats as it is served, where verification takes other products."""
     gives_logits: ClassVar[bool] = False
     """Whether its worker answers `logits`."""
     reads_tokenizer: ClassVar[bool] = False
@@ -210,7 +217,7 @@ class ServingEngine(Engine[Worker]):
             ExportError: there is no finished export, or one for another engine.
         """
         if not (exported / EXPORT_RECORD).is_file():
-            raise ExportError(f"{exported} is no export. Make one with: puzzle export CHILD --to {self.formats[0]}")
+            raise ExportError(f"{exported} is not an export. Make one with: puzzle export CHILD --to {self.formats[0]}")
         record = read_json(exported / EXPORT_RECORD)
         if record["format"] not in self.formats:
             formats = " or ".join(self.formats)
@@ -277,6 +284,11 @@ class ServingEngine(Engine[Worker]):
             tensor_parallel=loading.tensor_parallel,
         )
 
+    def holds(self, models: Mapping[str, PreTrainedModel]) -> bool:
+        """See `Engine.holds`: each in a process of its own, where half of the free memory takes them."""
+        weights = sum(m.num_parameters() * self.weights_dtype(m.dtype).itemsize for m in models.values())
+        return len(models) <= 2 or weights + len(models) * self.worker_bytes < free_bytes(torch.device("cpu")) / 2
+
     @contextmanager
     def loaded(self, models: Mapping[str, PreTrainedModel], scratch: Path) -> Iterator[Mapping[str, Worker]]:
         """See `Engine.loaded`. Models are exported without tokenizer, and not verified: only times are of interest."""
@@ -284,7 +296,7 @@ class ServingEngine(Engine[Worker]):
         for child in children.values():
             EXPORTERS[self.formats[0]].refuse(child)
         with ExitStack() as stack:
-            yield _LoadedModels(self, children, scratch, stack)
+            yield _LoadedModels(self, children, scratch, stack, self.holds(models))
 
     def describe(self, machine: Machine) -> dict[str, Any]:
         """See `Engine.describe`."""
@@ -346,24 +358,27 @@ class ServingEngine(Engine[Worker]):
 class _LoadedModels(Mapping[str, Worker]):
     """Models that are exported and loaded when asked for.
 
-    The first one keeps a worker of its own; the others share another, which forgets one when it loads the next.
+    Each has a worker of its own; or only the first one, and the others share another, which forgets one when it loads
+    the next.
     """
 
-    def __init__(self, engine: ServingEngine, children: Mapping[str, Child], scratch: Path, stack: ExitStack):
+    def __init__(
+        self, engine: ServingEngine, children: Mapping[str, Child], scratch: Path, stack: ExitStack, holds_all: bool
+    ):
         self._engine, self._children, self._scratch, self._stack = engine, children, scratch, stack
-        self._first = next(iter(children))
-        self._workers: dict[bool, Worker] = {}
-        self._holds: dict[bool, str] = {}
+        self._place = {name: number if holds_all else min(number, 1) for number, name in enumerate(children)}
+        self._workers: dict[int, Worker] = {}
+        self._held: dict[int, str] = {}
 
     def __getitem__(self, name: str) -> Worker:
-        is_first = name == self._first
-        if is_first not in self._workers:
-            self._workers[is_first] = self._stack.enter_context(self._engine.start())
-        worker = self._workers[is_first]
-        if self._holds.get(is_first) != name:
-            self._holds.pop(is_first, None)
+        place = self._place[name]
+        if place not in self._workers:
+            self._workers[place] = self._stack.enter_context(self._engine.start())
+        worker = self._workers[place]
+        if self._held.get(place) != name:
+            self._held.pop(place, None)
             self._load(worker, self._children[name])
-            self._holds[is_first] = name
+            self._held[place] = name
         return worker
 
     def _load(self, worker: Worker, child: Child) -> None:

@@ -25,11 +25,13 @@ class LlamaCppEngine(ServingEngine):
     """Runs GGUF files on the CPU."""
 
     name = "llama.cpp"
+    worker_bytes = 1 << 27
     formats = ("gguf",)
     requirements = ("llama-cpp-python[server]==0.3.36", "gguf>=0.17")
     worker_script = WORKERS / "llama_cpp_worker.py"
     gives_logits = True
     reads_tokenizer = True
+    rounds_activations = "q8_0"
     quantised = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
     vector_itemsize = 4
     kv_dtypes = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")

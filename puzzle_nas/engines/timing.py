@@ -14,7 +14,7 @@ STEADY = 0.01
 """Standard error of a median, over the median, up to which it is believed."""
 TURNS = 2
 """How often a model and the one beside it are timed alternately each time that it is loaded."""
-MOST_TIMES = 4
+MOST_TIMES = 3
 """How many times as many repeats as asked for are made at most, while their median is not to be believed."""
 
 

@@ -65,7 +65,6 @@ class TorchEngine(Engine[PreTrainedModel]):
     """Wall times on the model's own device and precision."""
 
     name = "torch"
-    holds_all = True
 
     def python(self) -> Path:
         """See `Engine.python`: our own."""
@@ -74,6 +73,10 @@ class TorchEngine(Engine[PreTrainedModel]):
     def describe(self, machine: Machine) -> dict[str, Any]:
         """See `Engine.describe`."""
         return {"engine": self.name, **describe(machine), "torch": torch.__version__}
+
+    def holds(self, models: Mapping[str, PreTrainedModel]) -> bool:
+        """See `Engine.holds`: they are in memory as it is."""
+        return True
 
     @contextmanager
     def loaded(self, models: Mapping[str, PreTrainedModel], scratch: Path) -> Iterator[Mapping[str, PreTrainedModel]]:

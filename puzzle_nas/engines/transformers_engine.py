@@ -12,6 +12,7 @@ class TransformersEngine(ServingEngine):
     """`from_pretrained(..., trust_remote_code=True)`, without any code of ours but what the checkpoint carries."""
 
     name = "transformers"
+    worker_bytes = 1 << 30
     formats = ("transformers",)
     requirements = ()
     dtypes = ("float32", "bfloat16", "float16")
@@ -25,4 +26,4 @@ class TransformersEngine(ServingEngine):
 
     def server_command(self, exported: Path, port: int, context: int | None) -> list[str]:
         """See `ServingEngine.server_command`."""
-        raise EngineError("transformers is no server; serve with: puzzle serve CHILD --engine llama.cpp")
+        raise EngineError("transformers is not a server; use another engine: puzzle serve EXPORT --engine llama.cpp")

@@ -119,9 +119,9 @@ def verify(
         ExportError: it differs; names the first layer that does where that can be found.
         EngineError: the engine is not installed or fails.
     """
-    # What the engine multiplies in formats, it multiplies with activations of eight bits.
-    tolerance = engine.tolerances["q8_0" if child.architecture.formats else dtype]
-    rounded = child.rounded(DTYPES[dtype])
+    in_formats = engine.rounds_activations if child.architecture.formats else None
+    tolerance = engine.tolerances[in_formats or dtype]
+    rounded = child.rounded(DTYPES[dtype], as_served=True)
     with engine.load(exported, dtype, exact=True) as loaded:
         found = difference(engine, loaded, rounded, prompts)
         if engine.reads_tokenizer:
@@ -177,6 +177,29 @@ def verify_quantised(
     return {"engine": engine.name, "tolerance": asdict(tolerance), **found.to_dict()}
 
 
+def verify_served(
+    exporter: Exporter,
+    engine: ServingEngine,
+    child: Child,
+    exported: Path,
+    dtype: str,
+    prompts: Sequence[Sequence[int]],
+) -> dict[str, Any]:
+    """Check that a child in formats, verified in float32, is computed by the products that serve it too.
+
+    Raises:
+        ExportError: it differs by more than `dtype` should.
+        EngineError: the engine is not installed or fails.
+    """
+    assert engine.served_in_16_bits is not None
+    tolerance = engine.tolerances[engine.served_in_16_bits]
+    with engine.load(exported, dtype) as loaded:
+        found = difference(engine, loaded, child.rounded(DTYPES[dtype], as_served=True), prompts)
+    if not found.within(tolerance):
+        raise ExportError(_complaint(exporter, engine, found, tolerance, f" as it is served in {dtype}"))
+    return {"engine": engine.name, "tolerance": asdict(tolerance), **found.to_dict()}
+
+
 def _complaint(exporter, engine, found: Difference, tolerance: Tolerance, place: str) -> str:
     return (
         f"{engine.name} does not compute this child from its export to {exporter.name}: log-probabilities differ by "
@@ -193,7 +216,7 @@ def _place(exporter, engine, child: Child, dtype: str, tolerance: Tolerance, pro
         with tempfile.TemporaryDirectory() as folder:
             exporter.write(part, Path(folder), dtype)
             with engine.load(Path(folder), dtype, exact=True) as loaded:
-                found = difference(engine, loaded, part.rounded(DTYPES[dtype]), prompts)
+                found = difference(engine, loaded, part.rounded(DTYPES[dtype], as_served=True), prompts)
         return not found.within(tolerance)
 
     good, bad = 0, child.config.num_hidden_layers

@@ -41,7 +41,7 @@ class Asked:
     limit: int | None = None
     """Items of each task."""
     held_out: bool = False
-    """Of task files, only the half that `scoring.metric: task` never sees."""
+    """Of task files, only the half that scores of a task never see."""
     long_context: bool = False
     max_length: int | None = None
     """Longest length of `long_context`; None means all that the parent knows."""

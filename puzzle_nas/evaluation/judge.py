@@ -96,7 +96,7 @@ class Endpoint(Judge):
             local = urllib.parse.urlsplit(self.url).hostname in ("127.0.0.1", "localhost", "::1")
             request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", headers=headers)
         except ValueError:
-            raise RecipeError(f"'{self.url}' is no URL; write one such as http://127.0.0.1:8000/v1.") from None
+            raise RecipeError(f"'{self.url}' is not a URL; write one such as http://127.0.0.1:8000/v1.") from None
         # A proxy of the environment has no say on loopback.
         opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
         left = TRIES

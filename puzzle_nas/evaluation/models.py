@@ -20,7 +20,8 @@ from puzzle_nas.families import FAMILIES, Anatomy, Head, load_model, load_tokeni
 from puzzle_nas.families.anatomy import parent_type
 from puzzle_nas.families.loading import LOADING_ERRORS, explain_loading, load_with_tokenizer, parent_checkpoint
 from puzzle_nas.machine import Machine, machine_of, this_machine
-from puzzle_nas.recipe import Recipe, load_run_recipe
+from puzzle_nas.recipe import Recipe
+from puzzle_nas.recipe_text import load_run_recipe
 
 RUN_CHILD = "child-gkd"
 """The folder of a run's result."""

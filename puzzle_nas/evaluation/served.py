@@ -54,7 +54,10 @@ def engine_of(exported: Path) -> ServingEngine | None:
     engine = next(engine for engine in SERVING_ENGINES.values() if to in engine.formats)
     if not engine.gives_logits:
         able = ", ".join(name for name, other in SERVING_ENGINES.items() if other.gives_logits)
-        raise ExportError(f"{engine.name} gives no whole distributions to compare; evaluate the checkpoint, or {able}.")
+        raise ExportError(
+            f"{engine.name} gives no whole distributions to compare, {able} does: evaluate an export to that, or the "
+            "run folder, whose child this is."
+        )
     return engine
 
 

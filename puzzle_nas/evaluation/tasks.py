@@ -103,7 +103,7 @@ def _of_harness(name: str) -> dict[str, Any]:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise DataError(
-            f"'{name}' is no .jsonl file, and as one of lm-eval's tasks it could not be loaded ({reason}); "
+            f"'{name}' is not a .jsonl file, and as one of lm-eval's tasks it could not be loaded ({reason}); "
             "correct the name, go online, or give a file of items."
         ) from error
 

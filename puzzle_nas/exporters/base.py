@@ -16,7 +16,8 @@ from puzzle_nas.architecture import Architecture, Spec
 from puzzle_nas.errors import ExportError
 from puzzle_nas.families import FAMILIES, Anatomy, architecture_of, build, child_config, load_model, load_tokenizer
 from puzzle_nas.families.anatomy import parent_type
-from puzzle_nas.formats.stored import Matrix, put, read_matrices
+from puzzle_nas.formats.registry import format_of
+from puzzle_nas.formats.stored import FILE, Matrix, put, read_matrices
 from puzzle_nas.machine import Machine
 from puzzle_nas.servable import SERVERS
 
@@ -49,7 +50,7 @@ class Child:
         machine = Machine(torch.device("cpu"), torch.float32)
         model = load_model(checkpoint, machine)
         own = AutoConfig.from_pretrained(checkpoint).dtype
-        matrices = read_matrices(checkpoint)
+        matrices = read_matrices(checkpoint / FILE)
         put(model, matrices)
         dtype = own if isinstance(own, torch.dtype) else torch.float32
         return cls(model, load_tokenizer(checkpoint), dtype, matrices)
@@ -69,16 +70,40 @@ class Child:
         parts = Anatomy(self.model)
         weights = {name: weight.detach() for name, weight in parts.layers[layer].state_dict().items()}
         stored = {name: self.matrices.get(f"{parts.layer_prefix}{layer}.{name}") for name in weights}
-        return {name: weights[name] if matrix is None else matrix.packed() for name, matrix in stored.items()}
+        return {name: weights[name] if m is None else m.parts["weight"] for name, m in stored.items()}
 
-    def rounded(self, dtype: torch.dtype) -> Child:
-        """The same child with every weight rounded to `dtype`, or as its format stores it; arithmetic stays float32."""
+    @cached_property
+    def forms(self) -> dict[str, str]:
+        """The format of each matrix of a layer that has one, by the name of its weight."""
+        prefix, found = Anatomy(self.model).layer_prefix, {}
+        for layer, slot, spec in self.architecture:
+            if spec.format is None:
+                continue
+            mixer = f"{prefix}{layer}.{self.config.puzzle_places[slot]['mixer']}."
+            matrices = (name for name, weight in self.model.named_parameters() if weight.ndim == 2)
+            found |= {name: spec.format for name in matrices if name.startswith(mixer)}
+        return found
+
+    def matrix(self, name: str) -> Matrix:
+        """A matrix of `forms`: as it is stored, or rounded to nearest."""
+        if (stored := self.matrices.get(name)) is not None:
+            return stored
+        form = self.forms[name]
+        return Matrix(form, format_of(form).nearest(self.model.get_parameter(name).detach()))
+
+    def rounded(self, dtype: torch.dtype, as_served: bool = False) -> Child:
+        """The same child with every weight rounded to `dtype`, or as its format stores it; arithmetic stays float32.
+
+        Args:
+            as_served: its formats are known still, for what they do to activations; otherwise it has none.
+        """
         stored = {self.model.get_parameter(name).data_ptr() for name in self.matrices}
         weights = {
             name: weight if weight.data_ptr() in stored else weight.to(dtype).to(torch.float32)
             for name, weight in self.model.state_dict().items()
         }
-        return Child(build(child_config(self.config, self.architecture.plain), weights), self.tokenizer)
+        architecture = self.architecture if as_served else self.architecture.plain
+        return Child(build(child_config(self.config, architecture), weights), self.tokenizer)
 
     @property
     def family(self) -> str:
@@ -124,13 +149,13 @@ class Exporter(ABC):
     def reasons(self, child: Child) -> list[str]:
         """Why the format cannot hold a model, each a clause that names the layers; none where it can."""
         server = SERVERS[self.server]
-        reasons: dict[str, list[int]] = {}
+        reasons: dict[str, dict[int, None]] = {}
         for layer, _, spec in child.architecture:
             reason = server.refusal(layer, spec)
             if reason is None and type(spec) not in self.writers:
                 reason = f"{self.name} has no {spec.id}"
             if reason:
-                reasons.setdefault(reason, []).append(layer)
+                reasons.setdefault(reason, {})[layer] = None
         texts = [f"{reason} (layer {', '.join(map(str, layers))})" for reason, layers in reasons.items()]
         if reason := server.refusal(len(child.architecture.layers), child.architecture.head):
             texts.append(f"{reason} (embeddings and LM head)")

@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig
 
 from puzzle_nas.architecture import GatedFFN, GroupedAttention, Linear, NoOp, Spec
 from puzzle_nas.exporters.base import DTYPES, Child, Exporter
-from puzzle_nas.exporters.gguf_tokenizer import tokenizer_notes, write_tokenizer
+from puzzle_nas.exporters.gguf_tokenizer import tokenizer_notes, tokenizer_problems, write_tokenizer
 from puzzle_nas.exporters.llama_like import FAMILIES, problems
 from puzzle_nas.families import head_dim_of
 from puzzle_nas.formats.registry import format_of
@@ -162,7 +162,7 @@ class GGUFExporter(Exporter):
 
     def family_problems(self, child: Child) -> list[str]:
         """See `Exporter.family_problems`."""
-        found = problems(child, "deci")
+        found = problems(child, "deci") + tokenizer_problems(child.tokenizer)
         config, rope_type = child.config, (child.config.rope_parameters or {}).get("rope_type")
         if config.hidden_act != "silu":
             found.append(f"it has the activation {config.hidden_act}, where deci has silu")
@@ -242,7 +242,7 @@ def _tensors(child: Child, layers) -> dict[str, tuple[torch.Tensor, str | None]]
     """All weights of a file, and the format of those that have one."""
     config, head = child.config, child.architecture.head.format
     ends = {name: child.model.get_parameter(name).detach() for name in ("model.embed_tokens.weight", "lm_head.weight")}
-    ends = {name: child.matrices[name].packed() if name in child.matrices else w for name, w in ends.items()}
+    ends = {name: child.matrices[name].parts["weight"] if name in child.matrices else w for name, w in ends.items()}
     tensors = {
         "token_embd.weight": (ends["model.embed_tokens.weight"], head),
         "output_norm.weight": (child.model.get_parameter("model.norm.weight").detach(), None),

@@ -24,6 +24,10 @@ _SPACE = "▁"
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
+class _Unsayable(Exception):
+    """What of a tokenizer GGUF cannot say, a clause."""
+
+
 MORE_ENDS = 2
 """End tokens that GGUF can name besides the tokenizer's own: of a turn, and of a message."""
 
@@ -42,22 +46,21 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int, end_tok
         return
     data = json.loads(tokenizer.backend_tokenizer.to_str())
     model = data["model"]
-    if model["type"] != "BPE":
-        raise ExportError(f"This child cannot be exported to gguf: its tokenizer is {model['type']}, not BPE.")
+    try:
+        name, splitting, space_prefix = _kind(data)
+    except _Unsayable as clause:
+        raise ExportError(f"This child cannot be exported to gguf: {clause}.") from None
+    writer.add_tokenizer_model(name)
+    writer.add_tokenizer_pre(splitting)
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     tokens, types = _vocabulary(data, vocab_size)
-    if model.get("byte_fallback"):
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
-        writer.add_add_space_prefix(_space_prefix(data))
+    if space_prefix is not None:
+        writer.add_add_space_prefix(space_prefix)
         ranks: dict[str, int] = {}
         for rank, pair in enumerate(merges):
             ranks.setdefault("".join(pair), rank)
         writer.add_token_scores([-float(ranks.get(token, len(merges))) for token in tokens])
     else:
-        writer.add_tokenizer_model("gpt2")
-        _normalisers(data)
-        writer.add_tokenizer_pre(_pre_tokenizer_name(data))
         writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
@@ -78,6 +81,31 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Any, vocab_size: int, end_tok
     writer.add_add_eos_token(tokenizer.eos_token_id is not None and around[-1] == tokenizer.eos_token_id)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def tokenizer_problems(tokenizer: Any) -> list[str]:
+    """Why GGUF cannot hold a tokenizer, a clause; nothing of None."""
+    try:
+        if tokenizer is not None:
+            _kind(json.loads(tokenizer.backend_tokenizer.to_str()))
+    except _Unsayable as clause:
+        return [str(clause)]
+    return []
+
+
+def _kind(data: dict) -> tuple[str, str, bool | None]:
+    """llama.cpp's names of the vocabulary and of the way text is split; whether a space comes first (SentencePiece).
+
+    Raises:
+        _Unsayable: it has none that we know.
+    """
+    model = data["model"]
+    if model["type"] != "BPE":
+        raise _Unsayable(f"its tokenizer is {model['type']}, not BPE")
+    if model.get("byte_fallback"):
+        return "llama", "default", _space_prefix(data)
+    _normalisers(data)
+    return "gpt2", _pre_tokenizer_name(data), None
 
 
 def tokenizer_notes(tokenizer: Any, end_tokens: Sequence[int] = ()) -> list[str]:
@@ -106,13 +134,12 @@ def _normalisers(data: dict) -> list[str]:
     """What a tokenizer of bytes does to text before it splits it: nothing, or Unicode's composed form.
 
     Raises:
-        ExportError: anything else, which GGUF cannot say.
+        _Unsayable: anything else.
     """
     kinds = [step["type"] for step in _steps(data["normalizer"], "normalizers")]
     if others := [kind for kind in kinds if kind != "NFC"]:
-        raise ExportError(
-            "This child cannot be exported to gguf: its tokenizer changes text "
-            f"({', '.join(others)}) as GGUF cannot say."
+        raise _Unsayable(
+            f"its tokenizer changes text before splitting it ({', '.join(others)}), which GGUF has no word for"
         )
     return kinds
 
@@ -143,7 +170,7 @@ def _space_prefix(data: dict) -> bool:
     """Whether a space is put before text, by a tokenizer that reads spaces as SentencePiece does.
 
     Raises:
-        ExportError: it changes or splits text in another way.
+        _Unsayable: it changes or splits text in another way.
     """
     normalisers, pre_tokenizers = (
         _steps(data["normalizer"], "normalizers"),
@@ -156,9 +183,8 @@ def _space_prefix(data: dict) -> bool:
     as_pre_tokenizer = not normalisers and len(metaspaces) == len(pre_tokenizers) == 1
     if not as_normaliser and not as_pre_tokenizer:
         kinds = ", ".join(step["type"] for step in normalisers + pre_tokenizers) or "none"
-        raise ExportError(
-            "This child cannot be exported to gguf: its tokenizer falls back to bytes, but does not read spaces as "
-            f"SentencePiece does (its steps: {kinds})."
+        raise _Unsayable(
+            f"its tokenizer falls back to bytes, but does not read spaces as SentencePiece does (its steps: {kinds})"
         )
     return prepend in normalisers or any(step["prepend_scheme"] != "never" for step in metaspaces)
 
@@ -174,7 +200,7 @@ def _pre_tokenizer_name(data: dict) -> str:
     """llama.cpp's name of the way text is split.
 
     Raises:
-        ExportError: it has none that we know.
+        _Unsayable: it has none that we know.
     """
     steps = _steps(data["pre_tokenizer"], "pretokenizers")
     kinds = [step["type"] for step in steps]
@@ -187,7 +213,4 @@ def _pre_tokenizer_name(data: dict) -> str:
         return "llama-bpe"
     if kinds == ["Split", "ByteLevel"] and pattern == _QWEN2_SPLIT:
         return "qwen2"
-    raise ExportError(
-        "This child cannot be exported to gguf: its tokenizer splits text in a way that has no name there "
-        f"({', '.join(kinds) or 'none'})."
-    )
+    raise _Unsayable(f"its tokenizer splits text in a way that has no name in GGUF ({', '.join(kinds) or 'none'})")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
 
 from puzzle_nas.architecture import KINDS
 from puzzle_nas.exporters.base import DTYPES, Child, Exporter
@@ -24,12 +27,23 @@ class TransformersExporter(Exporter):
         write_checkpoint(child, folder, dtype)
 
 
-def write_checkpoint(child: Child, folder: Path, dtype: str) -> None:
-    """The child as transformers saves it, weights in `dtype` (a key of `DTYPES`)."""
+def write_checkpoint(
+    child: Child, folder: Path, dtype: str, instead: Mapping[str, Mapping[str, torch.Tensor]] | None = None
+) -> None:
+    """The child as transformers saves it, weights in `dtype` (a key of `DTYPES`).
+
+    Args:
+        instead: by the names of weights, the tensors that are written in their place, by theirs.
+    """
     config = child_config(child.config, child.architecture)
     config.dtype = DTYPES[dtype]
     weights = {name: weight.to(DTYPES[dtype]) for name, weight in child.model.state_dict().items()}
     model = build(config, weights)
     model.generation_config = child.model.generation_config
-    save_model(model, child.tokenizer, folder)
+    tensors = None
+    if instead:
+        tensors = {name: weight for name, weight in model.state_dict().items() if name not in instead}
+        for replacing in instead.values():
+            tensors |= replacing
+    save_model(model, child.tokenizer, folder, tensors)
     spell_for_older_readers(folder)

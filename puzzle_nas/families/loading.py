@@ -351,9 +351,15 @@ def load_tokenizer(checkpoint: Path):
     return read_tokenizer(checkpoint)[0]
 
 
-def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Write a checkpoint, with tokenizer (unless None), chat template and modelling code, into an existing folder."""
+def save_model(
+    model: PreTrainedModel, tokenizer: Any, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write a checkpoint, with tokenizer (unless None), chat template and modelling code, into an existing folder.
+
+    Args:
+        tensors: what is written instead of the model's weights.
+    """
     with explained_disk_errors(folder):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=None if tensors is None else dict(tensors))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

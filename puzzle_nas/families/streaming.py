@@ -1,9 +1,9 @@
-"""A parent whose layers stay on disk: one is read from its safetensors when asked for, and dropped unless kept."""
+"""A parent whose layers stay on disk: one is read from its safetensors when asked for, and then dropped."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ class WeightFiles:
 
 
 class StreamedLayers(nn.Module):
-    """Stands in for a model's list of layers; holds the one last asked for, and those to keep.
+    """Stands in for a model's list of layers; holds the one last asked for.
 
     Args:
         model: with its layers on the meta device, which become empty shells here.
@@ -134,11 +134,6 @@ class StreamedLayers(nn.Module):
         self._prefix = f"{model.base_model_prefix}.layers."
         self._shared = {id(model.config): model.config}
         self._present: tuple[int, nn.Module] | None = None
-        self._kept: dict[int, nn.Module] = {}
-
-    def keep(self, layers: Iterable[int]) -> None:
-        """Read some layers and hold them from now on."""
-        self._kept = {index: self[index] for index in layers}
 
     def shell(self, index: int) -> nn.Module:
         """A layer without weights."""
@@ -151,8 +146,6 @@ class StreamedLayers(nn.Module):
         """A layer, read when it is asked for; of a slice, one after another."""
         if isinstance(index, slice):
             return (self[place] for place in range(*index.indices(len(self))))
-        if index in self._kept:
-            return self._kept[index]
         if self._present is None or self._present[0] != index:
             self._present = None
             # Whoever asks may be in inference mode, and somebody else train through the layer afterwards.

@@ -5,9 +5,10 @@ Shapes: O outputs, I inputs, U units (weights that share stored scales), G group
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,6 +42,19 @@ class Grid:
         stored = {name: choose(tensor, other.stored[name]) for name, tensor in self.stored.items()}
         return Grid(choose(self.step_OG, other.step_OG), offset, stored)
 
+    def rows(self, which: slice) -> Grid:
+        """That of some rows."""
+        offset = None if self.offset_OG is None else self.offset_OG[which]
+        return Grid(self.step_OG[which], offset, {name: tensor[which] for name, tensor in self.stored.items()})
+
+    @staticmethod
+    def joined(grids: Sequence[Grid]) -> Grid:
+        """Of matrices one below the other."""
+        first = grids[0]
+        offset = None if first.offset_OG is None else torch.cat([g.offset_OG for g in grids if g.offset_OG is not None])
+        stored = {name: torch.cat([grid.stored[name] for grid in grids]) for name in first.stored}
+        return Grid(torch.cat([grid.step_OG for grid in grids]), offset, stored)
+
 
 @dataclass(frozen=True)
 class Rounded:
@@ -49,6 +63,21 @@ class Rounded:
     codes_OI: torch.Tensor
     """int16; in formats without a grid the weights themselves, in the format's dtype."""
     grid: Grid | None = None
+
+    def rows(self, which: slice) -> Rounded:
+        """Some of them."""
+        return Rounded(self.codes_OI[which], None if self.grid is None else self.grid.rows(which))
+
+    def split(self, rows: Sequence[int]) -> list[Rounded]:
+        """The matrices, of so many rows each, that were rounded as one."""
+        ends = itertools.accumulate(rows)
+        return [self.rows(slice(end - count, end)) for end, count in zip(ends, rows, strict=True)]
+
+    @staticmethod
+    def joined(parts: Sequence[Rounded]) -> Rounded:
+        """Matrices one below the other."""
+        grids = [part.grid for part in parts if part.grid is not None]
+        return Rounded(torch.cat([part.codes_OI for part in parts]), Grid.joined(grids) if grids else None)
 
     def dequantised(self) -> torch.Tensor:
         """The matrix as an engine reads it, float32 [O, I], bit for bit."""

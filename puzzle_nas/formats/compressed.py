@@ -6,6 +6,9 @@ of codes) and compressors/pack_quantized (four-bit codes plus 8, eight in an int
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 
 from puzzle_nas.formats.base import Grid, GridFormat, Rounded, finite
@@ -15,6 +18,8 @@ class Symmetric(GridFormat):
     """`scale * code`."""
 
     scale_dtype: torch.dtype
+    group_config: ClassVar[Mapping[str, Any]]
+    """What a checkpoint's quantization_config says of the matrices of this format, besides their names."""
 
     def grid(self, step_OG, offset_OG=None):
         """See `GridFormat.grid`."""
@@ -32,6 +37,11 @@ class Int8(Symmetric):
     """8 bits, one scale a row (the weights of W8A8)."""
 
     name = "int8"
+    group_config = {
+        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False, "strategy": "channel"},
+        "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"},
+        "format": "int-quantized",
+    }
     group = None
     lowest, highest = -128, 127
     scale_dtype = torch.float32
@@ -46,6 +56,18 @@ class Int4(Symmetric):
 
     name = "int4"
     group = 128
+    group_config = {
+        "weights": {
+            "num_bits": 4,
+            "type": "int",
+            "symmetric": True,
+            "dynamic": False,
+            "strategy": "group",
+            "group_size": group,
+        },
+        "input_activations": None,
+        "format": "pack-quantized",
+    }
     lowest, highest = -8, 7
     scale_dtype = torch.bfloat16
 

@@ -21,6 +21,8 @@ class Layout:
     block_bytes: int
     row_bytes: int = 0
     """Of each row, besides its blocks."""
+    heads: bool = True
+    """Whether engines read embeddings and LM heads in it."""
 
     def holds(self, columns: int) -> bool:
         """Whether rows of so many weights divide into blocks."""
@@ -33,10 +35,10 @@ class Layout:
             FormatError: they do not; the message names the matrix and the formats that hold it.
         """
         if not self.holds(columns):
-            others = ", ".join(name for name, layout in LAYOUTS.items() if layout.holds(columns))
+            others = ", ".join(n for n, layout in LAYOUTS.items() if n != "bf16" and layout.holds(columns))
             raise FormatError(
                 f"{self.name} cannot hold {matrix}: its rows of {columns} weights do not divide into blocks "
-                f"of {self.block}; formats that hold it: {others}."
+                f"of {self.block}. Formats that hold it, where the engine serves them: {others}; or leave formats out."
             )
 
     def bytes_of(self, rows: int, columns: int, matrix: str = "a matrix") -> int:
@@ -62,9 +64,9 @@ LAYOUTS = {
         Layout("q4_k", 256, 4 + 12 + 128),
         Layout("q4_1", 32, 4 + 16),
         Layout("q4_0", 32, 2 + 16),
-        # compressed-tensors: one float32 scale a row, one bfloat16 scale a group.
-        Layout("int8", 1, 1, row_bytes=4),
-        Layout("int4", 128, 2 + 64),
+        # compressed-tensors: one float32 scale a row, one bfloat16 scale a group; vLLM keeps heads wide.
+        Layout("int8", 1, 1, row_bytes=4, heads=False),
+        Layout("int4", 128, 2 + 64, heads=False),
     )
 }
 """Every format by its name, the widest first."""

@@ -15,6 +15,7 @@ Shapes: O outputs, I inputs, G groups of columns with a step of their own.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -29,6 +30,8 @@ EIGHT_BITS = 127
 """The largest code of formats whose errors are small enough without more than a scale search."""
 BLOCK_COLUMNS = 64
 """Columns that are rounded before what they did reaches the columns behind them."""
+WEIGHTS_AT_ONCE = 1 << 17
+"""Weights whose scales are searched together: what is computed on the way stays in a core's cache."""
 
 
 def round_matrix(form: Format, weight_OI: torch.Tensor, gram_II: torch.Tensor | None = None) -> Rounded:
@@ -124,6 +127,31 @@ def scale_search(form: GridFormat, weight_OI: torch.Tensor, importance_I: torch.
     Args:
         importance_I: how much an error in each column costs; the diagonal of the damped Gram matrix.
     """
+    threads, inferring = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    if weight_OI.device.type != "cpu":
+        return _searched(form, weight_OI, importance_I)
+
+    def part(rows: torch.Tensor) -> Rounded:
+        with torch.inference_mode(inferring):
+            return _searched(form, rows, importance_I)
+
+    with one_thread(), ThreadPoolExecutor(threads) as pool:
+        return Rounded.joined(list(pool.map(part, weight_OI.split(max(1, WEIGHTS_AT_ONCE // weight_OI.shape[1])))))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For each of many small steps: threads that wait for each other at every step take longer than one alone does, and
+    on a busy machine a hundred times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _searched(form: GridFormat, weight_OI: torch.Tensor, importance_I: torch.Tensor) -> Rounded:
     w = form.groups(weight_OI)
     importance_I = importance_I.float() / importance_I.mean().clamp_min(1e-30)
     importance = importance_I.unflatten(0, w.shape[1:]).unsqueeze(0)
@@ -152,12 +180,13 @@ def _chosen(first: Rounded, second: Rounded, first_OU: torch.Tensor) -> Rounded:
 # Codes, given scales
 
 
-def _column_grid(grid: Grid, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Step, 1 / step and offset of each column, contiguous [I, O]."""
-    repeat = columns // grid.step_OG.shape[1]
-    step = grid.step_OG.T.repeat_interleave(repeat, dim=0)
-    offset = torch.zeros_like(step) if grid.offset_OG is None else grid.offset_OG.T.repeat_interleave(repeat, dim=0)
-    return step, inverse(step), offset
+def _by_columns(grid: Grid, weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights less the offsets, and each one's step, contiguous [I, O]: what loops over columns read."""
+    repeat = weight_OI.shape[1] // grid.step_OG.shape[1]
+    w_IO = weight_OI.float().T.contiguous()
+    if grid.offset_OG is not None:
+        w_IO = w_IO - grid.offset_OG.T.repeat_interleave(repeat, dim=0)
+    return w_IO, grid.step_OG.T.repeat_interleave(repeat, dim=0)
 
 
 def _upper_factor_of_inverse(gram: torch.Tensor) -> torch.Tensor:
@@ -168,31 +197,21 @@ def _upper_factor_of_inverse(gram: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(upper, identity, upper=True)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """For loops of many small steps: threads that wait for each other at every step take longer than one alone does,
-    and on a busy machine a hundred times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
-def _fed_back(form: GridFormat, w_IO, grid_I, factor) -> torch.Tensor:
-    """Codes, int16 [I, O], of weights that are changed on the way; all in the order in which columns are rounded."""
-    steps, inverses, offsets = grid_I
-    codes_IO = torch.empty(w_IO.shape, dtype=torch.int16, device=w_IO.device)
+@one_thread()
+def _fed_back(form: GridFormat, w_IO, steps_IO, factor) -> torch.Tensor:
+    """Codes, float32 [I, O], of weights that are changed on the way; all in the order in which columns are rounded."""
+    inverses_IO, codes_IO = inverse(steps_IO), torch.empty_like(w_IO)
+    # By how much an error in one column changes those behind it.
+    factor = factor / factor.diagonal()[:, None]
+    rows = zip(w_IO, codes_IO, steps_IO, inverses_IO, strict=True)
     for start in range(0, len(w_IO), BLOCK_COLUMNS):
         stop = min(start + BLOCK_COLUMNS, len(w_IO))
         errors = torch.empty_like(w_IO[start:stop])
-        for j in range(start, stop):
-            codes = ((w_IO[j] - offsets[j]) * inverses[j]).round_().clamp_(form.lowest, form.highest)
-            codes_IO[j] = codes.to(torch.int16)
-            errors[j - start] = (w_IO[j] - codes.mul_(steps[j]).add_(offsets[j])) / factor[j, j]
-            w_IO[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
+        for j, error in zip(range(start, stop), errors, strict=True):
+            w, codes, step, one_over_step = next(rows)
+            torch.mul(w, one_over_step, out=codes).round_().clamp_(form.lowest, form.highest)
+            torch.addcmul(w, codes, step, value=-1, out=error)
+            w_IO[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
         w_IO[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return codes_IO
 
@@ -214,35 +233,34 @@ def error_feedback(
     columns, gram = weight_OI.shape[1], gram_II.double()
     order = gram.diagonal().argsort(descending=True) if by_activation else torch.arange(columns, device=gram.device)
     factor = _upper_factor_of_inverse(gram[order][:, order]).float()
-    w_IO = weight_OI.float().T[order].contiguous()
-    codes_IO = _fed_back(form, w_IO, [tensor[order] for tensor in _column_grid(grid, columns)], factor)
+    codes_IO = _fed_back(form, *(tensor[order] for tensor in _by_columns(grid, weight_OI)), factor)
     back = torch.empty_like(order)
     back[order] = torch.arange(columns, device=order.device)
-    return Rounded(codes_IO[back].T.contiguous(), grid)
+    return Rounded(codes_IO[back].T.to(torch.int16).contiguous(), grid)
 
 
-@_one_thread()
+@one_thread()
 def _descend_codes(form: GridFormat, weight_OI, gram, rounded: Rounded) -> Rounded:
     """Each code once to its optimum, given all others."""
-    columns = weight_OI.shape[1]
-    values_IO = rounded.dequantised().T.contiguous()
-    codes_IO = rounded.codes_OI.T.contiguous()
-    error_IO = weight_OI.float().T - values_IO
-    steps, inverses, offsets = _column_grid(rounded.grid, columns)
-    for start in range(0, columns, BLOCK_COLUMNS):
-        stop = min(start + BLOCK_COLUMNS, columns)
-        # Half the negative gradient of these columns.
-        pull = gram[start:stop] @ error_IO
-        for j in range(start, stop):
-            wanted = values_IO[j] + pull[j - start] / gram[j, j]
-            codes = ((wanted - offsets[j]) * inverses[j]).round_().clamp_(form.lowest, form.highest)
-            codes_IO[j] = codes.to(torch.int16)
-            values = codes.mul_(steps[j]).add_(offsets[j])
-            change = values - values_IO[j]
-            values_IO[j] = values
-            error_IO[j] -= change
-            pull.addr_(gram[start:stop, j], change, alpha=-1)
-    return Rounded(codes_IO.T.contiguous(), rounded.grid)
+    w_IO, steps_IO = _by_columns(rounded.grid, weight_OI)
+    inverses_IO, codes_IO = inverse(steps_IO), rounded.codes_OI.T.float().contiguous()
+    values_IO = codes_IO * steps_IO
+    error_IO = w_IO - values_IO
+    rows = zip(values_IO, codes_IO, steps_IO, inverses_IO, strict=True)
+    for start in range(0, len(w_IO), BLOCK_COLUMNS):
+        block = slice(start, min(start + BLOCK_COLUMNS, len(w_IO)))
+        scaled = gram[block] / gram.diagonal()[block, None]
+        # What each of these columns should be, given all others.
+        wanted_IO = torch.addmm(values_IO[block], scaled, error_IO)
+        by_this = scaled[:, block].T.contiguous()
+        for j, wanted in enumerate(wanted_IO):
+            values, codes, step, one_over_step = next(rows)
+            torch.mul(wanted, one_over_step, out=codes).round_().clamp_(form.lowest, form.highest)
+            before = values.clone()
+            change = torch.mul(codes, step, out=values) - before
+            wanted_IO[j + 1 :].addr_(by_this[j, j + 1 :], change, alpha=-1)
+        error_IO[block] = w_IO[block] - values_IO[block]
+    return Rounded(codes_IO.T.to(torch.int16).contiguous(), rounded.grid)
 
 
 def _refit_steps(form: GridFormat, weight_OI, gram, rounded: Rounded) -> Rounded:

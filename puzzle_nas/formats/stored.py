@@ -1,4 +1,4 @@
-"""The matrices of a model that are stored in formats, by the names of its weights; their file beside a checkpoint."""
+"""The matrices of a model that are stored in formats, by the names of its weights; their file beside the weights'."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from puzzle_nas.formats.base import Grid, GridFormat, Rounded
+from puzzle_nas.formats.base import Grid, GridFormat, Rounded, Tensors
 from puzzle_nas.formats.registry import format_of
 
 FILE = "formats.safetensors"
+"""In a checkpoint's folder."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,17 @@ class Matrix:
             grid = Grid(grid.step_OG.to(device), offset, {n: t.to(device) for n, t in grid.stored.items()})
         return Matrix(self.form, Rounded(codes, grid))
 
-    def packed(self) -> torch.Tensor:
-        """What GGUF files hold of it, uint8 [O, bytes of a row]."""
-        return format_of(self.form).pack(self.rounded)["weight"]
+    @property
+    def parts(self) -> Tensors:
+        """What files hold of it, by the suffix of the names; see `Format.pack`."""
+        return format_of(self.form).pack(self.rounded)
 
 
 Matrices = dict[str, Matrix]
 
 
-def write_matrices(matrices: Mapping[str, Matrix], folder: Path) -> None:
-    """Write `FILE` into a checkpoint's folder; nothing where there are none."""
+def write_matrices(matrices: Mapping[str, Matrix], path: Path) -> None:
+    """Write a file; none where there are no matrices."""
     if not matrices:
         return
     tensors: dict[str, torch.Tensor] = {}
@@ -68,16 +70,16 @@ def write_matrices(matrices: Mapping[str, Matrix], folder: Path) -> None:
             tensors[f"{name}:offset"] = grid.offset_OG
         tensors |= {f"{name}:stored.{part}": tensor for part, tensor in grid.stored.items()}
     forms = {name: matrix.form for name, matrix in matrices.items()}
-    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / FILE, metadata=forms)
+    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path, metadata=forms)
 
 
-def read_matrices(folder: Path) -> Matrices:
+def read_matrices(path: Path) -> Matrices:
     """What `write_matrices` wrote; nothing where there is no file."""
-    if not (folder / FILE).is_file():
+    if not path.is_file():
         return {}
-    with safe_open(folder / FILE, "pt") as file:
+    with safe_open(path, "pt") as file:
         forms = file.metadata()
-    tensors = load_file(folder / FILE)
+    tensors = load_file(path)
     found: Matrices = {}
     for name, form in forms.items():
         parts = {key.removeprefix(f"{name}:"): t for key, t in tensors.items() if key.startswith(f"{name}:")}

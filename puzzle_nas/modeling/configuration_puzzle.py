@@ -20,7 +20,8 @@ class PuzzleConfig(PreTrainedConfig):
     - `puzzle_layers`: for each layer, by slot ("attention", "ffn", ...), what stands there. `kind` is "no_op" (none),
       "linear" (one matrix), or a variant that is the parent's own class, built from a configuration with `changes`;
       "window" attends to the last `window` tokens. `format` names the format in which engines read its matrices; the
-      checkpoint's own hold the same values, rounded to its precision.
+      checkpoint's own hold the same values, rounded to its precision. Where engines round what a matrix receives to
+      eight bits for each token ("int8"), the model does too.
     - `puzzle_places`: by slot, the names of a layer's parts: `norm`, `mixer`, `output_norm` (null where there is none),
       and `pair`, whether the mixer returns a tuple.
     - `puzzle_head`: the `format` of embeddings and LM head.

@@ -24,6 +24,8 @@ from .configuration_puzzle import PuzzleConfig, config_class_of
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """What this transformers calls the KV cache: renamed in 5.24, the old name goes in 5.40."""
+ROUND_WHAT_THEY_RECEIVE = ("int8",)
+"""Formats whose products round each token to eight bits first: engines do, so the child does."""
 WINDOW_MASKS = "window_masks"
 """The argument, handed on by every layer to its attention, that holds the masks of windows by their size."""
 
@@ -102,10 +104,25 @@ def exchanged_layer(layer, config, index, entries, places):
             getattr(layer, place["mixer"]).own_window = entry.get("window")
         elif entry["kind"] == "window":
             attend_within(getattr(layer, place["mixer"]), entry["window"])
+        if entry.get("format") in ROUND_WHAT_THEY_RECEIVE:
+            for module in getattr(layer, place["mixer"]).modules():
+                if isinstance(module, nn.Linear):
+                    module.register_forward_pre_hook(_round_what_it_receives)
     if entries and not any(True for _ in layer.parameters()):
         layer.__class__ = empty_class_of(type(layer))
         layer._modules.clear()
     return layer
+
+
+def rounded_tokens(x):
+    """[..., D] -> the same, each token to 255 steps that reach its largest number; gradients pass as if it were not."""
+    largest = x.detach().float().abs().amax(-1, keepdim=True).clamp_min(1e-7)
+    rounded = ((x.detach().float() * (127 / largest)).round() * (largest / 127)).to(x.dtype)
+    return x + (rounded - x).detach() if x.requires_grad else rounded
+
+
+def _round_what_it_receives(matrix, args):
+    return (rounded_tokens(args[0]),)
 
 
 def attend_within(attention, window):

@@ -31,7 +31,7 @@ LIBRARY_ERRORS = (
 PROBLEMS = {
     # finding it
     "no checkpoint": "There is no checkpoint at {where}.",
-    "no config": "{where} is no checkpoint: it has no config.json{inner}.",
+    "no config": "{where} is not a checkpoint: it has no config.json{inner}.",
     "a file of it": "{where} is a file, where a checkpoint's folder is expected; name {folder}, or a .gguf file.",
     "not reachable": "{where} can be loaded neither from this disk nor from the model hub. ({reason})",
     "adapter": "{where} holds a LoRA adapter ({file}), not a model; merge it into its base model first (peft: "
@@ -47,7 +47,7 @@ PROBLEMS = {
     "pytorch_model.bin.",
     "other weights": "{where} has no weights that transformers reads; it has {file}. Convert it to safetensors first.",
     "cut file": "{file} cannot be read; it is incomplete or damaged, fetch it again. ({reason})",
-    "unsafe file": "{file} is no plain table of weights: loading it would run code. Save it as safetensors where it "
+    "unsafe file": "{file} is not a plain table of weights: loading it would run code. Save it as safetensors where it "
     "was made. ({reason})",
     "two parents": "{where} holds {one} and {other}, which are two models; move one of them away.",
     "empty index": "{file} names no weights: its weight_map is empty; fetch it again.",
@@ -59,7 +59,7 @@ PROBLEMS = {
     "field": "{file} says {field}: {value}, where {expected}; correct it there.",
     "contradiction": "config.json of {where} contradicts itself: {reason}",
     "unknown model": "config.json of {where} says model_type: {value}, which transformers {version} does not know; "
-    "use a version that does, or a checkpoint of a family listed in docs/own-model.md.",
+    "use a version that does, or a checkpoint of a family that `puzzle families` lists.",
     "own code": "{where} brings its own code ({file}) for model_type {value}, which is not run here; use a checkpoint "
     "of a family that transformers knows.",
     "not a language model": "{where} is of the family '{value}', which transformers has no causal language model for.",
@@ -85,7 +85,7 @@ PROBLEMS = {
     "no scale": "The checkpoint {where} is quantised with {method}, but {name} is stored without its scale; fetch it "
     "again.",
     # GGUF
-    "not GGUF": "{file} is no GGUF file that can be read; it is incomplete or damaged, fetch it again. ({reason})",
+    "not GGUF": "{file} is not a readable GGUF file; it is incomplete or damaged, fetch it again. ({reason})",
     "cut GGUF": "{file} is cut: its tensors end at byte {end}, but it has {size} bytes; fetch it again.",
     "split GGUF": "{file} is one of {count} parts; join them with: llama-gguf-split --merge {file} whole.gguf",
     "GGUF architecture": "{file} is of the architecture {architecture}; GGUF files are read of {known}. Name the "

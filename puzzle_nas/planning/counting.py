@@ -91,9 +91,9 @@ class Counts:
         return self.recipe.memory != "all"
 
     @property
-    def formats(self) -> list[str]:
+    def formats(self) -> tuple[str, ...]:
         """That the search may store sub-blocks in, besides the recipe's precision."""
-        return [head.format for head in self.space.heads if head.format]
+        return self.space.formats
 
     @property
     def child_share(self) -> float:

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 
 from puzzle_nas.architecture import Choice, GatedFFN, GroupedAttention, Linear, Mixture, Spec
 from puzzle_nas.choosing.cost_fit import uniform_models
+from puzzle_nas.choosing.costs import REPEATS, timed_steps
+from puzzle_nas.effort import EFFORTS
 from puzzle_nas.formats.layout import LAYOUTS
 from puzzle_nas.planning.counting import BATCH_TOKENS, Counts, Work
-from puzzle_nas.recipe import PARENT_SAMPLES, BLDSettings
+from puzzle_nas.recipe import PARENT_SAMPLES, steps_between_measurements
 
 GGUF_SECONDS, GGUF_SECONDS_PER_PARAMETER = 8.0, 6e-8
 """To fetch a package, and to turn a GGUF file into a checkpoint (SmolLM2-135M: 16 s in all)."""
@@ -27,15 +29,19 @@ SAMPLED_ROWS = {False: 128, True: 4096}
 """Rows that the parent writes together, on a GPU (True) or not."""
 SAMPLED_BYTES = 2**30
 """What their caches may take; half of what is free on a GPU."""
+SCORED_TOKENS = {False: 2048, True: 16_384}
+"""Tokens whose activations scoring holds together, on a GPU (True) or not (scoring/replacement.py)."""
 TIMED_AGAIN = 2.5
-"""Repeats made until times are steady, over those asked for; runs make up to four times as many."""
+"""Repeats made until times are steady, over those asked for; runs make up to three times as many."""
 PROBE_SECONDS = 1.0
 """To build a model that is timed."""
-HELD_BACK_TOKENS, REFITTED_TOKENS, ROUNDED_TOKENS = 1024, 8192, 2048
+HELD_BACK_TOKENS, REFITTED_TOKENS, ROUNDED_TOKENS = 1024, 8192, 8192
 """To choose between initialisations, to refit the candidates of a search with, and to round own sub-blocks with."""
 ROUNDING_PASSES = {True: 5, False: 21}
 """Products of a matrix's errors with its Gram matrix while it is rounded: to eight bits, and to fewer."""
-SPEED_CHECKS, SPEED_REPEATS = 2, 30
+TIMING_REPEATS = 5
+"""Of parent and child, at the end."""
+SPEED_CHECKS, SPEED_REPEATS = 2, 14
 """Of what search found: each time parent and child are timed so often."""
 NEAR = 4
 """Children that a round of refinement measures."""
@@ -104,8 +110,8 @@ def measure_costs(counts: Counts) -> Demand:
         return Demand("measure_costs", Work(seconds=SOLVER_SECONDS / 2), 0)
     stacks, mixtures = len(uniform_models(counts.space)), recipe.costs.mixtures
     # In the mean, a stack keeps most of the parent, and a mixture half of it.
-    timed = counts.requests(recipe.costs.decode_steps_measured) * (0.8 * stacks + 0.6 * mixtures)
-    work = timed * (TIMED_AGAIN * recipe.costs.repeats) + counts.requests() * 3
+    timed = counts.requests(timed_steps(recipe.engine)) * (0.8 * stacks + 0.6 * mixtures)
+    work = timed * (TIMED_AGAIN * REPEATS) + counts.requests() * 3
     work += Work(seconds=(stacks + mixtures) * PROBE_SECONDS + SOLVER_SECONDS / 2)
     # What the parent lacks has placeholders, which all models share.
     held = counts.parent_bytes + counts.library_bytes + _request_bytes(counts)
@@ -198,21 +204,19 @@ def _statistics_bytes(counts: Counts, layer: int) -> float:
 
 def distill_blocks(counts: Counts) -> Demand:
     """Every variant of a layer on the parent's activations, layer after layer."""
-    settings = counts.recipe.bld
     jobs = [[(spec,) for spec, size in counts.variants(layer) if size.parameters] for layer in counts.layers]
-    return _blocks_distilled("distill_blocks", counts, settings, jobs)
+    return _blocks_distilled("distill_blocks", counts, counts.recipe.bld.tokens, jobs)
 
 
-def _blocks_distilled(
-    stage: str, counts: Counts, settings: BLDSettings, jobs: Sequence[Sequence[Sequence[Spec]]]
-) -> Demand:
-    """Each layer's jobs trained, each of one variant or of several slots' together."""
+def _blocks_distilled(stage: str, counts: Counts, tokens: int, jobs: Sequence[Sequence[Sequence[Spec]]]) -> Demand:
+    """Each layer's jobs trained on so many tokens, each of one variant or of several slots' together."""
+    settings = counts.recipe.bld
     trained = [[_parameters(counts, layer, specs) for specs in here] for layer, here in enumerate(jobs)]
     every, kept = sum(map(sum, trained)), counts.itemsize * sum(map(sum, trained))
-    if not settings.tokens:
+    if not tokens:
         return Demand(stage, Work(file_bytes=3 * kept), counts.walked_bytes, counts.walked_bytes, kept, is_shared=True)
     batch = max(counts.length, settings.batch_tokens)
-    steps, read = math.ceil(settings.tokens / batch), min(settings.tokens, counts.tokens("train")) + batch
+    steps, read = math.ceil(tokens / batch), min(tokens, counts.tokens("train")) + batch
     # Of several processes, each goes through its layers twice, so that the next one can begin.
     work = counts.forward(read) * (1 if counts.processes == 1 else 2)
     work += Work(updates=steps * every, file_bytes=3 * kept)
@@ -220,7 +224,7 @@ def _blocks_distilled(
     work += Work(layer_calls=0 if counts.is_on_gpu else 2 * steps * sum(map(len, jobs)))
     a_token = [_block_trained(counts, layer, specs) for layer, here in enumerate(jobs) for specs in here]
     # Losses are measured before and after: forward alone, a third of the work.
-    work += sum(a_token, Work()) * (settings.tokens + 2 / 3 * batch)
+    work += sum(a_token, Work()) * (tokens + 2 / 3 * batch)
     free = (counts.device_bytes - counts.walked_bytes) / 2
     shard = min(read, (settings.shard_tokens or read) + batch)
     activations = (1 + max(map(len, counts.size.architecture.layers))) * counts.stream_bytes(shard)
@@ -267,10 +271,10 @@ def _scored(stage: str, counts: Counts, choices: Sequence[Choice]) -> Demand:
     tokens = counts.tokens("scoring")
     most = max(Counter(layer for layer, _ in choices).values(), default=0)
     held = counts.walked_bytes + counts.logit_bytes(1 + most, tokens)
-    held += 2 * counts.stream_bytes(tokens) + counts.running_bytes(counts.recipe.scoring.batch_tokens)
+    held += 2 * counts.stream_bytes(tokens) + counts.running_bytes(SCORED_TOKENS[counts.is_on_gpu])
     work = _all_scored(counts, choices)
     if not counts.streams:
-        held += most * counts.stream_bytes(counts.recipe.scoring.batch_tokens)
+        held += most * counts.stream_bytes(SCORED_TOKENS[counts.is_on_gpu])
         return Demand(stage, work, held, counts.walked_bytes, is_shared=True)
     # Each layer reads those above it once more, and residual streams of its variants lie in files.
     read = sum(number * size.parameters for number, size in enumerate(counts.size.layers, start=1))
@@ -288,7 +292,7 @@ def _all_scored(counts: Counts, choices: Sequence[Choice]) -> Work:
 def couple_blocks(counts: Counts) -> Demand:
     """Pairs of what a first search uses, trained and scored."""
     pairs = [_likely_pairs(slots) for slots in counts.space.options]
-    trained = _blocks_distilled("couple_blocks", counts, counts.recipe.coupled_bld, pairs)
+    trained = _blocks_distilled("couple_blocks", counts, counts.recipe.bld.coupled_tokens, pairs)
     scored = _scored("couple_blocks", counts, [(layer, pair) for layer, here in enumerate(pairs) for pair in here])
     work = trained.work + scored.work + Work(seconds=SOLVER_SECONDS)
     held, scratch = max(trained.device_bytes, scored.device_bytes), max(trained.scratch_bytes, scored.scratch_bytes)
@@ -302,19 +306,19 @@ def _likely_pairs(slots: Mapping[str, tuple[Spec, ...]]) -> list[tuple[Spec, ...
 
 def search_architecture(counts: Counts) -> Demand:
     """The program; candidates assembled, refitted, compared; scores around the best; speed checked."""
-    settings, work = counts.recipe.search, Work(seconds=SOLVER_SECONDS)
-    checks = SPEED_CHECKS if settings.speed_attempts and counts.recipe.costs.file is None else 0
-    pair = counts.requests(counts.recipe.costs.decode_steps_measured) * (1 + counts.child_share)
+    effort, work = EFFORTS[counts.recipe.search.effort], Work(seconds=SOLVER_SECONDS)
+    checks = SPEED_CHECKS if counts.recipe.costs.file is None else 0
+    pair = counts.requests(timed_steps(counts.recipe.engine)) * (1 + counts.child_share)
     work += pair * (checks * SPEED_REPEATS)
-    if not settings.measures_children:
+    if not effort.measures_children:
         held = counts.parent_bytes + counts.child_bytes + _request_bytes(counts) if checks else 0
         return Demand("search_architecture", work, held, counts.parent_bytes if checks else 0)
-    tokens, removed = counts.tokens("scoring"), settings.removed_runs * len(counts.layers)
-    children = settings.verify + settings.removed_runs + NEAR * settings.refine_rounds
+    tokens, removed = counts.tokens("scoring"), effort.removed_runs * len(counts.layers)
+    children = effort.by_sums + effort.removed_runs + NEAR * effort.refine_rounds
     work += counts.forward(tokens + counts.tokens("selection")) + counts.child_compared(tokens) * removed
     work += (_refitted(counts, REFITTED_TOKENS) + counts.child_compared(2 * counts.tokens("selection"))) * children
     work += Work(file_bytes=children * counts.child_bytes)
-    work += _all_scored(counts, counts.choices) * (settings.refine_rounds * counts.child_share)
+    work += _all_scored(counts, counts.choices) * (effort.refine_rounds * counts.child_share)
     most = max(Counter(layer for layer, _ in counts.choices).values(), default=0)
     # A candidate shares with the parent what it has of it.
     held = counts.parent_bytes + counts.child_bytes + _refit_bytes(counts, REFITTED_TOKENS)
@@ -324,11 +328,15 @@ def search_architecture(counts: Counts) -> Demand:
 
 def _refitted(counts: Counts, most_tokens: float) -> Work:
     """Every last matrix of a child solved for, on the calibration text or a part of it."""
-    if not counts.recipe.refit.enabled:
+    if not counts.recipe.refit:
         return Work()
     tokens = min(most_tokens, counts.tokens("calibration"))
     work = counts.forward(tokens) * (1 + counts.child_share)
+    searched = [layer for layer, slots in enumerate(counts.space.options) if any(len(o) > 1 for o in slots.values())]
     for layer, _, own in counts.size.architecture:
+        # Below the first exchanged layer nothing differs, and nothing is corrected.
+        if layer < min(searched, default=len(counts.layers)):
+            continue
         width = counts.size.last_input(layer, own)
         work += counts.gram(tokens, width, counts.size.hidden) * counts.child_share
         work += counts.solved(width, counts.size.hidden) * counts.child_share**3
@@ -362,7 +370,7 @@ def assemble_child(counts: Counts) -> Demand:
 def refit_child(counts: Counts) -> Demand:
     """The child on all of the calibration text."""
     tokens = counts.tokens("calibration")
-    if not counts.recipe.refit.enabled:
+    if not counts.recipe.refit:
         return Demand("refit_child", Work(), 0)
     work = _refitted(counts, tokens) + counts.child_compared(2 * counts.tokens("selection"))
     held = counts.walked_bytes + 2 * counts.child_bytes + _refit_bytes(counts, tokens)
@@ -373,9 +381,13 @@ def refit_child(counts: Counts) -> Demand:
 def distill_child(counts: Counts) -> Demand:
     """The whole child against the parent (GKD)."""
     settings = counts.recipe.gkd
+    if not settings.tokens:
+        work = counts.child_compared(counts.tokens("selection")) + Work(file_bytes=3 * counts.child_bytes)
+        loaded = counts.parent_bytes + counts.child_bytes
+        return Demand("distill_child", work, loaded + counts.logit_bytes(2), loaded, counts.child_bytes)
     batch = max(counts.length, settings.batch_tokens)
     steps = math.ceil(settings.tokens / batch)
-    measured = 1 + math.ceil(steps / settings.evaluate_every_steps)
+    measured = 1 + math.ceil(steps / steps_between_measurements(steps))
     trained = _trained_parameters(counts)
     work = _token_distilled(counts) * settings.tokens + counts.child_compared(counts.tokens("selection")) * measured
     # Rounding in every step takes about as long as AdamW.
@@ -392,23 +404,21 @@ def distill_child(counts: Counts) -> Demand:
 def _trained_parameters(counts: Counts) -> float:
     """Weights of the child that GKD changes."""
     settings, size = counts.recipe.gkd, counts.size
-    if settings.lora_rank:
-        return counts.child_share * 2 * settings.lora_rank * size.body.made
     body = sum(
         size.of(layer, spec).parameters
         for layer, _, spec in size.architecture
-        if settings.train_experts or not isinstance(spec, Mixture)
+        if "experts" in settings.also_train or not isinstance(spec, Mixture)
     )
-    return counts.child_share * body + (size.fixed_parameters if settings.train_embeddings else 0)
+    return counts.child_share * body + (size.fixed_parameters if "embeddings" in settings.also_train else 0)
 
 
 def _token_distilled(counts: Counts) -> Work:
     """A token through parent and child, and back through the child."""
     settings = counts.recipe.gkd
     parent, head = counts.forward(1), counts.head(1)
-    passes = (2 if settings.lora_rank else 3) + settings.gradient_checkpointing
+    passes = 3 + settings.gradient_checkpointing
     child = Work(flops=passes * parent.flops, trained_numbers=passes / 3 * parent.forward_numbers) * counts.child_share
-    heads = head * (3 + settings.train_embeddings)
+    heads = head * (3 + ("embeddings" in settings.also_train))
     logits = Work(distilled_logits=counts.size.vocabulary)
     theirs = Work(flops=parent.flops, forward_numbers=parent.forward_numbers)
     return theirs + child + heads + logits
@@ -418,9 +428,9 @@ def _distilling_bytes(counts: Counts, trained: float, micro: float) -> float:
     """The most of several moments: both models loaded, the child in float32 as well, a step, measuring, saving."""
     settings, ranks = counts.recipe.gkd, counts.processes
     parent = 0 if settings.parent_top_k else counts.parent_bytes
-    weights = counts.child_bytes if settings.lora_rank else 4 * counts.child_parameters
+    weights = 4 * counts.child_parameters
     states = 12 * trained
-    copies = 0 if counts.itemsize == 4 or settings.lora_rank else counts.child_bytes
+    copies = 0 if counts.itemsize == 4 else counts.child_bytes
     depth = counts.size.hidden * len(counts.layers)
     passed = micro * counts.itemsize * (SAVED * counts.child_share * counts.size.body.made + 2 * depth)
     if settings.gradient_checkpointing:
@@ -436,11 +446,11 @@ def _distilling_bytes(counts: Counts, trained: float, micro: float) -> float:
 def evaluate_child(counts: Counts) -> Demand:
     """Parent, child as assembled, refitted and distilled, and baselines compared; child and parent timed, and the
     parent in formats."""
-    tokens, repeats, forms = counts.tokens("validation"), counts.recipe.evaluation.timing_repeats, len(counts.formats)
+    tokens, repeats, forms = counts.tokens("validation"), TIMING_REPEATS, len(counts.formats)
     compared = 4 + (forms or 3)
     work = counts.forward(tokens) + counts.child_compared(tokens) * compared
     work += Work(file_bytes=compared * counts.child_bytes)
-    work += counts.requests() * ((1 + counts.child_share) * TIMED_AGAIN * repeats * (1 + forms))
+    work += counts.requests() * ((1 + counts.child_share * (1 + forms)) * TIMED_AGAIN * repeats)
     held = counts.parent_bytes + counts.child_bytes + _request_bytes(counts) + counts.logit_bytes(2)
     return Demand("evaluate_child", work, held, counts.parent_bytes + counts.child_bytes)
 
@@ -473,5 +483,5 @@ DEMANDS = {
 
 def demands(counts: Counts) -> list[Demand]:
     """Of every stage that the recipe does not leave out."""
-    left_out = () if counts.recipe.coupled_bld.tokens else ("couple_blocks",)
+    left_out = () if counts.recipe.bld.coupled_tokens else ("couple_blocks",)
     return [demand(counts) for stage, demand in DEMANDS.items() if stage not in left_out]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ from puzzle_nas.planning.counting import Counts
 from puzzle_nas.planning.demands import DEMANDS, Demand, demands
 from puzzle_nas.planning.machines import GB, Machine
 from puzzle_nas.planning.sizes import ModelSize
-from puzzle_nas.recipe import Recipe, apply_override, search_space_of
+from puzzle_nas.recipe import Recipe, search_space_of
+from puzzle_nas.recipe_text import apply_override
 
 IDLE_BYTES, IDLE_BYTES_WITH_GPU, GPU_CONTEXT_BYTES = 0.4 * GB, 3 * GB, 0.8 * GB
 """Of a process that has loaded the libraries and nothing else (benchmarks/results/distillation.json); with CUDA's; of
@@ -23,18 +25,15 @@ REMEDIES: dict[str, tuple[tuple[str, ...], ...]] = {
     "measure_costs": (("costs.file=costs.json",),),
     "build_library": (("memory=stream",),),
     "distill_blocks": (("memory=stream",), ("bld.batch_tokens=512",), ("bld.shard_tokens=65536",)),
-    "score_blocks": (("memory=stream",), ("scoring.batch_tokens=512",)),
-    "couple_blocks": (("memory=stream",), ("coupled_bld.shard_tokens=65536",)),
-    "search_architecture": (
-        ("search.verify=1", "search.removed_runs=0", "search.refine_rounds=0", "search.speed_attempts=0"),
-    ),
+    "score_blocks": (("memory=stream",),),
+    "couple_blocks": (("memory=stream",), ("bld.shard_tokens=65536",)),
+    "search_architecture": (("search.effort=fast",), ("costs.file=costs.json",)),
     "assemble_child": (("memory=stream",),),
-    "refit_child": (("memory=stream",), ("refit.enabled=false",)),
+    "refit_child": (("memory=stream",), ("refit=false",)),
     "distill_child": (
         ("gkd.micro_batch_tokens=512",),
         ("gkd.gradient_checkpointing=true",),
-        ("gkd.lora_rank=16",),
-        ("gkd.parent_top_k=64", "gkd.cosine_weight=0"),
+        ("gkd.parent_top_k=64", "gkd.losses={kl: 1}"),
     ),
 }
 """Settings that let a stage take less, the least harmful first; several of them together where none is enough."""
@@ -127,7 +126,7 @@ def _advice(excess: str, stage: str, recipe: Recipe, size: ModelSize, machine: M
     for overrides in _remedies(stage):
         demand = DEMANDS[stage](_counts(_changed(recipe, overrides), size, machine))
         if not _excess(_planned(demand, machine, kept), machine):
-            return f"{excess}; it fits with {' '.join(overrides)}"
+            return f"{excess}; it fits with {shlex.join(overrides)}"
     return f"{excess}; no setting makes it fit"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from puzzle_nas.report.figures.tradeoffs import FrontierLine, search_frontier_figure
 from puzzle_nas.report.layout import document, figure, paragraph, table
+from puzzle_nas.report.sections.losses import UNITS
 from puzzle_nas.report.tables import frontier_rows
 
 FRONTIER_MODELS = {
@@ -29,7 +30,7 @@ def render_frontier(frontier: Mapping[str, Any], parent: str) -> str:
         "memory_bytes": ("memory_bytes", "memory of parameters, KV cache and working space, bytes"),
         "parameters": ("parameters", "parameters"),
     }.get(frontier["limit"], ("speedup_predicted", "predicted speed-up"))
-    unit = {"kl": "KL, nats", "lm_loss": "LM loss increase, nats", "task": "loss on the task"}[frontier["metric"]]
+    unit = UNITS[frontier["metric"]][1]
     lines = []
     for model, (label, _) in FRONTIER_MODELS.items():
         own = [row for row in frontier["rows"] if row["model"] == model and "infeasible" not in row]

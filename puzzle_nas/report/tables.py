@@ -119,6 +119,8 @@ def speed_note(summary: Mapping[str, Any]) -> str:
         f"Asked for {asked}. Measured {child['speedup_measured']:.3f}x +- {error:.3f} ({repeats} repeats), "
         f"parent and child side by side on {summary['engine']}."
     )
+    if child["speedup_measured"] + 2 * error < child["limits"].get("speedup", 0):
+        note += " That is less than asked."
     load = child["other_load_percent"]
     doubts = []
     if load > QUIET_PERCENT:
@@ -201,3 +203,41 @@ def frontier_rows(frontier: Mapping[str, Any]) -> tuple[list[str], list[list[str
 def show_frontier(frontier: Mapping[str, Any]) -> FigureTable:
     """A frontier for the terminal."""
     return FigureTable("Summed score at each limit (random: the median of several)", *frontier_rows(frontier))
+
+
+DRAFT_COLUMNS = ("cost ratio", "KL nats", "accepted", "drafts", "tokens", "requests", "answers from", "memory")
+
+
+def show_drafts(found: Mapping[str, Any]) -> FigureTable:
+    """What `puzzle search --for draft` found, for the terminal."""
+    rows = [
+        (
+            f"{row['cost_ratio']:.3f}",
+            f"{row['kl_nats_predicted']:.4f}",
+            f"{100 * row['acceptance_predicted']:.1f} +- {100 * row['acceptance_error']:.1f} %",
+            f"{row['drafts']}",
+            f"{row['speedup_predicted']:.3f}x",
+            f"{row['request_speedup_predicted']:.3f}x",
+            number(row["answers_from"], ".1f", unit="x"),
+            number(row["memory_bytes"], ".0f", 1e-6, " MB"),
+        )
+        for row in found["rows"]
+    ]
+    return FigureTable("Children as drafts for their parent (all predicted, greedy decoding)", DRAFT_COLUMNS, rows)
+
+
+def draft_note(found: Mapping[str, Any]) -> str:
+    """Whether any draft pays; if none does, what one would have to cost."""
+    best = found["best"]
+    draft = f"cost ratio {best['cost_ratio']:.3f}, {100 * best['acceptance_predicted']:.1f} % accepted"
+    drafts = f"{best['drafts']} draft{'s' if best['drafts'] > 1 else ''} a pass"
+    requests, tokens = f"{best['request_speedup_predicted']:.3f}x", f"{best['speedup_predicted']:.3f}x"
+    if found["pays"]:
+        return f"A draft pays: requests {requests} as fast, tokens {tokens}, with {drafts} ({draft})."
+    limit = best["break_even_cost_ratio"]
+    cheaper = f"below a cost ratio of {limit:.3f}" if limit > 0 else "at no cost ratio, however low"
+    longer = "" if (times := best["answers_from"]) is None else f", or for answers {times:.1f} times as long"
+    return (
+        f"No draft pays for this run's requests: the best ({draft}) makes them {requests} as fast, tokens {tokens}, "
+        f"with {drafts}. Accepted as often, one pays {cheaper}{longer}."
+    )

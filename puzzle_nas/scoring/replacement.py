@@ -3,14 +3,11 @@
 The walk goes up the layers once: what lies below a replaced block is computed once for all variants, the parent's
 token distribution once per batch. The blocks replaced are the parent's, or those of a child.
 
-Of several ranks, each may hold a part of the layers. What one of them replaces is then carried on by those above it.
-
 Shapes: S sequences, T tokens, D hidden.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +18,16 @@ from transformers import PreTrainedModel
 from puzzle_nas.errors import CheckpointError
 from puzzle_nas.families import Anatomy, LayerInputs, SubBlock
 from puzzle_nas.subblocks import run_with
-from puzzle_nas.training import parallel
 from puzzle_nas.training.activations import ActivationFile
 from puzzle_nas.training.losses import Divergence, divergences
+
+BATCH_TOKENS, BATCH_TOKENS_ON_GPU = 2_048, 16_384
+"""Tokens whose activations are in memory together."""
+
+
+def batch_tokens_of(model: PreTrainedModel) -> int:
+    """As many tokens as scores are taken on at once where a model is."""
+    return BATCH_TOKENS_ON_GPU if model.device.type == "cuda" else BATCH_TOKENS
 
 
 def next_tokens(tokens_ST: torch.Tensor) -> torch.Tensor:
@@ -101,8 +105,6 @@ class ReplacementWalk:
         windows: of attention among what will be tried.
         scratch: a folder for what would otherwise be in memory: the residual streams of all tokens. Variants then go
             through the layers above together, so that each of those is asked for once.
-        parts: the layers of each rank, for a parent that is divided among them; None: this rank goes through all.
-            Ranks then call `try_variants` and `carry` at every layer of `layers`, and only the last one has results.
     """
 
     def __init__(
@@ -112,29 +114,19 @@ class ReplacementWalk:
         batch_tokens: int,
         model: PreTrainedModel | None = None,
         scratch: Path | None = None,
-        parts: Sequence[range] | None = None,
         windows: Sequence[int] = (),
     ):
         self.parent, self.model = parent, model or parent
         self.anatomy = Anatomy(self.model)
         of_parent = Anatomy(parent)
-        number = parallel.rank() if parts else 0
-        parts = parts or [range(len(of_parent.layers))]
-        self.part = parts[number]
-        self.is_lowest, self.is_last = number == 0, number + 1 == len(parts)
-        # First each rank's first layer, then each one's second: all have work until the end.
-        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*parts[: number + 1]))
-        self.layers = [layer for layer in in_turn if layer is not None]
+        self.layers = range(len(of_parent.layers))
         self.labels_ST = next_tokens(tokens_ST)
         self.batch_sequences = max(1, batch_tokens // tokens_ST.shape[1])
         self.scratch = scratch
         self.hidden_STD = self._room("hidden", len(tokens_ST))
         with torch.inference_mode():
-            if self.is_lowest:
-                for state, batch in zip(self._batches(self.hidden_STD), self._batches(tokens_ST), strict=True):
-                    state.copy_(self.anatomy.embed(batch.to(parent.device)))
-            else:
-                parallel.take_from_below(self._batches(self.hidden_STD))
+            for state, batch in zip(self._batches(self.hidden_STD), self._batches(tokens_ST), strict=True):
+                state.copy_(self.anatomy.embed(batch.to(parent.device)))
             length = tokens_ST.shape[1]
             parents_inputs = of_parent.inputs(length, windows)
             self.inputs = [
@@ -142,18 +134,14 @@ class ReplacementWalk:
                 LayerInputs(own.layer, {**parents.mixers, **own.mixers})
                 for own, parents in zip(self.anatomy.inputs(length, windows), parents_inputs, strict=True)
             ]
-            final_STD = self._room("final", len(tokens_ST)).copy_(self.hidden_STD)
+            self.final_STD = self._room("final", len(tokens_ST)).copy_(self.hidden_STD)
             if self.model is not parent:
-                for state, batch in zip(self._batches(final_STD), self._batches(tokens_ST), strict=True):
+                for state, batch in zip(self._batches(self.final_STD), self._batches(tokens_ST), strict=True):
                     state.copy_(of_parent.embed(batch.to(parent.device)))
-            climb(of_parent, self._batches(final_STD), parents_inputs, self.part)
-            if self.is_last:
-                for final in self._batches(final_STD):
-                    require_finite(final)
-                self.final_STD = final_STD
-            else:
-                parallel.pass_up(self._batches(final_STD))
-        self.layer = self.part.start
+            climb(of_parent, self._batches(self.final_STD), parents_inputs, self.layers)
+            for final in self._batches(self.final_STD):
+                require_finite(final)
+        self.layer = 0
 
     def _room(self, name: str, sequences: int) -> torch.Tensor:
         """A tensor [sequences, T, D] in memory or in scratch."""
@@ -172,7 +160,7 @@ class ReplacementWalk:
         self.layer += 1
 
     def climb_to(self, layer: int) -> None:
-        """Go up to a layer of this rank's."""
+        """Go up to a layer."""
         while self.layer < layer:
             self.advance()
 
@@ -185,56 +173,32 @@ class ReplacementWalk:
 
     @torch.inference_mode()
     def model_itself(self) -> Divergence:
-        """The model with nothing replaced, on every rank; per token, shaped [S, T]."""
+        """The model with nothing replaced; per token, shaped [S, T]."""
         if self.model is not self.parent:
             return self.try_variants([{}])[0]
-        results: list[Divergence] = []
-        if self.is_last:
-            results = self._compare([batch.to(self.parent.device)] for batch in self._batches(self.final_STD))
-        return (results if self.is_lowest and self.is_last else parallel.gathered(results))[0]
-
-    def try_variants(self, variants: Sequence[Mapping[str, SubBlock]]) -> list[Divergence]:
-        """The damage of each replacement, sub-blocks by slot, at the present layer; per token, shaped [S, T]."""
-        return self._results(variants, tried_below=False)
-
-    def carry(self, count: int) -> list[Divergence]:
-        """The damage of `count` replacements that a rank below tries; see `try_variants`."""
-        return self._results([{}] * count, tried_below=True)
+        return self._compare([batch.to(self.parent.device)] for batch in self._batches(self.final_STD))[0]
 
     @torch.inference_mode()
-    def _results(self, variants: Sequence[Mapping[str, SubBlock]], tried_below: bool) -> list[Divergence]:
-        if not variants:
-            return []
-        children = self._finish(variants, tried_below)
-        if self.is_last:
-            return self._compare(children)
-        # All go to the next rank; none comes here.
-        list(children)
-        return []
+    def try_variants(self, variants: Sequence[Mapping[str, SubBlock]]) -> list[Divergence]:
+        """The damage of each replacement, sub-blocks by slot, at the present layer; per token, shaped [S, T]."""
+        return self._compare(self._finish(variants)) if variants else []
 
-    def _finish(self, variants: Sequence[Mapping[str, SubBlock]], tried_below: bool) -> Iterator[list[torch.Tensor]]:
-        """What the LM head receives in each child [B, T, D], batch by batch; nothing where the next rank goes on.
+    def _finish(self, variants: Sequence[Mapping[str, SubBlock]]) -> Iterator[list[torch.Tensor]]:
+        """What the LM head receives in each child [B, T, D], batch by batch.
 
         A batch at a time goes through the layers above, or, from scratch, all of them together.
         """
         device = self.parent.device
-        above = self.part if tried_below else range(self.layer + 1, self.part.stop)
+        own, above = list(self.anatomy.subblocks(self.layer).values()), self.layers[self.layer + 1 :]
         together = self.batch_sequences if self.scratch is None else len(self.hidden_STD)
         for hidden in self.hidden_STD.split(together):
             room = self._room("variants", len(variants) * len(hidden))
             children = [self._batches(child) for child in room.split(len(hidden))]
             every = [state for states in children for state in states]
-            if tried_below:
-                parallel.take_from_below(every)
-            else:
-                own = list(self.anatomy.subblocks(self.layer).values())
-                for replaced, states in zip(variants, children, strict=True):
-                    for state, below in zip(states, self._batches(hidden), strict=True):
-                        state.copy_(run_with(own, replaced, below.to(device), self.inputs[self.layer]))
+            for replaced, states in zip(variants, children, strict=True):
+                for state, below in zip(states, self._batches(hidden), strict=True):
+                    state.copy_(run_with(own, replaced, below.to(device), self.inputs[self.layer]))
             climb(self.anatomy, every, self.inputs, above)
-            if not self.is_last:
-                parallel.pass_up(every)
-                continue
             for batch in zip(*children, strict=True):
                 yield [state.to(device) for state in batch]
 

@@ -18,11 +18,10 @@ from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.data.task_items import half_of, read_task
 from puzzle_nas.estimates import estimate, finite
 from puzzle_nas.families import Anatomy, load_tokenizer, parent_checkpoint
-from puzzle_nas.families.streaming import StreamedLayers
 from puzzle_nas.library import block_subblocks, read_variant, with_ends
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe
-from puzzle_nas.scoring.replacement import ReplacementWalk, rounding_counts
+from puzzle_nas.scoring.replacement import ReplacementWalk, batch_tokens_of, rounding_counts
 from puzzle_nas.scoring.task_scores import TaskWalk, TokenisedTask, task_score
 from puzzle_nas.subblocks import windows_of
 from puzzle_nas.training import parallel
@@ -46,20 +45,14 @@ def scoring_walk(
     """
     settings = recipe.scoring
     scratch = run.scratch(stage) / f"rank_{parallel.rank()}" if recipe.memory == "stream" else None
-    parts = None
-    if recipe.memory == "divide":
-        layers = Anatomy(parent).layers
-        assert isinstance(layers, StreamedLayers)
-        parts = parallel.parts(range(len(layers)), parallel.world_size())
-        layers.keep(parts[parallel.rank()])
     if settings.task is None:
         tokens = load_tokens(run, "scoring")
-        walk = ReplacementWalk(parent, tokens, settings.batch_tokens, model, scratch, parts, windows)
+        walk = ReplacementWalk(parent, tokens, batch_tokens_of(parent), model, scratch, windows)
         return walk, divergence_score
     items = half_of(read_task(settings.task), True, settings.task)[: settings.task_items]
     task = TokenisedTask.of(items, load_tokenizer(parent_checkpoint(run)), parent.config.max_position_embeddings)
-    walk = TaskWalk(parent, task, settings.batch_tokens, model, scratch, parts, windows)
-    return walk, partial(task_score, measure=settings.task_measure)
+    walk = TaskWalk(parent, task, batch_tokens_of(parent), model, scratch, windows)
+    return walk, partial(task_score, measure=settings.metric.removeprefix("task_"))
 
 
 def score_choices(
@@ -73,7 +66,7 @@ def score_choices(
     """
     paths = {(layer, s): run.score(layer, choice_id(s), library, recipe.scoring.metric) for layer, s in choices}
     missing = parallel.from_first(lambda: [choice for choice, path in paths.items() if not path.exists()])
-    mine = missing if recipe.memory == "divide" else missing[parallel.rank() :: parallel.world_size()]
+    mine = missing[parallel.rank() :: parallel.world_size()]
     if mine:
         windows = windows_of(spec for _, specs in mine for spec in specs)
         walk, score_of = scoring_walk(recipe, run, parent, stage, windows)
@@ -87,7 +80,7 @@ def score_choices(
                     ticker.skip(1)
                     continue
                 results, dead, rounding = _tried(run, walk, layer, here, library)
-                for specs, result, is_dead in zip(here, results, dead, strict=False):
+                for specs, result, is_dead in zip(here, results, dead, strict=True):
                     score = score_of(result, itself, *rounding)
                     write_json(paths[layer, specs], score | problem_of(score, is_dead))
                 ticker.advance()
@@ -109,27 +102,18 @@ def score_choices(
 def _tried(
     run: RunFolder, walk: ReplacementWalk, layer: int, choices: Sequence[tuple[Spec, ...]], library: str
 ) -> tuple[Sequence[Any], list[bool], Sequence[Any]]:
-    """The results of choices at a layer, none where a later rank has them; of each whether it is dead; and the result
-    of rounding alone, where that counts."""
-    dead = torch.zeros(len(choices), dtype=torch.uint8)
-    blocks = None
-    if layer in walk.part:
-        walk.climb_to(layer)
-        blocks = block_subblocks(run, walk.parent, layer, choices, library)
-        with torch.inference_mode():
-            some = walk.hidden_STD[:1].to(walk.parent.device)
-            for number, parts in enumerate(blocks):
-                dead[number] = any(
-                    not part.empty and not part.added(some, walk.inputs[layer]).any() for part in parts.values()
-                )
-    else:
-        parallel.take_from_below([dead])
-    if not walk.is_last:
-        parallel.pass_up([dead])
-    beside = walk.rounded_otherwise()
-    tried = len(choices) + len(beside)
-    results = walk.carry(tried) if blocks is None else walk.try_variants([*blocks, *beside])
-    return results[: len(choices)], dead.bool().tolist(), results[len(choices) :]
+    """The results of choices at a layer; of each whether it is dead; and the result of rounding alone, where that
+    counts."""
+    walk.climb_to(layer)
+    blocks = block_subblocks(run, walk.parent, layer, choices, library)
+    with torch.inference_mode():
+        some, inputs = walk.hidden_STD[:1].to(walk.parent.device), walk.inputs[layer]
+        dead = [
+            any(not part.empty and not bool(part.added(some, inputs).any()) for part in parts.values())
+            for parts in blocks
+        ]
+    results = walk.try_variants([*blocks, *walk.rounded_otherwise()])
+    return results[: len(choices)], dead, results[len(choices) :]
 
 
 def divergence_score(divergence: Divergence, parent: Divergence, rounding: Divergence | None = None) -> dict:

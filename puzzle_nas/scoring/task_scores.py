@@ -79,11 +79,10 @@ class TaskWalk(ReplacementWalk):
         batch_tokens: int,
         model: PreTrainedModel | None = None,
         scratch: Path | None = None,
-        parts: Sequence[range] | None = None,
         windows: Sequence[int] = (),
     ):
         self.task = task
-        super().__init__(parent, task.tokens_NT, batch_tokens, model, scratch, parts, windows)
+        super().__init__(parent, task.tokens_NT, batch_tokens, model, scratch, windows)
 
     def rounded_otherwise(self) -> list:
         """Nothing: right and wrong choices are rounded alike."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from puzzle_nas.effort import GAP, TIME_LIMIT_SECONDS
 from puzzle_nas.errors import InfeasibleError, RecipeError
 from puzzle_nas.search.mip import solve
 from puzzle_nas.search.problem import Limit, Position, Problem, Solution, Table
@@ -30,7 +31,9 @@ def no_op_only(problem: Problem, keep: Callable[[Position, str], bool]) -> Probl
     return replace(problem, table=problem.table.restricted(keep))
 
 
-def max_params(problem: Problem, params_column: str, gap: float = 1e-4, time_limit_seconds: float = 60.0) -> Solution:
+def max_params(
+    problem: Problem, params_column: str, gap: float = GAP, time_limit_seconds: float = TIME_LIMIT_SECONDS
+) -> Solution:
     """The choice with the most parameters within the same limits, blind to scores (Puzzle, table 12).
 
     The solution's `score` is the total of `params_column`; the total of the problem's objective is in
@@ -42,7 +45,9 @@ def max_params(problem: Problem, params_column: str, gap: float = 1e-4, time_lim
     return solve(replace(problem, objective=params_column, sense="maximise"), gap, time_limit_seconds)[0]
 
 
-def random_architecture(problem: Problem, rng: np.random.Generator, time_limit_seconds: float = 60.0) -> Solution:
+def random_architecture(
+    problem: Problem, rng: np.random.Generator, time_limit_seconds: float = TIME_LIMIT_SECONDS
+) -> Solution:
     """A choice within the limits for scores drawn at random, the same for the same state of `rng`.
 
     Raises:

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from puzzle_nas.effort import GAP, TIME_LIMIT_SECONDS
 from puzzle_nas.errors import InfeasibleError, RecipeError, SearchTimeoutError
 from puzzle_nas.search.infeasible import explain_infeasible
 from puzzle_nas.search.problem import Problem, Solution
@@ -33,8 +34,8 @@ class FewerSolutionsError(InfeasibleError):
 
 def solve(
     problem: Problem,
-    gap: float = 1e-4,
-    time_limit_seconds: float = 60.0,
+    gap: float = GAP,
+    time_limit_seconds: float = TIME_LIMIT_SECONDS,
     num_solutions: int = 1,
     min_different: int = 1,
 ) -> list[Solution]:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 EVERYTHING = ("*",)
 ARITHMETIC = ("precision", "device")
 """What a stage reads that computes with a model."""
+BLD = ("bld.learning_rate", "bld.batch_tokens", "bld.normalise", "bld.shard_tokens")
+"""What decoupled and coupled BLD have in common."""
 WITHOUT_EFFECT = ("memory", "threads")
 """Settings that say how a stage works and never what it makes, so that any may read them undeclared. A stage whose
 measured times depend on the threads declares them."""
@@ -50,22 +52,23 @@ class Stage:
 
 
 def _without_coupled_bld(recipe: Recipe) -> str | None:
-    if recipe.coupled_bld.tokens:
+    if recipe.bld.coupled_tokens:
         return None
-    return "The recipe leaves coupled BLD out; ask for it with coupled_bld.tokens, such as coupled_bld.tokens=65536."
+    return "The recipe leaves coupled BLD out; ask for it with bld.coupled_tokens, such as bld.coupled_tokens=65536."
 
 
 STAGES = (
     Stage(
         "prepare_parent",
-        "Find the parent; convert it to a transformers checkpoint where it is none.",
+        "Find the parent; convert it to a transformers checkpoint if it is not one.",
         needs=(),
         reads=("parent", *ARITHMETIC),
         writes=("parent.json", "parent/*"),
+        checks=("engine",),
     ),
     Stage(
         "prepare_data",
-        "Text to packed token blocks of the five splits.",
+        "Pack text into token blocks, in five splits.",
         needs=("prepare_parent",),
         reads=("data", "seed", *ARITHMETIC),
         writes=("data/*.safetensors", "data/data.json", "data/sources/*"),
@@ -77,8 +80,8 @@ STAGES = (
         reads=("seed", *ARITHMETIC, "threads", "engine", "search_space", "scenarios", "costs"),
         writes=("costs/*.json",),
         checks=(
-            *("search.limits", "search.servable_by", "search.gap", "search.time_limit_seconds"),
-            *("scoring.metric", "scoring.unit", "coupled_bld.tokens"),
+            *("search.limits", "search.servable_by"),
+            *("scoring.metric", "scoring.unit", "bld.coupled_tokens"),
         ),
     ),
     Stage(
@@ -92,13 +95,13 @@ STAGES = (
         "distill_blocks",
         "Train every variant to imitate its parent block (BLD).",
         needs=("build_library",),
-        reads=("seed", *ARITHMETIC, "search_space", "bld"),
+        reads=("seed", *ARITHMETIC, "search_space", *BLD, "bld.tokens"),
         writes=("library/main/*/*",),
         shared=True,
     ),
     Stage(
         "score_blocks",
-        "Damage of every variant when it alone replaces its parent block.",
+        "Score every variant: what is lost if it alone replaces the parent's.",
         needs=("distill_blocks",),
         reads=(*ARITHMETIC, "search_space", "scoring"),
         writes=("scores/main/*/*.json",),
@@ -106,11 +109,12 @@ STAGES = (
     ),
     Stage(
         "couple_blocks",
-        "Train and score what a first search uses in pairs of attention and FFN (coupled BLD).",
+        "Train and score pairs of attention and FFN that a first search uses (coupled BLD).",
         needs=("score_blocks", "measure_costs"),
         reads=(
-            *("seed", *ARITHMETIC, "engine", "search_space", "scenarios", "coupled_bld", "scoring"),
-            *("search.limits", "search.servable_by", "search.gap", "search.time_limit_seconds", "search.min_different"),
+            *("seed", *ARITHMETIC, "engine", "search_space", "scenarios", "scoring"),
+            *(*BLD, "bld.coupled_tokens", "bld.coupled_solutions"),
+            *("search.limits", "search.servable_by"),
         ),
         writes=("library/coupled/*", "library/coupled/*/*", "scores/coupled/*/*"),
         shared=True,
@@ -122,7 +126,7 @@ STAGES = (
         needs=("score_blocks", "measure_costs", "couple_blocks"),
         reads=(
             *(*ARITHMETIC, "threads", "engine", "search_space", "scenarios", "search", "refit"),
-            *("costs.file", "costs.decode_steps_measured", "coupled_bld.tokens", "scoring.metric", "scoring.unit"),
+            *("costs.file", "bld.coupled_tokens", "scoring.metric", "scoring.unit"),
         ),
         writes=("search/main/architecture.json", "search/main/candidates/*.json"),
     ),
@@ -152,7 +156,7 @@ STAGES = (
         "evaluate_child",
         "Child against parent: quality and measured speed.",
         needs=("distill_child",),
-        reads=(*ARITHMETIC, "threads", "engine", "scenarios", "evaluation"),
+        reads=(*ARITHMETIC, "threads", "engine", "scenarios"),
         writes=("evaluation.json", "measured.json"),
     ),
     Stage(

@@ -10,11 +10,11 @@ from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, complete_folder, fingerprint, read_json
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import load_parent, load_tokenizer, parent_checkpoint, save_model
-from puzzle_nas.formats.stored import write_matrices
-from puzzle_nas.library import assemble
+from puzzle_nas.formats.stored import FILE, write_matrices
+from puzzle_nas.library import assemble, rounded_already
 from puzzle_nas.recipe import Recipe
 from puzzle_nas.report.model_card import model_card
-from puzzle_nas.training.refitting import refit, room_for_goals
+from puzzle_nas.training.refitting import room_for_goals, rounded
 
 
 def run(recipe: Recipe, run: RunFolder) -> None:
@@ -40,7 +40,8 @@ def run(recipe: Recipe, run: RunFolder) -> None:
                 continue
             child = assemble(run, parent, architecture, library)
             if architecture.formats:
-                write_matrices(refit(parent, child, calibration, None, goals=goals), partial)
+                already = rounded_already(run, parent, architecture)
+                write_matrices(rounded(parent, child, calibration, already, goals), partial / FILE)
             save_model(child, tokenizer, partial)
             card = model_card(recipe.parent, architecture, __version__, "assembled from the block library")
             (partial / "README.md").write_text(card)

@@ -33,8 +33,8 @@ from puzzle_nas.subblocks import (
 from puzzle_nas.training.refitting import rounded_alone, rounded_ends
 
 OBSERVED_BATCH_TOKENS = 4096
-ROUNDING_TOKENS = 2048
-"""Whose Gram matrices decide how the parent's own sub-blocks are rounded to be scored; children are rounded again."""
+ROUNDING_TOKENS = 8192
+"""Whose Gram matrices decide how the parent's own sub-blocks are rounded; refitting rounds again."""
 HELD_BACK_TOKENS = 1024
 """Enough to tell initialisations apart that differ much; those that do not differ much need no choosing."""
 
@@ -66,13 +66,13 @@ def run(recipe: Recipe, run: RunFolder) -> None:
                 observations[spec.slot] |= variant_of(spec).observations(spec, origin)
             statistics: dict[str, LayerStatistics] = {slot: {} for slot in observations}
             in_formats = [spec for spec in missing if spec.format]
-            _round_own(run, parent, index, in_formats, batches, inputs[index], recipe.library.ridge)
+            _round_own(run, parent, index, in_formats, batches, inputs[index])
             for number, batch in enumerate(batches):
                 activations, batches[number] = observed(subblocks, batch, inputs[index])
                 for slot, wanted in observations.items():
                     add_observations(statistics[slot], wanted, activations[slot])
             for spec in specs:
-                context = Context(Origin(parent, index, spec.slot), statistics[spec.slot], recipe.library.ridge)
+                context = Context(Origin(parent, index, spec.slot), statistics[spec.slot])
                 _initialise(recipe, run, index, spec, context, walk)
             ticker.advance()
             if index + 1 < len(parts.layers):
@@ -84,7 +84,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
             if not variant_is_stored(path):
                 ends = rounded_ends(parent, head.format, final)
                 weights = {name: matrix.weight_OI.to(parent.dtype) for name, matrix in ends.items()}
-                write_variant(path, [head], weights, ROUNDED)
+                write_variant(path, [head], weights, ROUNDED, ends)
 
 
 ROUNDED = {"initialisation": "rounded", "chosen": "rounded"}
@@ -97,7 +97,6 @@ def _round_own(
     specs: Sequence[Spec],
     batches: Sequence[torch.Tensor],
     inputs: LayerInputs,
-    ridge: float,
 ) -> None:
     """The parent's own sub-blocks of a layer in formats; `batches` are what the layer reads, each [B, T, D]."""
     hidden = list(batches)[: max(1, ROUNDING_TOKENS // batches[0].shape[:2].numel())] if specs else []
@@ -105,8 +104,8 @@ def _round_own(
         goal = [h + subblock.added(h, inputs) for h in hidden]
         for spec in specs:
             if spec.slot == slot:
-                weights = rounded_alone(parent, index, spec, hidden, goal, inputs, ridge)
-                write_variant(run.initial_variant(index, spec.id), [spec], weights, ROUNDED)
+                weights, matrices = rounded_alone(parent, index, spec, hidden, goal, inputs)
+                write_variant(run.initial_variant(index, spec.id), [spec], weights, ROUNDED, matrices)
         hidden = goal
 
 

@@ -15,6 +15,7 @@ from puzzle_nas.architecture import Choice, SearchSpace, Spec, choice_id
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.data.batches import block_order, load_tokens
+from puzzle_nas.effort import MIN_DIFFERENT
 from puzzle_nas.families import architecture_of, load_parent
 from puzzle_nas.library import block_weights
 from puzzle_nas.progress import console
@@ -37,7 +38,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     parallel.divide_threads()
     pairs = _pairs(run, space)
     jobs = [[_job(run, parent, layer, pair) for pair in here] for layer, here in enumerate(pairs)]
-    distill_blocks(recipe, recipe.coupled_bld, run, NAME, parent, load_tokens(run, "train"), jobs, block_order)
+    distill_blocks(recipe, recipe.bld.coupled_tokens, run, NAME, parent, load_tokens(run, "train"), jobs, block_order)
     choices = [(layer, pair) for layer, here in enumerate(pairs) for pair in here]
     score_choices(recipe, run, parent, NAME, "coupled", choices)
 
@@ -46,16 +47,11 @@ def _choose_pairs(recipe: Recipe, run: RunFolder, space: SearchSpace) -> None:
     """Write which pairs are trained; those of an interrupted run stay."""
     if run.coupled_pairs.exists():
         return
-    settings = recipe.search
-    found = ArchitectureSearch.at_best_batch_sizes(recipe, run, settings.limits, library="main")
+    found = ArchitectureSearch.at_best_batch_sizes(recipe, run, recipe.search.limits, library="main")
     solutions = [
         found.architecture(solution)
         for solution in found.solve(
-            settings.limits,
-            settings.gap,
-            settings.time_limit_seconds,
-            recipe.coupled_bld.solutions,
-            settings.min_different,
+            recipe.search.limits, num_solutions=recipe.bld.coupled_solutions, min_different=MIN_DIFFERENT
         )
     ]
     used = [

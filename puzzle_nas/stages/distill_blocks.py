@@ -12,6 +12,8 @@ from puzzle_nas.training import parallel
 from puzzle_nas.training.block_distillation import distill_blocks
 from puzzle_nas.training.block_steps import Job
 
+MADE_WITH_IT = ("spec", "parameters", "checksum", "matrices_checksum")
+"""Facts of a file and not of how a variant came about."""
 NAME = __name__.rpartition(".")[2]
 
 
@@ -31,11 +33,11 @@ def run(recipe: Recipe, run: RunFolder) -> None:
         for job in parallel.share([job for layer_jobs in jobs for job in layer_jobs]):
             write_variant(job.path, job.specs, job.start(), {"tokens": 0})
         return
-    distill_blocks(recipe, recipe.bld, run, NAME, parent, load_tokens(run, "train"), jobs, block_order)
+    distill_blocks(recipe, recipe.bld.tokens, run, NAME, parent, load_tokens(run, "train"), jobs, block_order)
 
 
 def _job(run: RunFolder, layer: int, spec: Spec) -> Job:
     initial = run.initial_variant(layer, spec.id)
     facts = read_json(facts_path(initial), "build-library")
-    facts = {key: value for key, value in facts.items() if key not in ("spec", "parameters", "checksum")}
+    facts = {key: value for key, value in facts.items() if key not in MADE_WITH_IT}
     return Job((spec,), run.variant(layer, spec.id), lambda: read_variant(initial, "build-library"), facts)

@@ -12,7 +12,7 @@ from puzzle_nas.families import (
     save_model,
 )
 from puzzle_nas.families.loading import parent_checkpoint
-from puzzle_nas.formats.stored import read_matrices, write_matrices
+from puzzle_nas.formats.stored import FILE, read_matrices, write_matrices
 from puzzle_nas.machine import machine_of
 from puzzle_nas.progress import console
 from puzzle_nas.recipe import Recipe
@@ -26,7 +26,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     refitted = read_json(run / "refit.json", "refit-child")["kept"]
     parent = parent_outputs(recipe, run)
     folder = run / ("child-refit" if refitted else "child")
-    matrices = read_matrices(folder)
+    matrices = read_matrices(folder / FILE)
     if matrices and recipe.gkd.tokens and parallel.world_size() > 1:
         parallel.stop(RecipeError("A child in formats is distilled by one process; start puzzle without torchrun."))
     start = load_model(folder, machine_of(recipe))
@@ -45,7 +45,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     architecture = Architecture.from_list(read_json(run.architecture())["architecture"])
     with complete_folder(run / "child-gkd") as partial:
         save_model(result.eval(), load_tokenizer(parent_checkpoint(run)), partial)
-        write_matrices(training.matrices, partial)
+        write_matrices(training.matrices, partial / FILE)
         refit = "refit, " if refitted else ""
         how = f"block library, search, {refit}then {recipe.gkd.tokens} tokens of global distillation"
         (partial / "README.md").write_text(model_card(recipe.parent, architecture, __version__, how))

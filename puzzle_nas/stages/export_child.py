@@ -14,7 +14,7 @@ from puzzle_nas.artifacts import complete_folder, file_checksum, read_json, writ
 from puzzle_nas.data.sources import stdlib_documents
 from puzzle_nas.engines import serving_engine
 from puzzle_nas.engines.base import EXPORT_RECORD
-from puzzle_nas.engines.verification import LEAST_TOKENS, cut_prompts, verify, verify_quantised
+from puzzle_nas.engines.verification import LEAST_TOKENS, cut_prompts, verify, verify_quantised, verify_served
 from puzzle_nas.errors import ExportError
 from puzzle_nas.exporters import EXPORTERS, Child
 from puzzle_nas.exporters.base import DTYPES
@@ -85,12 +85,16 @@ def export_child(checkpoint: Path, to: str, dtype: str | None, quantise: str | N
         exporter.write(child, partial, dtype)
         console.print(f"  verify with {engine.name}")
         checks[dtype] = verify(exporter, engine, child, partial, dtype, prompts)
+        if formats and engine.served_in_16_bits:
+            console.print(f"  verify with {engine.name} as it is served")
+            checks[f"{dtype}, as served"] = verify_served(exporter, engine, child, partial, dtype, prompts)
         if formats:
             if differing := exporter.differing(child, partial, dtype):
                 raise ExportError(f"The file does not hold the child's weights: {', '.join(differing)} differ.")
             tensor_types = engine.tensor_types(partial)
             types = ", ".join(f"{count} are {name}" for name, count in tensor_types.items())
-            console.print(f"  of {sum(tensor_types.values())} tensors {types}, all as the child has them")
+            of_types = f"of {sum(tensor_types.values())} tensors {types}, all" if types else "all tensors are"
+            console.print(f"  {of_types} as the child has them")
         if quantise is not None:
             console.print(f"  quantise to {quantise} and verify")
             tensor_types = engine.quantise(partial, quantise)

@@ -20,7 +20,7 @@ from puzzle_nas.architecture import Architecture, Head, Scenario, SearchSpace, S
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.choosing.cost_fit import PARENT, Part, fit, parts_of, random_mixtures, uniform_models
-from puzzle_nas.choosing.costs import CostTable, group_name
+from puzzle_nas.choosing.costs import REPEATS, CostTable, group_name, timed_steps
 from puzzle_nas.engines import ENGINES, Engine, RequestTime, TorchEngine, interleaved_times
 from puzzle_nas.errors import ArtifactError, RecipeError
 from puzzle_nas.families import Anatomy, architecture_of, head_dim_of, load_parent, parent_checkpoint, probe_model
@@ -52,7 +52,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
             )
     limits = dict(recipe.search.limits)
     found = ArchitectureSearch.at_best_batch_sizes(recipe, run, limits, scored=False)
-    found.solve(limits, recipe.search.gap, recipe.search.time_limit_seconds)
+    found.solve(limits)
 
 
 def _check_lengths(recipe: Recipe, run: RunFolder) -> None:
@@ -76,7 +76,7 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
         )
     space = search_space_of(recipe, architecture_of(parent.config))
     weights = {part: part_weights(parent, part) for part in parts_of(space)}
-    engine = ENGINES[recipe.engine]
+    engine, steps = ENGINES[recipe.engine], timed_steps(recipe.engine)
     itemsize = engine.weights_dtype(parent.dtype).itemsize
     counted_bytes, shares = _bytes(parent, weights, engine, itemsize), _shares(weights, space)
     models = uniform_models(space) | random_mixtures(space, recipe.costs.mixtures, recipe.seed)
@@ -84,17 +84,18 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
     others = {name: architecture for name, architecture in models.items() if name != PARENT}
     probes = {PARENT: parent} | {name: probe_model(parent, a, placeholders) for name, a in others.items()}
     scenarios = _measurable(recipe, parent, itemsize)
+    beside, repeats = (None, REPEATS) if engine.holds(probes) else (PARENT, REPEATS - 1)
     with (
         engine.loaded(probes, run.scratch(NAME)) as loaded,
-        progress(f"measure costs on {engine.name}, model", recipe.costs.repeats * len(probes)) as ticker,
+        progress(f"measure costs on {engine.name}, model", repeats * len(probes)) as ticker,
     ):
         times = interleaved_times(
             list(probes),
             scenarios,
-            lambda name, scenario: engine.time_parts(loaded[name], scenario, recipe.costs.decode_steps_measured),
-            recipe.costs.repeats,
+            lambda name, scenario: engine.time_parts(loaded[name], scenario, steps),
+            repeats,
             ticker.advance,
-            beside=None if engine.holds_all else PARENT,
+            beside=beside,
             on_more=ticker.extend,
         )
         whole = interleaved_times([PARENT], scenarios, lambda name, s: engine.time_request(loaded[name], s), 3)

@@ -19,7 +19,7 @@ from puzzle_nas.data.parent_samples import sample_documents
 from puzzle_nas.data.sources import Document, documents
 from puzzle_nas.errors import DataError
 from puzzle_nas.families import architecture_of, head_dim_of, load_parent, load_tokenizer, parent_checkpoint
-from puzzle_nas.progress import progress
+from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import PARENT_SAMPLES, Recipe
 from puzzle_nas.training import parallel
 
@@ -78,6 +78,9 @@ def _write(
             "tokens_by_source": dict(split.tokens_by_source),
             "fingerprint": hashlib.sha256(split.tokens.tobytes()).hexdigest(),
         }
+    asked, found = recipe.data.train_tokens, facts["train"]["tokens"]
+    if found < asked - recipe.data.sequence_length:
+        console.print(f"  train has {found:,} of the {asked:,} tokens asked for: the sources have no more.")
     if not any(settings.source == PARENT_SAMPLES for settings in recipe.data.sources):
         _samples_path(run).unlink(missing_ok=True)
     sources = [

@@ -7,6 +7,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from puzzle_nas.artifacts import RunFolder, complete_folder, explained_disk_errors, write_json
+from puzzle_nas.engines import ENGINES, ServingEngine
+from puzzle_nas.errors import RecipeError
+from puzzle_nas.exporters import EXPORTERS, Child
 from puzzle_nas.families import architecture_of, family_of, find_checkpoint, open_parent
 from puzzle_nas.families.anatomy import check_adapter
 from puzzle_nas.families.loading import stream_model
@@ -29,6 +32,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     examined = examine(where, lambda config: family_of(config.model_type))
     for line in examined.warnings:
         console.print(f"  {line}")
+    _check_engine(recipe, examined)
     if recipe.memory != "all" and isinstance(where, Path) and (where / "config.json").is_file():
         checkpoint = where.resolve()
         model = stream_model(checkpoint, machine)
@@ -49,6 +53,25 @@ def run(recipe: Recipe, run: RunFolder) -> None:
             "weights_fingerprint": parent_fingerprint(checkpoint),
         },
     )
+
+
+def _check_engine(recipe: Recipe, examined: Examined) -> None:
+    """Say that the engine cannot serve the parent's tokenizer: its children can be timed there, but not exported.
+
+    Raises:
+        RecipeError: it does not serve the parent at all, so no child either.
+    """
+    engine = ENGINES[recipe.engine]
+    if not isinstance(engine, ServingEngine):
+        return
+    exporter = EXPORTERS[engine.formats[0]]
+    if reasons := exporter.reasons(Child(examined.model, None)):
+        raise RecipeError(
+            f"The engine {engine.name} does not serve this parent: {'; '.join(reasons)}. Set another engine "
+            "(`puzzle inspect PARENT` lists those that do), or engine: torch and no search_space.formats."
+        )
+    for reason in exporter.reasons(Child(examined.model, examined.tokenizer)):
+        console.print(f"  The child will run on {engine.name} but not be exported to {exporter.name}: {reason}.")
 
 
 def _opened(where: Path | str, examined: Examined, run: RunFolder, machine: Machine) -> tuple[Path, PreTrainedModel]:

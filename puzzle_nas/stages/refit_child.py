@@ -10,7 +10,7 @@ from puzzle_nas.artifacts import RunFolder, complete_folder, read_json, write_js
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import load_parent, load_tokenizer, save_model
 from puzzle_nas.families.loading import parent_checkpoint
-from puzzle_nas.formats.stored import write_matrices
+from puzzle_nas.formats.stored import FILE, write_matrices
 from puzzle_nas.library import assemble
 from puzzle_nas.progress import progress
 from puzzle_nas.recipe import Recipe
@@ -22,7 +22,7 @@ from puzzle_nas.training.refitting import refit_if_better
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Refit a copy; keep it if it is better on the selection split."""
     shutil.rmtree(run / "child-refit", ignore_errors=True)
-    if not recipe.refit.enabled:
+    if not recipe.refit:
         write_json(run / "refit.json", {"tried": False, "kept": False})
         return
     parent = load_parent(recipe, run, by_layer=True)
@@ -31,13 +31,11 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     architecture = Architecture.from_list(found["architecture"])
     child, calibration = assemble(run, parent, architecture, found["library"]), load_tokens(run, "calibration")
     with progress("refit, layer", parent.config.num_hidden_layers) as ticker:
-        better, stored, kl = refit_if_better(
-            parent, child, reference, calibration, recipe.refit.ridge_tokens, ticker.advance
-        )
+        better, stored, kl = refit_if_better(parent, child, reference, calibration, ticker.advance)
     if kl.kept:
         with complete_folder(run / "child-refit") as partial:
             save_model(better, load_tokenizer(parent_checkpoint(run)), partial)
-            write_matrices(stored, partial)
+            write_matrices(stored, partial / FILE)
             how = "assembled from the block library, then refitted in closed form"
             (partial / "README.md").write_text(model_card(recipe.parent, architecture, __version__, how))
     write_json(

@@ -6,18 +6,21 @@ Files: search/NAME/architecture.json; search/main/candidates/, what was measured
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, write_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
+from puzzle_nas.choosing.costs import timed_steps
 from puzzle_nas.choosing.refinement import Refinement, Trials
 from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.effort import EFFORTS, GAP, SPEED_ATTEMPTS, TIME_LIMIT_SECONDS, Effort
 from puzzle_nas.engines import ENGINES, speedups
 from puzzle_nas.errors import InfeasibleError
 from puzzle_nas.families import load_parent, probe_model
 from puzzle_nas.progress import console
-from puzzle_nas.recipe import Recipe, SearchSettings
+from puzzle_nas.recipe import Recipe
 
 NAME = __name__.rpartition(".")[2]
 BASELINES = ("greedy", "homogeneous", "max_params")
@@ -25,7 +28,10 @@ BASELINES = ("greedy", "homogeneous", "max_params")
 
 
 def search(
-    found: ArchitectureSearch, limits: dict[str, float], gap: float, time_limit_seconds: float
+    found: ArchitectureSearch,
+    limits: dict[str, float],
+    gap: float = GAP,
+    time_limit_seconds: float = TIME_LIMIT_SECONDS,
 ) -> dict[str, Any]:
     """The program's best architecture within the limits, and the baselines at its predicted cost or below.
 
@@ -57,22 +63,50 @@ def search(
 
 TRIED_ON = ("calibration", "scoring", "selection")
 """The splits that candidates are refitted and measured on."""
-SPEED_REPEATS = 15
+SPEED_REPEATS = 7
 MARGIN = 1.005
 """How much further a limit is corrected than what the costs got wrong of a child."""
 SLACK = 1.03
 """How much faster than asked a child may be; beyond that a nearer one is searched."""
 
 
+def next_limit(asked: float, checks: Sequence[Mapping[str, float]]) -> float:
+    """The predicted speed-up to search for next, so that the measured one is the asked one.
+
+    On a straight line between a child that was too slow and one that was fast enough, the nearest of each; else by what
+    the costs got wrong of the last child.
+    """
+    wanted = MARGIN * asked
+
+    def nearest(fast_enough: bool) -> Mapping[str, float] | None:
+        side = [check for check in checks if (check["speedup_measured"] >= wanted) == fast_enough]
+        return min(side, key=lambda check: abs(check["speedup_measured"] - wanted), default=None)
+
+    slow, fast = nearest(False), nearest(True)
+    if slow and fast and slow["speedup_predicted"] < fast["speedup_predicted"]:
+        share = (wanted - slow["speedup_measured"]) / (fast["speedup_measured"] - slow["speedup_measured"])
+        return slow["speedup_predicted"] + share * (fast["speedup_predicted"] - slow["speedup_predicted"])
+    return wanted * checks[-1]["speedup_predicted"] / checks[-1]["speedup_measured"]
+
+
 def run(recipe: Recipe, run: RunFolder) -> None:
+    """Search with the recipe's effort; speeds are checked where one is asked for and costs were measured here."""
+    is_checked = "speedup" in recipe.search.limits and recipe.costs.file is None
+    effort, attempts = EFFORTS[recipe.search.effort], SPEED_ATTEMPTS if is_checked else 0
+    write_json(run.architecture(), search_measured(recipe, run, effort, attempts))
+
+
+def search_measured(recipe: Recipe, run: RunFolder, effort: Effort, attempts: int) -> dict[str, Any]:
     """Search within the limits as measured: the architecture is timed with placeholder weights next to the parent.
 
     The limit is tightened or loosened by what the costs got wrong, until the child is as fast as asked and not much
-    faster.
+    faster. Where children are measured, what the costs get wrong is seen of the best by sums before any is assembled.
+
+    Args:
+        attempts: how often at most what was found is timed; 0 trusts the costs.
     """
-    settings, asked = recipe.search, dict(recipe.search.limits)
+    asked = dict(recipe.search.limits)
     found = ArchitectureSearch.at_best_batch_sizes(recipe, run, asked)
-    attempts = settings.speed_attempts if "speedup" in asked and recipe.costs.file is None else 0
     checks: list[dict[str, float]] = []
 
     def timed(result: dict[str, Any]) -> float:
@@ -81,25 +115,25 @@ def run(recipe: Recipe, run: RunFolder) -> None:
         console.print(f"  predicted {predicted:.3f}x, measured {measured:.3f}x")
         return measured
 
-    def corrected(result: dict[str, Any], measured: float) -> dict[str, float]:
-        return {**asked, "speedup": asked["speedup"] * MARGIN * result["speedup_predicted"] / measured}
+    def corrected() -> dict[str, float]:
+        return {**asked, "speedup": next_limit(asked["speedup"], checks)}
 
     limits, refinement = asked, None
-    if settings.measures_children:
+    if effort.measures_children:
         if attempts:
-            # What the costs get wrong of such children, before any is assembled.
-            first = search(found, asked, settings.gap, settings.time_limit_seconds)
-            limits = corrected(first, timed(first))
+            first = search(found, asked)
+            timed(first)
+            limits = corrected()
         splits = {split: load_tokens(run, split) for split in TRIED_ON}
         trials = Trials(run, load_parent(recipe, run), recipe, splits, found.library)
-        refinement = Refinement(found.by_either_loss(recipe, run), settings, trials)
+        refinement = Refinement(found.by_either_loss(recipe, run), effort, trials)
     try:
-        result = _searched(found, settings, limits, refinement)
+        result = _searched(found, limits, refinement)
     except InfeasibleError:
         if limits == asked:
             raise
         limits = asked
-        result = _searched(found, settings, limits, refinement)
+        result = _searched(found, limits, refinement)
     fast_enough, seen = None, []
     for _ in range(attempts):
         measured = timed(result)
@@ -108,30 +142,28 @@ def run(recipe: Recipe, run: RunFolder) -> None:
             fast_enough = result
             if measured < asked["speedup"] * SLACK:
                 break
-        limits = corrected(result, measured)
+        limits = corrected()
         try:
-            result = _searched(found, settings, limits, refinement)
+            result = _searched(found, limits, refinement)
         except InfeasibleError:
-            console.print("  No faster child can be made of this search space.")
+            console.print(f"  No child is predicted to reach {limits['speedup']:.3f}x, which that would take.")
             break
         if result["architecture"] in seen:
             break
     # One nearer than a child that was faster than asked may be too slow.
     result = fast_enough or result
     tried = refinement.tried if refinement else []
-    write_json(run.architecture(), {**result, "limits": asked, "children_measured": tried, "speed_checks": checks})
+    return {**result, "limits": asked, "children_measured": tried, "speed_checks": checks}
 
 
-def _searched(
-    found: ArchitectureSearch, settings: SearchSettings, limits: dict[str, float], refinement: Refinement | None
-) -> dict[str, Any]:
-    result = search(found, limits, settings.gap, settings.time_limit_seconds)
+def _searched(found: ArchitectureSearch, limits: dict[str, float], refinement: Refinement | None) -> dict[str, Any]:
+    result = search(found, limits)
     return result if refinement is None else result | found.describe(refinement.best(limits))
 
 
 def _measured_speedup(recipe: Recipe, run: RunFolder, found: ArchitectureSearch, result: dict[str, Any]) -> float:
     parent = load_parent(recipe, run)
     probe = probe_model(parent, Architecture.from_list(result["architecture"]))
-    engine, steps = ENGINES[recipe.engine], recipe.costs.decode_steps_measured
+    engine, steps = ENGINES[recipe.engine], timed_steps(recipe.engine)
     with engine.loaded({"parent": parent, "child": probe}, run.scratch(NAME)) as loaded:
         return statistics.median(speedups(engine, loaded, found.costs.scenarios, SPEED_REPEATS, steps))

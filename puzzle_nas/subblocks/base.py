@@ -55,13 +55,17 @@ class Origin:
         return {name: w for name, w in self.weights.items() if not name.startswith(self.name(""))}
 
 
+RIDGE = 1e-4
+"""Of the least squares, relative to the mean diagonal of the Gram matrix."""
+
+
 @dataclass(frozen=True)
 class Context:
     """A sub-block of the parent and what was observed of it."""
 
     origin: Origin
     statistics: LayerStatistics
-    ridge: float
+    ridge: float = RIDGE
 
 
 class Variant(ABC, Generic[S]):

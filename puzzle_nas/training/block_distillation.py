@@ -32,7 +32,11 @@ from puzzle_nas.training.activations import LayerActivations
 from puzzle_nas.training.block_steps import BlockTask, Job, Steps, Trainee
 from puzzle_nas.training.checkpoints import read_checkpoint, write_checkpoint
 
+MOST_SAID = 5
+"""Variants with trouble that are named."""
 CURVE_POINTS = 40
+CHECKPOINT_STEPS = 200
+"""Between checkpoints within a layer."""
 TRAINING_BYTES_PER_PARAMETER = 24
 """Master weight, gradient, two moments, a bfloat16 copy, and slack."""
 
@@ -75,7 +79,7 @@ def shards_of(trained: int, wanted: int, batch_sequences: int, most: int | None)
 
 def distill_blocks(
     recipe: Recipe,
-    settings: BLDSettings,
+    tokens_each: int,
     run: RunFolder,
     stage: str,
     parent: PreTrainedModel,
@@ -86,14 +90,14 @@ def distill_blocks(
     """Train every layer's jobs that are not stored yet, and store them; what has no weights is stored as it is.
 
     Args:
-        settings: the recipe's for this kind of BLD.
+        tokens_each: on which each job trains.
         stage: whose scratch folder to use.
         jobs: one list for each layer.
     """
-    length = all_tokens_ST.shape[1]
+    settings, length = recipe.bld, all_tokens_ST.shape[1]
     batch_sequences = max(1, settings.batch_tokens // length)
     held_out = min(batch_sequences, max(1, len(all_tokens_ST) // 4))
-    wanted = math.ceil(settings.tokens / length)
+    wanted = math.ceil(tokens_each / length)
     tokens = all_tokens_ST[: min(len(all_tokens_ST), wanted + held_out)]
     # Ranks that looked for themselves might see what another one has stored meanwhile, and divide otherwise.
     pending = parallel.from_first(
@@ -126,10 +130,17 @@ def distill_blocks(
             batches = shard.batches(order, recipe.seed + layer)
             held = torch.arange(shard.end - shard.begin, shard.end - shard.begin + held_out)
             for group in _groups(training[layer], task.device, one_by_one=recipe.memory != "all"):
-                problems += _distil(task, layer, group, settings, shard, batches, held, total_steps)
+                problems += _distil(task, layer, group, settings, tokens_each, shard, batches, held, total_steps)
             ticker.advance()
-    for problem in parallel.gathered(problems):
+    problems = parallel.gathered(problems)
+    for problem in problems[:MOST_SAID]:
         console.print(f"  {problem}")
+    if more := len(problems[MOST_SAID:]):
+        trained = sum(map(len, training.values()))
+        console.print(
+            f"  So it went with {more} more, of {trained} variants in all. A lower bld.learning_rate or more "
+            "bld.tokens may help."
+        )
 
 
 def _activations(
@@ -184,6 +195,7 @@ def _distil(
     layer: int,
     group: Sequence[tuple[Path, Job, Weights]],
     settings: BLDSettings,
+    tokens_each: int,
     shard: Shard,
     batches: Sequence[torch.Tensor],
     held: torch.Tensor,
@@ -195,13 +207,13 @@ def _distil(
     paths = [path for path, _, _ in group]
     is_last = shard.end_step == total_steps
     starts = _evaluate(task, trainees, held) if is_last else []
-    _train(task, trainees, paths, shard, batches, settings.checkpoint_every_steps, total_steps)
+    _train(task, trainees, paths, shard, batches, total_steps)
     if not is_last:
         return []
     ends = _evaluate(task, trainees, held)
     problems = []
     for path, trainee, start, end in zip(paths, trainees, starts, ends, strict=True):
-        problems.append(_keep(settings, layer, trainee, start, end, parent.dtype))
+        problems.append(_keep(tokens_each, layer, trainee, start, end, parent.dtype))
         path.unlink(missing_ok=True)
     return [problem for problem in problems if problem]
 
@@ -212,7 +224,6 @@ def _train(
     paths: Sequence[Path],
     shard: Shard,
     batches: Sequence[torch.Tensor],
-    every: int,
     total_steps: int,
 ) -> None:
     """All steps of a shard, from wherever the last run stopped."""
@@ -225,7 +236,7 @@ def _train(
         # One that was written just before a kill is ahead of the others.
         pending = {path: t for path, t, begin in zip(paths, trainees, begins, strict=True) if step >= begin}
         steps.take(step, batches[step - shard.first_step], list(pending.values()))
-        is_due = (step + 1) % every == 0 or step + 1 == shard.end_step
+        is_due = (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == shard.end_step
         if is_due and step + 1 < total_steps:
             for path, trainee in pending.items():
                 _save_checkpoint(path, trainee, step + 1)
@@ -258,9 +269,7 @@ def _evaluate(task: BlockTask, trainees: Sequence[Trainee], sequences: torch.Ten
     return [task.loss(trainee, batch).item() for trainee in trainees]
 
 
-def _keep(
-    settings: BLDSettings, layer: int, trainee: Trainee, start: float, end: float, dtype: torch.dtype
-) -> str | None:
+def _keep(tokens_each: int, layer: int, trainee: Trainee, start: float, end: float, dtype: torch.dtype) -> str | None:
     """Store what was trained, or its start if that was better; the sentence to print when BLD had trouble."""
     job, fell_back = trainee.job, not (math.isfinite(end) and end <= start)
     losses = trainee.read_losses()
@@ -268,7 +277,7 @@ def _keep(
     curve = [sum(losses[i : i + stride]) / len(losses[i : i + stride]) for i in range(0, len(losses), stride)]
     facts = {
         **job.facts,
-        "tokens": settings.tokens,
+        "tokens": tokens_each,
         "held_out_loss_start": start if math.isfinite(start) else None,
         "held_out_loss_end": end if math.isfinite(end) else None,
         "fell_back": fell_back,

@@ -66,7 +66,7 @@ class Trainee:
                 subblock.mixer.requires_grad_(True)
                 self.reads_parents_norm[spec.slot] = _same_weights(subblock.norm, parents[spec.slot].norm)
         self.blocks = torch.nn.ModuleDict({slot: subblock.layer for slot, subblock in self.subblocks.items()})
-        self.optimiser = Optimiser(self.blocks, settings, steps)
+        self.optimiser = Optimiser(self.blocks, settings.learning_rate, steps)
         self.losses: list[float] = []
         self._unread: list[torch.Tensor] = []
 
@@ -195,7 +195,7 @@ class Steps:
     def __init__(self, task: BlockTask, trainees: Sequence[Trainee], batch_sequences: int):
         self.task, self.trainees, self.batch_sequences = task, trainees, batch_sequences
         self.schedule = trainees[0].optimiser
-        self.can_capture = task.device.type == "cuda" and self.schedule.settings.optimiser == "adamw"
+        self.can_capture = task.device.type == "cuda"
         self.graph: StepGraph | None = None
         self.is_warm = False
 

@@ -6,7 +6,6 @@ Shapes: S sequences, B of them in a batch, T tokens, N = B * T, D hidden.
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,16 +21,14 @@ from puzzle_nas.families import Anatomy, LayerInputs, architecture_of, load_pare
 from puzzle_nas.formats.stored import Matrix
 from puzzle_nas.machine import machine_of
 from puzzle_nas.progress import console, progress
-from puzzle_nas.recipe import GKDSettings, Recipe
+from puzzle_nas.recipe import GKDSettings, Recipe, steps_between_measurements
 from puzzle_nas.scoring.replacement import next_tokens
 from puzzle_nas.training import parallel
-from puzzle_nas.training.adapters import add_adapters, merged_weights
 from puzzle_nas.training.checkpoints import read_checkpoint, read_shards, write_checkpoint, write_shards
 from puzzle_nas.training.compilation import compile_layers
 from puzzle_nas.training.losses import cosine_loss, distillation_loss
 from puzzle_nas.training.optimiser import Optimiser
 from puzzle_nas.training.parent_outputs import LiveParent, ParentOutputs, StoredParent
-from puzzle_nas.training.step_graph import StepGraph
 
 STAGE = "distill_child"
 """Whose scratch folder holds checkpoints."""
@@ -55,22 +52,22 @@ def gkd_loss(
         blocks_B: where the tokens lie in the split.
         inputs: of the child's layers, for sequences of this length.
     """
-    cosine = bool(settings.cosine_weight)
-    theirs, their_states = parent.outputs(tokens_BT, blocks_B, cosine)
+    kl, cosine, lm = (settings.losses.get(name, 0.0) for name in ("kl", "cosine", "lm"))
+    theirs, their_states = parent.outputs(tokens_BT, blocks_B, cosine > 0)
     parts = Anatomy(child)
     with torch.autocast(parent.device.type, dtype=torch.bfloat16, enabled=parent.dtype == torch.bfloat16):
         *my_states, final = parts.states(tokens_BT, inputs)
     loss = torch.zeros((), device=parent.device)
     if cosine:
-        loss = loss + settings.cosine_weight * cosine_loss(my_states, their_states, settings.compile)
-    if settings.kl_weight or settings.lm_weight:
+        loss = loss + cosine * cosine_loss(my_states, their_states, settings.compile)
+    if kl or lm:
         loss = loss + distillation_loss(
             final.flatten(0, 1),
             parts.head,
             theirs,
             next_tokens(tokens_BT).flatten(),
-            settings.kl_weight,
-            settings.lm_weight,
+            kl,
+            lm,
             parent.dtype,
             settings.compile,
         )
@@ -106,31 +103,32 @@ class Training:
         order = _order(recipe, tokens)
         self.tokens = tokens
         self.batches = order.split(self.batch_sequences) if len(order) else ()
+        self.every = steps_between_measurements(len(self.batches))
+        """Steps between measurements on the selection split, each also a checkpoint."""
         self.micro_sequences = max(1, (settings.micro_batch_tokens or settings.batch_tokens) // tokens.shape[1])
         self.reference = parent.reference(load_tokens(run, "selection"))
-        parent.prepare(settings.compile)
+        if self.batches:
+            parent.prepare(settings.compile)
         self.curve: list[dict[str, float]] = []
+        self.losses: list[float] = []
         self.setbacks = 0
         self.state_folder = run.scratch(STAGE) / "state"
         self.best_path = run.scratch(STAGE) / "best.safetensors"
-        self.begin()
+        if self.batches:
+            self.begin()
 
     def begin(self) -> None:
         """Child and optimiser as they are before the first step."""
         settings = self.recipe.gkd
         self.child = copy.deepcopy(self.start)
-        if settings.lora_rank:
-            self.child.requires_grad_(False)
-            add_adapters(self.child.base_model, settings.lora_rank, self.recipe.seed)
-        else:
-            self.child.float().requires_grad_(True)
-            for name, matrix in self.matrices.items():
-                self.child.get_parameter(name).data.copy_(matrix.weight_OI)
-            if not settings.train_embeddings:
-                self.child.get_input_embeddings().requires_grad_(False)
-                self.child.get_output_embeddings().requires_grad_(False)
-            if not settings.train_experts:
-                freeze_mixtures(self.child)
+        self.child.float().requires_grad_(True)
+        for name, matrix in self.matrices.items():
+            self.child.get_parameter(name).data.copy_(matrix.weight_OI)
+        if "embeddings" not in settings.also_train:
+            self.child.get_input_embeddings().requires_grad_(False)
+            self.child.get_output_embeddings().requires_grad_(False)
+        if "experts" not in settings.also_train:
+            freeze_mixtures(self.child)
         if settings.gradient_checkpointing:
             self.child.activation_checkpointing_enable()
         if settings.compile:
@@ -140,11 +138,9 @@ class Training:
         self.loss = parallel.ShardedLoss(
             self.child, lambda tokens, blocks: gkd_loss(self.parent, self.child, tokens, blocks, settings, inputs)
         )
-        self.optimiser = Optimiser(self.child, settings, len(self.batches))
-        self.graph: StepGraph | None = None
-        self.whole_steps = 0
+        self.optimiser = Optimiser(self.child, settings.learning_rate, len(self.batches))
         self.curve = self.curve[:1]
-        self.losses: list[float] = []
+        self.losses = []
 
     @property
     def best(self) -> dict[str, float]:
@@ -157,11 +153,11 @@ class Training:
         Returns:
             False if KL has exploded: more than a nat above twice the start's, or not finite. Then nothing is kept.
         """
-        candidate = copy.deepcopy(self.start) if parallel.is_first() else self.start
+        trained = self.optimiser.parameters if self.batches else {}
+        candidate = copy.deepcopy(self.start) if trained and parallel.is_first() else self.start
         weights = dict(candidate.named_parameters())
-        trained = merged_weights(self.child) if self.recipe.gkd.lora_rank else self.optimiser.parameters.items()
         changed: dict[str, torch.Tensor] = {}
-        for name, weight in trained:
+        for name, weight in trained.items():
             whole = parallel.whole_tensor(weight.detach())
             if parallel.is_first() and name in self.matrices:
                 # In float32 it still says which codes it is made of.
@@ -172,7 +168,7 @@ class Training:
         kl = parallel.from_first(lambda: self.reference.compare(candidate).kl_nats)
         if not math.isfinite(kl) or (self.curve and kl > 2 * self.curve[0]["selection_kl_nats"] + 1):
             return False
-        recent = self.losses[-self.recipe.gkd.evaluate_every_steps :]
+        recent = self.losses[-self.every :]
         loss = sum(recent) / len(recent) if recent else None
         self.curve.append({"step": step, "selection_kl_nats": kl, **({} if loss is None else {"loss": loss})})
         if step and self.best["step"] == step and parallel.is_first():
@@ -207,42 +203,19 @@ class Training:
         self.losses, self.curve = losses, curve
         self.setbacks = max(self.setbacks, int(tensors.pop("setbacks")))
         self.optimiser.load(tensors)
-        # It knows the old moments.
-        self.graph = None
         return step
-
-    @property
-    def can_capture(self) -> bool:
-        """Whether steps may become a CUDA graph: nothing in them waits for a disk or another rank."""
-        on_gpu = self.child.device.type == "cuda" and isinstance(self.parent, LiveParent)
-        settings = self.recipe.gkd
-        return settings.compile and on_gpu and settings.optimiser == "adamw" and parallel.world_size() == 1
 
     def step(self, step: int) -> bool:
         """One update; False if its loss or gradient is not finite: then nothing changed."""
         blocks = self.batches[step]
-        tokens = self.tokens[blocks]
-        rate = 0.5**self.setbacks * self.optimiser.rate_at(step)
-        is_whole = len(blocks) == self.batch_sequences
-        # torch may compile once more in the second.
-        if is_whole and self.can_capture and self.whole_steps >= 2:
-            if self.graph is None:
-                update = functools.partial(self._update, blocks=blocks)
-                self.graph = StepGraph(update, [tokens.to(self.child.device)])
-            done = self.graph.step(rate, [tokens])
-        else:
-            done = self._update(rate, tokens, blocks)
-            self.whole_steps += is_whole
-        loss, updated = done.tolist()
-        if updated:
-            self.losses.append(loss)
-        return bool(updated)
-
-    def _update(self, rate: float | torch.Tensor, tokens: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """The loss, and whether it led to an update, [2]."""
         with self._rounded():
-            loss = self.loss.backward(tokens, blocks, self.micro_sequences)
-        return torch.stack([loss, self.optimiser.update(rate, loss)])
+            loss = self.loss.backward(self.tokens[blocks], blocks, self.micro_sequences)
+        rate = 0.5**self.setbacks * self.optimiser.rate_at(step)
+        # Read together: a GPU is waited for once.
+        value, updated = torch.stack([loss, self.optimiser.update(rate, loss)]).tolist()
+        if updated:
+            self.losses.append(value)
+        return bool(updated)
 
     @contextmanager
     def _rounded(self) -> Iterator[None]:
@@ -270,7 +243,7 @@ class Training:
 
     def train(self) -> None:
         """All steps, from wherever the last run stopped."""
-        step, every = self.load(), self.recipe.gkd.evaluate_every_steps
+        step = self.load() if self.batches else 0
         if not self.curve and not self.measure(0):
             parallel.stop(
                 ArtifactError(
@@ -285,9 +258,9 @@ class Training:
                 skipped += not self.step(step)
                 step += 1
                 ticker.advance(note=f"KL {self.curve[-1]['selection_kl_nats']:.4f}")
-                if skipped > MOST_SKIPPED or skipped == every:
+                if skipped > MOST_SKIPPED or skipped == self.every:
                     step, skipped = self.set_back(step, "the gradient is not finite"), 0
-                elif step % every == 0 or step == len(self.batches):
+                elif step % self.every == 0 or step == len(self.batches):
                     if skipped:
                         console.print(f"  GKD: {skipped} of the steps up to {step} had no finite gradient: skipped.")
                     skipped = 0

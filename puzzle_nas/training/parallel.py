@@ -45,6 +45,8 @@ PEER_LOST = 75
 """Exit code of a rank that stops because another one did."""
 GRACE_SECONDS = 5.0
 """For which it waits before."""
+_store: dist.Store | None = None
+"""torchrun's, once this process is a rank."""
 
 
 def join() -> None:
@@ -58,11 +60,23 @@ def join() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    store, number, count = _unused_store()
-    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=WAIT)
+    global _store
+    _store, number, count = _unused_store()
+    dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=WAIT)
     atexit.register(dist.destroy_process_group)
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def leave() -> None:
+    """Wait until no rank needs another any more.
+
+    To a rank that still waits for its part of the last exchange, gloo may report the end of one that has its own as a
+    failure. torchrun's store outlives all of them.
+    """
+    if _store is not None:
+        _store.set(f"left/{rank()}", "")
+        _store.wait([f"left/{number}" for number in range(world_size())], WAIT)
 
 
 def _unused_store() -> tuple[dist.Store, int, int]:

@@ -3,7 +3,7 @@
 Replace-1-block variants were fitted to the parent's activations, but in the child every layer also receives the
 errors of those below. One pass solves each output projection again so that the child's residual stream meets the
 parent's at the same depth: W minimising sum w |context W' - (h_parent - h_child)|^2 + ridge |W - W_now|^2, tokens
-weighted by 1 / |h_parent|^2. The ridge is the mean diagonal of so many tokens' Gram matrix.
+weighted by 1 / |h_parent|^2. The ridge is the mean diagonal of RIDGE_TOKENS tokens' Gram matrix.
 
 The same pass rounds what the child stores in formats: the matrices inside a sub-block first, each by the Gram matrix of
 what it receives in the child, then the last one by that of the least squares, so that it makes up for the others.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -38,6 +38,8 @@ from puzzle_nas.subblocks.layers import Weights
 from puzzle_nas.subblocks.statistics import fast_products, inverse_norm
 
 BATCH_TOKENS = 4096
+RIDGE_TOKENS = 6144.0
+"""The pull towards the present weights is as strong as so many tokens of the calibration text are on the mean."""
 Goals: TypeAlias = dict[tuple[int, str], list[torch.Tensor]]
 """The parent's residual stream after each sub-block, by layer and slot, each [B, T, D]."""
 
@@ -53,14 +55,12 @@ def refit(
     parent: PreTrainedModel,
     child: PreTrainedModel,
     tokens_ST: torch.Tensor,
-    ridge_tokens: float | None,
     on_layer: Callable[[], None] = lambda: None,
     goals: Goals | None = None,
 ) -> Matrices:
     """Correct the child in place, bottom to top. Weights that it shares with the parent are replaced, not changed.
 
     Args:
-        ridge_tokens: None only rounds what the child stores in formats.
         goals: what is in it is not computed again, and what is not is put there.
 
     Returns:
@@ -69,18 +69,61 @@ def refit(
     Raises:
         FormatError: a format does not hold a matrix.
     """
+    return _walked(parent, child, tokens_ST, goals, RIDGE_TOKENS / tokens_ST.numel(), {}, on_layer)
+
+
+def rounded(
+    parent: PreTrainedModel,
+    child: PreTrainedModel,
+    tokens_ST: torch.Tensor,
+    already: Mapping[tuple[int, str], Matrices],
+    goals: Goals | None = None,
+) -> Matrices:
+    """Round what the child stores in formats, in place, and correct nothing.
+
+    Args:
+        already: what is rounded already, by layer and slot (the ends behind the last layer), by the names of weights.
+        goals: as for `refit`.
+
+    Returns:
+        What is stored in formats, by the names of the weights.
+
+    Raises:
+        FormatError: a format does not hold a matrix.
+    """
+    architecture = architecture_of(child.config)
+    stored = {name: matrix for matrices in already.values() for name, matrix in matrices.items()}
+    put(child, stored)
+    missing = {(layer, slot) for layer, slot, spec in architecture if spec.format and not spec.empty} - set(already)
+    if architecture.head.format:
+        missing |= {(len(architecture.layers), architecture.head.slot)} - set(already)
+    if missing:
+        stored |= _walked(parent, child, tokens_ST, goals, None, already)
+    return stored
+
+
+def _walked(
+    parent: PreTrainedModel,
+    child: PreTrainedModel,
+    tokens_ST: torch.Tensor,
+    goals: Goals | None,
+    ridge: float | None,
+    already: Container[tuple[int, str]],
+    on_layer: Callable[[], None] = lambda: None,
+) -> Matrices:
+    """Every sub-block but those that are rounded `already`, from the bottom to the top."""
     architecture, stored = architecture_of(child.config), dict[str, Matrix]()
-    ridge = None if ridge_tokens is None else ridge_tokens / tokens_ST.numel()
     batches = tokens_ST.split(max(1, BATCH_TOKENS // tokens_ST.shape[1]))
     theirs, mine = Anatomy(parent), Anatomy(child)
     their_inputs, my_inputs = (parts.inputs(tokens_ST.shape[1]) for parts in (theirs, mine))
     with torch.inference_mode():
         goal = [theirs.embed(batch.to(parent.device)) for batch in batches]
         hidden = goal
-        if architecture.head.format:
+        if architecture.head.format and (len(architecture.layers), architecture.head.slot) not in already:
             final = final_states(parent, tokens_ST, len(batches[0]))
             stored |= rounded_ends(parent, architecture.head.format, final)
             put(child, stored)
+        if architecture.head.format:
             hidden = [mine.embed(batch.to(parent.device)) for batch in batches]
         for layer in range(len(theirs.layers)):
             subblocks = mine.subblocks(layer)
@@ -92,6 +135,9 @@ def refit(
                     if goals is not None:
                         goals[layer, slot] = goal
                 spec = architecture.layers[layer][slot]
+                if (layer, slot) in already:
+                    hidden = [h + subblocks[slot].added(h, my_inputs[layer]) for h in hidden]
+                    continue
                 corrected = Correction(subblocks[slot], spec, my_inputs[layer], ridge)
                 hidden = corrected.applied(hidden, goal)
                 stored |= {f"{mine.layer_prefix}{layer}.{name}": m for name, m in corrected.stored.items()}
@@ -123,7 +169,6 @@ def refit_if_better(
     child: PreTrainedModel,
     reference: ParentReference,
     tokens_ST: torch.Tensor,
-    ridge_tokens: float,
     on_layer: Callable[[], None] = lambda: None,
     goals: Goals | None = None,
 ) -> tuple[PreTrainedModel, Matrices, RefitKL]:
@@ -133,7 +178,7 @@ def refit_if_better(
     """
     # Tensors are shared: refitting replaces those that it changes.
     refitted = copy.deepcopy(child, {id(tensor): tensor for tensor in (*child.parameters(), *child.buffers())})
-    stored = refit(parent, refitted, tokens_ST, ridge_tokens, on_layer, goals)
+    stored = refit(parent, refitted, tokens_ST, on_layer, goals)
     before = None if stored else finite(reference.compare(child).kl_nats)
     found = RefitKL(before, finite(reference.compare(refitted).kl_nats))
     return (refitted, stored, found) if found.kept else (child, {}, found)
@@ -146,18 +191,18 @@ def rounded_alone(
     hidden: Sequence[torch.Tensor],
     goal: Sequence[torch.Tensor],
     inputs: LayerInputs,
-    ridge: float,
-) -> Weights:
-    """The weights of the parent's own sub-block in the format of `spec`, rounded where the parent reads `hidden`.
+) -> tuple[Weights, Matrices]:
+    """The parent's own sub-block in the format of `spec`, rounded where the parent reads `hidden`, by names in a layer.
 
     Args:
         hidden, goal: the parent's residual stream below the sub-block, and after it, each [B, T, D].
-        ridge: of the least squares, relative to the mean diagonal of the Gram matrix.
     """
     own = Anatomy(parent).subblocks(layer)[spec.slot]
     subblock = made_subblock(parent, layer, spec, subblock_weights(own))
-    Correction(subblock, spec, inputs, ridge).applied(list(hidden), list(goal))
-    return subblock_weights(subblock)
+    tokens = sum(h.shape[:2].numel() for h in hidden)
+    correction = Correction(subblock, spec, inputs, RIDGE_TOKENS / tokens)
+    correction.applied(list(hidden), list(goal))
+    return subblock_weights(subblock), correction.stored
 
 
 def rounded_ends(parent: PreTrainedModel, form: str, final_states: Sequence[torch.Tensor]) -> Matrices:
@@ -173,8 +218,8 @@ def rounded_ends(parent: PreTrainedModel, form: str, final_states: Sequence[torc
     # Of tied ones this is the embeddings' name.
     for name, weight in parent.named_parameters():
         if weight is embeddings:
-            # In a lookup all columns count alike.
-            metric = damped(gram, 1.0) if weight is head else None
+            # In a lookup all columns count alike, but what the head computes matters more.
+            metric = damped(gram, 0.1) if weight is head else None
         elif weight is head:
             metric = gram
         else:
@@ -243,7 +288,7 @@ class Correction:
             # A new tensor: the present one may be shared with the parent.
             matrix.weight = nn.Parameter(weight.to(matrix.weight), requires_grad=False)
         else:
-            self._round(matrix, weight, gram)
+            self._round([matrix], [weight], gram)
         return [
             h + subblock.finished(matrix(context).view(mixed.shape))
             for h, (mixed, context) in zip(hidden, found, strict=True)
@@ -273,12 +318,16 @@ class Correction:
                     flat = x.flatten(0, -2).float()
                     with fast_products(x):
                         grams[place] = grams.get(place, 0) + (flat.T @ flat).double()
-        for place, matrix in enumerate(inner):
-            self._round(matrix, matrix.weight, grams[shared[place]])
+        for first, gram in grams.items():
+            together = [matrix for place, matrix in enumerate(inner) if shared[place] == first]
+            self._round(together, [matrix.weight for matrix in together], gram)
 
-    def _round(self, matrix: nn.Linear, weight_OI: torch.Tensor, gram_II: torch.Tensor) -> None:
+    def _round(self, matrices: Sequence[nn.Linear], weights_OI: Sequence[torch.Tensor], gram_II: torch.Tensor) -> None:
+        """Matrices that receive the same, as one: rows do not depend on each other."""
         assert self.form is not None
-        made = Matrix(self.form, round_matrix(format_of(self.form), weight_OI, gram_II))
-        name = next(name for name, module in self.subblock.layer.named_modules() if module is matrix)
-        self.stored[f"{name}.weight"] = made
-        matrix.weight = parameter_of(made, matrix.weight)
+        rounded = round_matrix(format_of(self.form), torch.cat(list(weights_OI)), gram_II)
+        names = {module: name for name, module in self.subblock.layer.named_modules()}
+        for matrix, part in zip(matrices, rounded.split([len(weight) for weight in weights_OI]), strict=True):
+            made = Matrix(self.form, part)
+            self.stored[f"{names[matrix]}.weight"] = made
+            matrix.weight = parameter_of(made, matrix.weight)

@@ -17,9 +17,17 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR
 from vllm.model_executor.models.transformers.fusers import AttentionFuser
 from vllm.model_executor.models.utils import maybe_prefix
+from vllm.platforms import current_platform
 
 from puzzle_nas import modeling
 from puzzle_nas.modeling.modeling_puzzle import window_of
+from puzzle_nas.vllm_plugin.products import mend_products_on_cpu
+
+PARTS = {
+    "int-quantized": ("weight", "weight_scale"),
+    "pack-quantized": ("weight_packed", "weight_scale", "weight_shape"),
+}
+"""By compressed-tensors' formats, what a checkpoint holds of a matrix."""
 
 
 class PuzzleModel(PreTrainedModel):
@@ -36,14 +44,23 @@ class PuzzleForCausalLM(TransformersForCausalLM):
     """A child with its language-model head."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        if vllm_config.quant_config is not None and current_platform.is_cpu():
+            mend_products_on_cpu()
         AutoModel.register(type(vllm_config.model_config.hf_config), PuzzleModel, exist_ok=True)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        # Granite divides logits, by a field that the backend does not know.
+        if (divisor := getattr(self.text_config, "logits_scaling", None)) is not None and self.pp_group.is_last_rank:
+            self.logits_processor.scale /= divisor
 
     def recursive_replace(self):
         """See vLLM's `Base`. Before it, weights have the checkpoint's names."""
         self.checkpoint_names = {f"{self.model.base_model_prefix}.{name}" for name in self.model.state_dict()}
         if not self.config.tie_word_embeddings:
             self.checkpoint_names.add("lm_head.weight")
+        for group in (getattr(self.config, "quantization_config", None) or {}).get("config_groups", {}).values():
+            for module in group["targets"]:
+                self.checkpoint_names.remove(f"{module}.weight")
+                self.checkpoint_names |= {f"{module}.{part}" for part in PARTS[group["format"]]}
         super().recursive_replace()
 
     def _create_attention_instances(self, prefix: str = ""):
@@ -84,7 +101,7 @@ class PuzzleForCausalLM(TransformersForCausalLM):
         Raises:
             ValueError: the checkpoint lacks weights. vLLM itself would leave those of products at random.
         """
-        missing = set() if self.quant_config is not None else set(self.checkpoint_names)
+        missing = set(self.checkpoint_names)
 
         def noted():
             for name, weight in weights:

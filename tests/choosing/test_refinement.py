@@ -12,12 +12,14 @@ from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.choosing.refinement import Refinement, Trials
 from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.effort import Effort
 from puzzle_nas.families import architecture_of, load_parent
 from puzzle_nas.library import assemble
 from puzzle_nas.pipeline import open_run
-from puzzle_nas.recipe import RefitSettings, SearchSettings, parse_recipe
+from puzzle_nas.recipe_text import parse_recipe
 from puzzle_nas.stages import score_blocks
 from puzzle_nas.stages.search_architecture import TRIED_ON
+from puzzle_nas.training import refitting
 from puzzle_nas.training.refitting import refit
 
 FOUND_BY = ("search", "removed run", "refinement")
@@ -73,26 +75,25 @@ def test_around_a_child_they_are_differences_of_real_kl(run, parent, found, tria
     assert around[1, (NoOp("ffn"),)] == around[3, (GroupedAttention(1),)] == 0
 
 
-def test_a_child_is_measured_refitted_where_that_helps(run, parent, splits, trials):
+def test_a_child_is_measured_refitted_where_that_helps(run, parent, splits, trials, monkeypatch):
     removed = architecture_of(parent.config).replaced(1, NoOp("ffn"))
     child = assemble(run, parent, removed)
     assembled = torch_kl(parent, child, splits["selection"])
-    refit(parent, child, splits["calibration"], 6144)
+    refit(parent, child, splits["calibration"])
     assert trials.kl_nats(removed) == pytest.approx(torch_kl(parent, child, splits["selection"]), rel=1e-3)
     assert trials.kl_nats(removed) < 0.9 * assembled
-    off = open_run(run).model_copy(update={"refit": RefitSettings(enabled=False)})
+    off = open_run(run).model_copy(update={"refit": False})
     assert Trials(run, parent, off, splits).kl_nats(removed) == pytest.approx(assembled, rel=1e-3)
     # Solved for three tokens alone it is worse than before, which then counts.
-    harmful = open_run(run).model_copy(update={"refit": RefitSettings(ridge_tokens=0.001)})
+    monkeypatch.setattr(refitting, "RIDGE_TOKENS", 0.001)
     few = {**splits, "calibration": splits["calibration"][:1, :3]}
-    assert Trials(run, parent, harmful, few).kl_nats(removed) == pytest.approx(assembled, rel=1e-3)
+    assert Trials(run, parent, open_run(run), few).kl_nats(removed) == pytest.approx(assembled, rel=1e-3)
 
 
 def test_candidates_lack_the_run_of_layers_that_harms_least(run, parent, found, splits, trials):
-    recipe = parse_recipe("{parent: p, data: {sources: [{source: s}]}, search: {removed_runs: 5}}")
     # Nothing less than two of the four layers is enough.
     limits = {"parameters": found.costs.parameters(found.parent.without([0, 1]))}
-    refinement = Refinement((found,), recipe.search, trials)
+    refinement = Refinement((found,), Effort(removed_runs=5), trials)
     refinement.best(limits)
     assert [row["found_by"] for row in refinement.tried] == ["search", "removed run", "removed run"]
     pairs = [found.parent.without([first, first + 1]) for first in range(3)]
@@ -111,8 +112,7 @@ def test_candidates_lack_the_run_of_layers_that_harms_least(run, parent, found, 
 
 def test_refinement_keeps_limits_and_never_ends_worse_than_the_search(found, trials):
     limits = {"parameters": 0.8 * found.costs.parameters(found.parent)}
-    recipe = parse_recipe("{parent: p, data: {sources: [{source: s}]}, search: {verify: 3, refine_rounds: 2}}")
-    refinement = Refinement((found,), recipe.search, trials)
+    refinement = Refinement((found,), Effort(by_sums=3, refine_rounds=2), trials)
     best = refinement.best(limits)
     first = found.architecture(found.solve(limits, 1e-4, 60)[0])
     assert trials.kl_nats(best) == min(row["selection_kl_nats"] for row in refinement.tried) <= trials.kl_nats(first)
@@ -131,9 +131,8 @@ def test_scores_are_taken_around_the_best_of_each_kind(run, parent, found, split
             return super().scores_around(architecture, choices, on_layer)
 
     trials = Seen(run, parent, open_run(run), splits)
-    search = {"verify": 2, "removed_runs": 2, "refine_rounds": 2}
     limits = {"parameters": found.costs.parameters(found.parent.without([0, 1]))}
-    refinement = Refinement((found,), SearchSettings(**search), trials)
+    refinement = Refinement((found,), Effort(by_sums=2, removed_runs=2, refine_rounds=2), trials)
     best = refinement.best(limits)
     kl = {how: [r["selection_kl_nats"] for r in refinement.tried if r["found_by"] == how] for how in FOUND_BY}
     leaders = sorted([min(kl["search"]), *kl["removed run"]])
@@ -154,20 +153,20 @@ def test_no_child_is_measured_twice(run, parent, splits, found, monkeypatch):
     )
 
 
-def test_candidates_come_from_sums_of_either_loss(run, found, trials):
+def test_candidates_come_from_sums_of_either_loss(run, found, trials, monkeypatch):
+    monkeypatch.setattr("puzzle_nas.choosing.refinement.MIN_DIFFERENT", 2)
     searches = found.by_either_loss(open_run(run), run)
     for choice, score in found.scores.items():
         file = run.score(choice[0], choice[1][0].id)
         lm = json.loads(file.read_text())["lm_loss_increase_nats"]["mean"] if score else 0.0
         assert [s.scores[choice] for s in searches] == pytest.approx([score, lm, (score + lm) / 2])
-    recipe = parse_recipe("{parent: p, data: {sources: [{source: s}]}, search: {verify: 5, min_different: 2}}")
     limits = {"speedup": 1.2}
     candidates = [
         search.architecture(solution)
         for search, count in zip(searches, (2, 2, 1), strict=True)
         for solution in search.solve(limits, 1e-4, 60, count, 2)
     ]
-    refinement = Refinement(searches, recipe.search, trials)
+    refinement = Refinement(searches, Effort(by_sums=5), trials)
     best = refinement.best(limits)
     assert [row["score_sum"] for row in refinement.tried] == [
         found.score_of(c) for number, c in enumerate(candidates) if c not in candidates[:number]

@@ -11,6 +11,7 @@ def test_families_are_listed_with_their_variants_and_engines():
     assert sorted(named) == sorted(FAMILIES)
     (of_llama,) = (number for number, line in enumerate(lines) if line.startswith("llama"))
     attention, ffn, served = lines[of_llama + 1 : of_llama + 4]
-    assert attention.split(maxsplit=1) == ["attention", "grouped, window, linear, no_op"]
-    assert ffn.split(maxsplit=1) == ["ffn", "gated, linear, no_op"]
+    kinds = {slot: set(may.split(", ")) for slot, may in (line.split(maxsplit=1) for line in (attention, ffn))}
+    assert kinds["attention"] >= {"grouped", "window", "linear", "no_op"}
+    assert kinds["ffn"] >= {"gated", "linear", "no_op"} and "window" not in kinds["ffn"]
     assert all(exporter.engine in served for exporter in EXPORTERS.values() if "llama" in exporter.families)

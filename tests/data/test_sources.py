@@ -277,7 +277,7 @@ def test_hub_data_set_that_cannot_be_loaded(monkeypatch):
         raise ConnectionError("Couldn't reach the hub\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    message = r"owner/set is no file here, and .* could not be loaded \(Couldn't reach the hub\); correct"
+    message = r"owner/set is not a file here, and .* could not be loaded \(Couldn't reach the hub\); correct"
     with pytest.raises(DataError, match=message):
         read("owner/set")
 

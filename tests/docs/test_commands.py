@@ -13,8 +13,9 @@ import pytest
 import yaml
 from typer.main import get_command
 
+from benchmarks.__main__ import benchmarks
 from puzzle_nas.cli import app
-from puzzle_nas.recipe import load_recipe, parse_recipe
+from puzzle_nas.recipe_text import load_recipe, parse_recipe
 from tests.conftest import puzzle
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +40,12 @@ def commands(text: str) -> list[list[str]]:
     lines = "\n".join(blocks(text, "bash", "console", "sh")).replace("\\\n", " ").splitlines()
     words = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
     return [_called(line) for line in words if line]
+
+
+def headings(text: str) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    lines = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
 def _called(words: list[str]) -> list[str]:
@@ -82,12 +89,18 @@ def test_other_commands_and_every_file_that_is_named_exist(page):
             files = words[2:] if words[:2] == ["-m", "pytest"] else words[:1]
             files = itertools.takewhile(lambda word: not word.startswith("-"), files)
             assert all((ROOT / file).exists() for file in files)
+    for name in re.findall(r"python\s+-m\s+benchmarks\s+([a-z]\w*)", text):
+        assert name in benchmarks(), f"{page} uses the benchmark {name}"
     # What a page says that a command writes may not be there yet, and what runs at an old commit no longer.
     present = re.sub(r"`[^`]*`\s+at\s+[0-9a-f]{7}\b", "", text)
+    assert not re.search(r"\bpython\s+benchmarks/", present), f"{page}: benchmarks are started by python -m benchmarks"
     for path in re.findall(r"(?<!writes `)\b(?:puzzle_nas|benchmarks|recipes|docs|tests)/[\w/.-]*\w", present):
         assert (ROOT / path).exists(), f"{page} names {path}"
-    for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", text):
-        assert ((ROOT if page == "README.md" else ROOT / "docs") / link).exists(), f"{page} links to {link}"
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    for link, heading in re.findall(r"\]\(([^)#:]*)(#[\w-]*)?\)", text):
+        target = folder / link if link else folder / page
+        assert target.exists(), f"{page} links to {link}"
+        assert not heading or heading[1:] in headings(target.read_text()), f"{page} links to {link}{heading}"
 
 
 @pytest.mark.parametrize("page", PAGES)

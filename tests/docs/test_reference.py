@@ -5,7 +5,8 @@ import runpy
 import pytest
 
 from puzzle_nas.engines.llama_cpp import LlamaCppEngine
-from puzzle_nas.recipe import Recipe, settings_in
+from puzzle_nas.recipe import Recipe
+from puzzle_nas.recipe_text import settings_in
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def test_requests_without_decode_steps():
     assert times["half"]["chat"].decode_step_ms == 0 < times["half"]["chat"].prefill_ms
 
 
-@pytest.mark.parametrize(("noise", "rounds"), [(0.001, 3), (0.3, 12)])
+@pytest.mark.parametrize(("noise", "rounds"), [(0.001, 3), (0.3, 9)])
 def test_more_repeats_where_they_differ(noise, rounds):
     rng, more = np.random.default_rng(0), []
 
@@ -106,5 +106,5 @@ def test_the_first_model_stays_and_the_others_take_turns(tmp_path):
 
 def test_a_model_that_the_format_cannot_hold_is_refused(tmp_path):
     models = {"parent": child_of(family="qwen3").model}
-    with pytest.raises(ExportError, match="norms on queries and keys"), LlamaCppEngine().loaded(models, tmp_path):
+    with pytest.raises(ExportError, match="no layers of qwen3"), LlamaCppEngine().loaded(models, tmp_path):
         pass

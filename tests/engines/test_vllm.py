@@ -28,6 +28,7 @@ from tests.exporters.children import (
     NO_FFN,
     STOCK_SAFE,
     child_of,
+    in_formats,
     tokenizer,
 )
 
@@ -53,6 +54,14 @@ RELATIVES = {
         **MIXED,
     },
     "qwen3": {"family": "qwen3"},
+    "granite": {
+        "family": "granite",
+        "hidden_size": 128,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.4,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 3.0,
+    },
     "qwen3, tied, windows in half of the layers": {
         "family": "qwen3",
         "tie_word_embeddings": True,
@@ -116,6 +125,18 @@ def test_every_kind_of_llama(name, vllm, tmp_path, prompts):
 def test_every_family(name, variants, vllm, tmp_path, prompts):
     child = child_of(variants, **{**HEADS, **RELATIVES.get(name, {})})
     assert check(VllmExporter(), vllm, child, tmp_path, prompts)["max_nats"] < 1e-4
+
+
+FORMATS = {"int8": ["int8"], "int4": ["int4"], "both and none": ["int8", "int4", None]}
+SIZES_IN_FORMATS = {**HEADS, "hidden_size": 128, "intermediate_size": 256}
+KINDS_IN_FORMATS = {**EVERY_KIND, 2: [LINEAR_ATTENTION, GatedFFN(128)]}
+
+
+@pytest.mark.parametrize("forms", FORMATS.values(), ids=FORMATS)
+def test_formats(forms, vllm, tmp_path, prompts):
+    child = in_formats(child_of(KINDS_IN_FORMATS, **SIZES_IN_FORMATS), forms)
+    check(VllmExporter(), vllm, child, tmp_path, prompts, "bfloat16")
+    assert VllmExporter().differing(child, tmp_path, "bfloat16") == []
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

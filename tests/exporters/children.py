@@ -1,16 +1,18 @@
 """Small random children of every shape, with a byte-level BPE tokenizer."""
 
 import functools
+import itertools
 from dataclasses import replace
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from puzzle_nas.architecture import GatedFFN, GroupedAttention, Linear, NoOp
+from puzzle_nas.architecture import Architecture, GatedFFN, GroupedAttention, Linear, NoOp
 from puzzle_nas.data.sources import documents
 from puzzle_nas.exporters import Child
-from puzzle_nas.families import architecture_of, child_config
+from puzzle_nas.families import architecture_of, build, child_config
+from puzzle_nas.formats.stored import put
 from puzzle_nas.recipe import SourceSettings
 
 SIZES = {
@@ -143,3 +145,17 @@ def child_of(per_layer=None, family="llama", **changes):
         if name.endswith("bias") or "norm" in name:
             parameter.add_(0.3 * torch.randn_like(parameter))
     return Child(model, tokenizer())
+
+
+def in_formats(child, forms):
+    """The child with its sub-blocks in these formats (None: in none) in turn, rounded to nearest."""
+    forms = itertools.cycle(forms)
+    layers = (
+        {s: spec if spec.empty else spec.stored(next(forms)) for s, spec in b.items()}
+        for b in child.architecture.layers
+    )
+    config = child_config(child.config, Architecture(tuple(layers)))
+    model = build(config, child.model.state_dict())
+    matrices = {name: Child(model, None).matrix(name) for name in Child(model, None).forms}
+    put(model, matrices)
+    return Child(model, child.tokenizer, matrices=matrices)

@@ -32,7 +32,7 @@ def child_without(parent, removed, *exchanged):
 
 def test_slots_differ_by_layer_and_opaque_mixers_are_kept_or_left_out(parent):
     opaque = OPAQUE[parent.config.model_type]
-    asked = SearchSpaceSettings(width_fractions=[0.5], multiple_of=4)
+    asked = SearchSpaceSettings(width_fractions=[0.5])
     own = architecture_of(parent.config)
     space = build_search_space(own, asked, linear={opaque, "attention"}, no_op={opaque, "attention"}, layers={})
     assert space.options[0][opaque] == (ParentsOwn(opaque), NoOp(opaque))

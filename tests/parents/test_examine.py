@@ -15,7 +15,7 @@ from puzzle_nas.errors import ArtifactError, CheckpointError
 from puzzle_nas.exporters.served import may_become
 from puzzle_nas.families import open_parent
 from puzzle_nas.parents import describe, examine, parent_fingerprint
-from puzzle_nas.recipe import parse_recipe
+from puzzle_nas.recipe_text import parse_recipe
 from tests.parents.checkpoints import byte_tokenizer, edit, logits_of, reweigh, theirs, tiny, write_gguf
 from tests.parents.test_quantised import as_fp8
 from tests.stages.test_bad_input import check_refused
@@ -106,7 +106,7 @@ def test_inspect_says_what_slots_may_become_and_what_serves_them(tmp_path, capsy
         found[family] = json.loads(capsys.readouterr().out)
     assert found["llama"]["slots"]["attention"] == {"layers": 2, "may_become": ["grouped", "window", "linear", "no_op"]}
     assert found["llama"]["not_served_by"] == {} and found["llama"]["served_by"]["llama.cpp"] == ["window"]
-    assert found["qwen3"]["not_served_by"]["llama.cpp"] == ["it has norms on queries and keys, which deci lacks"]
+    assert found["qwen3"]["not_served_by"]["llama.cpp"] == ["it has no layers of qwen3"]
     assert "vllm" in found["qwen3"]["served_by"] and found["lfm2"]["slots"]["attention"]["layers"] == 1
     assert found["lfm2"]["not_served_by"]["vllm"][-1] == "it has no layers of lfm2"
     assert found["stablelm"]["slots"] == found["stablelm"]["served_by"] == {}

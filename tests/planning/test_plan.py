@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,17 @@ from puzzle_nas import pipeline
 from puzzle_nas.artifacts import RunFolder, write_json
 from puzzle_nas.errors import RecipeError
 from puzzle_nas.families import architecture_of
+from puzzle_nas.planning import demands as planning_demands
 from puzzle_nas.planning import remaining
 from puzzle_nas.planning.counting import Counts, Work
-from puzzle_nas.planning.demands import demands
+from puzzle_nas.planning.demands import SCORED_TOKENS, demands
 from puzzle_nas.planning.machines import GPUS, Machine, named_gpus
 from puzzle_nas.planning.plan import REMEDIES, make_plan
 from puzzle_nas.planning.remaining import Remaining, corrected
 from puzzle_nas.planning.shapes import model_size, read_parent_config
-from puzzle_nas.recipe import parse_recipe, search_space_of
+from puzzle_nas.recipe import search_space_of
+from puzzle_nas.recipe_text import parse_recipe
+from puzzle_nas.scoring.replacement import BATCH_TOKENS, BATCH_TOKENS_ON_GPU
 from tests.conftest import TINY_SETTINGS, puzzle
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +57,7 @@ def planned(machine, *overrides, config=SMOLLM2):
     return {stage.stage: stage for stage in make_plan(recipe, size, machine).stages}
 
 
-@pytest.mark.parametrize("overrides", [(), ("coupled_bld.tokens=4096",)])
+@pytest.mark.parametrize("overrides", [(), ("bld.coupled_tokens=4096",)])
 def test_every_stage_of_the_pipeline_is_planned_in_order(overrides):
     recipe = recipe_of(*overrides)
     expected = [stage.name for stage in pipeline.STAGES if not stage.why_left_out(recipe)]
@@ -80,12 +84,12 @@ def test_remedies_are_of_stages_and_are_settings():
         ("distill_blocks", "bld.batch_tokens=128"),
         ("score_blocks", "data.scoring_tokens=4096"),
         ("score_blocks", "scoring.unit=block"),
-        ("search_architecture", "search.verify=6"),
-        ("search_architecture", "search.refine_rounds=1"),
+        ("search_architecture", "search.effort=normal"),
+        ("search_architecture", "search.effort=thorough"),
         ("refit_child", "data.calibration_tokens=16384"),
         ("distill_child", "gkd.tokens=16384"),
         ("distill_child", "gkd.gradient_checkpointing=true"),
-        ("evaluate_child", "evaluation.timing_repeats=9"),
+        ("evaluate_child", "data.validation_tokens=4096"),
     ],
 )
 def test_more_work_takes_longer(stage, more):
@@ -101,12 +105,16 @@ def test_more_work_takes_longer(stage, more):
         ("score_blocks", "memory=stream"),
         ("refit_child", "memory=stream"),
         ("distill_child", "gkd.micro_batch_tokens=64"),
-        ("distill_child", "gkd.lora_rank=8"),
+        ("distill_child", "gkd.gradient_checkpointing=true"),
     ],
 )
 def test_settings_that_save_memory_do(stage, less):
     large = "gkd.batch_tokens=8192"
     assert asked(large, less)[stage].device_bytes < asked(large)[stage].device_bytes
+
+
+def test_plans_know_what_scoring_holds():
+    assert SCORED_TOKENS == {False: BATCH_TOKENS, True: BATCH_TOKENS_ON_GPU}
 
 
 def test_memory_is_at_least_what_must_be_there():
@@ -172,9 +180,8 @@ data:
 search_space: {kv_heads: [], width_fractions: [0.75, 0.5, 0.25]}
 scenarios: [{name: chat, batch_size: 1, prefill_tokens: 128, decode_tokens: 64}]
 bld: {tokens: 16384, batch_tokens: 512}
-search: {limits: {speedup: 1.3}, verify: 3, removed_runs: 2, refine_rounds: 1}
-gkd: {tokens: 96256, batch_tokens: 512, evaluate_every_steps: 47}
-evaluation: {timing_repeats: 9}
+search: {limits: {speedup: 1.3}, effort: normal}
+gkd: {tokens: 96256, batch_tokens: 512}
 """
 TOOK = {
     "prepare_parent": 19,
@@ -191,7 +198,10 @@ TOOK = {
 """Seconds of the quickstart on two cores with AVX-512, as the README of commit 4020ead has them."""
 
 
-def test_a_quickstart_takes_what_it_took():
+def test_a_quickstart_takes_what_it_took(monkeypatch):
+    """It was measured every 47 steps of GKD, and timed 9 times and more."""
+    monkeypatch.setattr(planning_demands, "steps_between_measurements", lambda steps: 47)
+    monkeypatch.setattr(planning_demands, "TIMING_REPEATS", 9)
     recipe = parse_recipe(QUICKSTART)
     size = model_size(SMOLLM2, search_space_of(recipe, architecture_of(SMOLLM2)))
     rate = FIGURES["distillation_avx512"]["bld_matmul_gflops_per_second_2048_tokens_a_step"] * 1e9
@@ -231,7 +241,7 @@ def test_what_does_not_fit_is_said_with_a_setting_that_makes_it_fit():
     small = dataclasses.replace(named_gpus("H100", 1), gpu_bytes=0.8 * roomy["distill_child"].gpu_bytes)
     problem = planned(small, *settings)["distill_child"].problem
     assert "GPU memory" in problem
-    overrides = problem.partition("it fits with ")[2].split()
+    overrides = shlex.split(problem.partition("it fits with ")[2])
     assert overrides and not planned(small, *settings, *overrides)["distill_child"].problem
 
 
@@ -252,7 +262,7 @@ def test_large_parents_are_planned(config):
 def test_the_rest_of_a_run_is_corrected_by_what_is_done():
     assert corrected(0, 0, 100) == 1
     assert corrected(30, 10, 0) == 3
-    assert corrected(30, 10, 10) == 2
+    assert corrected(30, 10, 40) == 2
 
 
 def test_the_rest_of_a_run_is_planned_when_the_parent_is_known(tmp_path, tiny_parent, monkeypatch):

@@ -13,7 +13,8 @@ from puzzle_nas.errors import CheckpointError
 from puzzle_nas.families import architecture_of, child_config, head_dim_of
 from puzzle_nas.planning.counting import Counts
 from puzzle_nas.planning.shapes import model_size, read_parent_config
-from puzzle_nas.recipe import SearchSpaceSettings, parse_recipe
+from puzzle_nas.recipe import SearchSpaceSettings
+from puzzle_nas.recipe_text import parse_recipe
 from tests.families.parents import PARENTS, config_of
 
 CONFIGS = {name: config_of(name) for name in PARENTS}
@@ -24,7 +25,7 @@ LENGTH, ROWS = 12, 2
 
 def space_of(config):
     architecture = architecture_of(config)
-    asked = SearchSpaceSettings(windows=[3], width_fractions=[0.5], multiple_of=8)
+    asked = SearchSpaceSettings(windows=[3], width_fractions=[0.5])
     linear = {slot for _, slot, spec in architecture if not isinstance(spec, ParentsOwn)}
     return build_search_space(architecture, asked, linear, architecture.slots, {})
 

@@ -17,7 +17,8 @@ from puzzle_nas.artifacts import RunFolder, write_bytes, write_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.choosing.costs import group_name
 from puzzle_nas.errors import ArtifactError
-from puzzle_nas.recipe import Recipe, parse_recipe
+from puzzle_nas.recipe import Recipe
+from puzzle_nas.recipe_text import parse_recipe
 from puzzle_nas.report.figures.common import log_axis
 from puzzle_nas.report.figures.layers import Bar, child_figure
 from puzzle_nas.report.figures.tradeoffs import Point, decision_figure

@@ -84,13 +84,13 @@ def task_run(tiny_run, uneven, tmp_path_factory):
     """A copy of a finished run, scored and searched anew by the task."""
     run = tmp_path_factory.mktemp("by-task") / "run"
     shutil.copytree(tiny_run, run)
-    settings = ["scoring.metric=task", f"scoring.task={uneven}", "search.speed_attempts=0", "gkd.tokens=0"]
+    settings = ["scoring.metric=task_margin", f"scoring.task={uneven}", "gkd.tokens=0"]
     puzzle("run", tiny_run.parent / "tiny.yaml", *settings, "--run-dir", run)
     return run
 
 
 def test_a_run_scored_by_its_task(task_run, tiny_run, uneven):
-    scores = {p.name: json.loads(p.read_text()) for p in (task_run / "scores/main/task").iterdir()}
+    scores = {p.name: json.loads(p.read_text()) for p in (task_run / "scores/main/task_margin").iterdir()}
     assert scores.keys() == {p.name for p in (tiny_run / "scores/main/kl").iterdir()}
     assert not (task_run / "scores/main/kl").exists() or not list((task_run / "scores/main/kl").iterdir())
     half = half_of(read_task(uneven), True, uneven)
@@ -106,7 +106,10 @@ def test_a_run_scored_by_its_task(task_run, tiny_run, uneven):
     assert search["score_sum"] == pytest.approx(total, abs=1e-6)
     assert "loss of margin on the task" in (task_run / "report.html").read_text()
     frontier = puzzle("frontier", task_run, "--limit-range", "speedup=1.05:1.1:2")
-    assert "frontier.json" in frontier.stdout and "loss on the task" in (task_run / "search/frontier.html").read_text()
+    assert (
+        "frontier.json" in frontier.stdout
+        and "loss of margin on the task" in (task_run / "search/frontier.html").read_text()
+    )
 
 
 def test_the_report_is_on_the_other_half(task_run, uneven, spelling):  # noqa: F811
@@ -123,19 +126,19 @@ def test_the_report_is_on_the_other_half(task_run, uneven, spelling):  # noqa: F
 def test_a_changed_task_is_scored_anew(task_run, uneven, tmp_path):
     run = shutil.copytree(task_run, tmp_path / "run")
     assert "already done" in puzzle("score-blocks", run).stdout
-    few = ["scoring.task_items=10", "scoring.task_measure=accuracy"]
+    few = ["scoring.task_items=10", "scoring.metric=task_accuracy"]
     puzzle("score-blocks", run, *few)
-    scores = [json.loads(p.read_text()) for p in (run / "scores/main/task").iterdir()]
+    scores = [json.loads(p.read_text()) for p in (run / "scores/main/task_accuracy").iterdir()]
     assert all(len(score["task_loss_by_item"]) == 10 for score in scores)
     assert all(value in (-1, 0, 1) for score in scores for value in score["task_loss_by_item"])
 
 
 def test_mistakes(tiny_run, tmp_path, uneven):
     recipe, to = tiny_run.parent / "tiny.yaml", ("--run-dir", tmp_path / "r")
-    check_refused("run", recipe, "scoring.metric=task", *to, contains=["scoring.task", "belong together"])
+    check_refused("run", recipe, "scoring.metric=task_margin", *to, contains=["scoring.task", "belong together"])
     check_refused("run", recipe, f"scoring.task={uneven}", *to, contains=["belong together"])
-    both = ("scoring.metric=task", f"scoring.task={uneven}")
-    check_refused("run", recipe, *both, "search.verify=3", *to, contains=["choose by KL", "1, 0 and 0"])
-    gone = ("scoring.metric=task", f"scoring.task={tmp_path}/gone.jsonl")
+    both = ("scoring.metric=task_margin", f"scoring.task={uneven}")
+    check_refused("run", recipe, *both, "search.effort=normal", *to, contains=["chooses by KL", "set it to fast"])
+    gone = ("scoring.metric=task_margin", f"scoring.task={tmp_path}/gone.jsonl")
     check_refused("run", recipe, *gone, *to, contains=["no task file"])
     assert not (tmp_path / "r").exists()

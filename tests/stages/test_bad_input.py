@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from puzzle_nas import cli
-from tests.conftest import puzzle
+from tests.conftest import glassllm_as_llama, puzzle
+from tests.families.parents import config_of, random_parent
 
 
 def check_refused(*arguments, contains):
@@ -52,8 +53,27 @@ def test_unknown_key(recipe, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+def test_a_setting_that_is_gone(recipe, tmp_path):
+    contains = ["gkd.lora_rank is no longer a setting", "peft"]
+    check_refused("run", recipe(gkd={"lora_rank": 4}), "--run-dir", tmp_path / "r", contains=contains)
+    check_refused("run", recipe(), "memory=divide", "--run-dir", tmp_path / "r", contains=["set memory: stream"])
+    assert not (tmp_path / "r").exists()
+
+
 def test_value_out_of_range(recipe, tmp_path):
     check_refused("run", recipe(), "gkd.tokens=-5", "--run-dir", tmp_path / "r", contains=["gkd.tokens", "-5"])
+
+
+def test_a_parent_that_the_engine_does_not_serve(recipe, tmp_path):
+    config = config_of("gemma2")
+    config.vocab_size = 1024
+    random_parent(config).save_pretrained(tmp_path / "gemma")
+    glassllm_as_llama()[1].save_pretrained(tmp_path / "gemma")
+    arguments = ["run", recipe(parent=str(tmp_path / "gemma")), "engine=llama.cpp", "--run-dir", tmp_path / "r"]
+    check_refused(
+        *arguments, contains=["llama.cpp does not serve this parent: ", "no layers of gemma2", "engine: torch"]
+    )
+    assert not (tmp_path / "r/parent.json").exists() and not (tmp_path / "r/data").exists()
 
 
 def test_missing_checkpoint(recipe, tmp_path):
@@ -145,10 +165,14 @@ def test_an_unfinished_run(recipe, tmp_path, tiny_run):
         check_refused(*command, run, contains=contains)
 
 
-def test_a_run_folder_of_another_version(copy_of_run):
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [("patience: 3", "does not know the key patience"), ("evaluation: {timing_repeats: 7}", "is no longer a setting")],
+)
+def test_a_run_folder_of_another_version(setting, why, copy_of_run):
     path = copy_of_run / "recipe.yaml"
-    path.write_text(path.read_text().replace("seed: 0", "seed: 0\npatience: 3"))
-    contains = [f"{path} was written by another version (puzzle-nas ", "does not know the key patience", "--run-dir"]
+    path.write_text(path.read_text().replace("seed: 0", f"seed: 0\n{setting}"))
+    contains = [f"{path} was written by another version (puzzle-nas ", why, "--run-dir"]
     for command in ("score-blocks", "evaluate", "verify"):
         check_refused(command, copy_of_run, contains=contains)
 

@@ -9,7 +9,7 @@ from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.choosing.costs import CostTable
 from puzzle_nas.errors import InfeasibleError
-from puzzle_nas.recipe import parse_recipe
+from puzzle_nas.recipe_text import parse_recipe
 from tests.conftest import puzzle
 
 SCENARIO = {"name": "chat", "batch_size": "sweep", "max_batch_size": 4, "prefill_tokens": 16, "decode_tokens": 8}
@@ -67,7 +67,11 @@ def test_the_search_chooses_the_batch_size_that_harms_least(swept):
 def test_a_run_with_a_sweep_says_what_to_serve_at(tiny_settings, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     settings = {**tiny_settings, "scenarios": [{**SCENARIO, "max_batch_size": 2}]}
-    settings |= {"search": {"limits": {"parameters": 6.5e5}}, "bld": {"tokens": 0}, "gkd": {"tokens": 0}}
+    settings |= {
+        "search": {"limits": {"parameters": 6.5e5}, "effort": "fast"},
+        "bld": {"tokens": 0},
+        "gkd": {"tokens": 0},
+    }
     recipe.write_text(json.dumps(settings))
     puzzle("run", recipe, "--run-dir", tmp_path / "run")
     summary = json.loads((tmp_path / "run/summary.json").read_text())

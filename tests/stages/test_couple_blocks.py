@@ -25,7 +25,7 @@ def two_steps(tiny_run, tmp_path_factory):
     """A copy of the finished run, gone on with coupled BLD to the assembled child; its cost table is pinned."""
     folder = tmp_path_factory.mktemp("coupled") / "run"
     shutil.copytree(tiny_run, folder)
-    overrides = [f"coupled_bld.{name}={value}" for name, value in COUPLED.items()]
+    overrides = [f"bld.{name}={value}" for name, value in COUPLED.items()]
     pin = f"costs.file={tiny_run / 'costs/torch.json'}"
     recipe = tiny_run.parent / "tiny.yaml"
     out = puzzle("run", recipe, *overrides, pin, "--run-dir", folder, "--to", "assemble-child").stdout
@@ -111,7 +111,7 @@ def test_the_second_search_knows_both_and_the_child_has_the_pairs_weights(two_st
 def test_without_it_nothing_is_paired_and_the_command_says_how_to_ask_for_it(tiny_run, tmp_path):
     before = {path: file_checksum(path) for path in tiny_run.rglob("*") if path.is_file()}
     result = puzzle("couple-blocks", tiny_run, check=False)
-    assert result.returncode == 2 and "coupled_bld.tokens" in result.stderr
+    assert result.returncode == 2 and "bld.coupled_tokens" in result.stderr
     assert {path: file_checksum(path) for path in tiny_run.rglob("*") if path.is_file()} == before
     assert not (tiny_run / "library/coupled").exists()
 

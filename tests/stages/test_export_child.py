@@ -23,7 +23,7 @@ from puzzle_nas.engines.server import served
 from puzzle_nas.errors import EngineError, ExportError
 from puzzle_nas.exporters import EXPORTERS
 from puzzle_nas.families.loading import save_model
-from puzzle_nas.recipe import parse_recipe
+from puzzle_nas.recipe_text import parse_recipe
 from puzzle_nas.stages.export_child import export_child
 from tests.conftest import puzzle
 from tests.exporters.children import EVERY_KIND, child_of
@@ -145,7 +145,7 @@ def test_mistakes_are_one_sentence(checkpoint, tmp_path, exported, check_refused
     check_refused("export", checkpoint, "--to", "decilm", *out, contains=["attention.linear (layer 2, 5)"])
     check_refused("engine", "install", "tgi", contains=["'tgi'", "llama.cpp"])
     check_refused("engine", "install", "transformers", contains=["nothing to install"])
-    check_refused("serve", checkpoint, "--engine", "llama.cpp", contains=["is no export", "puzzle export"])
+    check_refused("serve", checkpoint, "--engine", "llama.cpp", contains=["is not an export", "puzzle export"])
     check_refused("serve", exported, "--engine", "transformers", contains=["holds gguf", "loads transformers"])
     check_refused("bench", exported, exported, "--engine", "llama.cpp", "--scenarios", "x", contains=["'x'", "table3"])
     monkeypatch.setenv("PUZZLE_ENGINES", str(tmp_path / "engines"))
@@ -249,7 +249,13 @@ def test_a_run_exports_its_child(tiny_run, tmp_path, monkeypatch, capsys, check_
     exported = load_file(tmp_path / "transformers-float32" / "model.safetensors")
     assert exported.keys() == load_file(tiny_run / "child-gkd" / "model.safetensors").keys()
     check_refused(
-        "export", tiny_run, "--to", "gguf", "--out", tmp_path, contains=["its tokenizer changes text (Replace)"]
+        "export",
+        tiny_run,
+        "--to",
+        "gguf",
+        "--out",
+        tmp_path,
+        contains=["its tokenizer changes text before splitting it (Replace)"],
     )
     assert [folder.name for folder in tmp_path.iterdir()] == ["transformers-float32"]
 

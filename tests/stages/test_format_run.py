@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import gguf
 import pytest
@@ -16,11 +17,12 @@ from puzzle_nas.choosing.refinement import Trials
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.engines import ENGINES
 from puzzle_nas.engines.base import EXPORT_RECORD
-from puzzle_nas.errors import RecipeError
+from puzzle_nas.errors import ArtifactError, RecipeError
 from puzzle_nas.evaluation.evaluate import Asked, evaluate
 from puzzle_nas.exporters import EXPORTERS, Child
-from puzzle_nas.families import load_model, load_parent
-from puzzle_nas.formats.stored import read_matrices
+from puzzle_nas.families import architecture_of, load_model, load_parent
+from puzzle_nas.formats.stored import FILE, read_matrices
+from puzzle_nas.library import matrices_path, read_variant, rounded_already
 from puzzle_nas.machine import machine_of
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.stages import distill_child
@@ -55,8 +57,8 @@ def recipe(padded_parent, tiny_settings, tmp_path_factory):
     """A recipe file; the limit in bytes is one that no child in full precision meets."""
     path = tmp_path_factory.mktemp("recipes") / "formats.yaml"
     settings = {**tiny_settings, "parent": str(padded_parent), "engine": "llama.cpp"}
-    settings["search_space"] = {"kv_heads": [1], "width_fractions": [0.5], "multiple_of": 32, "formats": list(FORMATS)}
-    settings["search"] = {"limits": {"memory_bytes": 400_000}, "verify": 2, "refine_rounds": 1, "speed_attempts": 0}
+    settings["search_space"] = {"kv_heads": [1], "width_fractions": [0.5], "formats": list(FORMATS)}
+    settings["search"] = {"limits": {"memory_bytes": 400_000}, "effort": "normal"}
     path.write_text(json.dumps(settings))
     return path
 
@@ -79,7 +81,7 @@ def test_the_child_is_stored_in_the_formats_that_were_searched(run):
         wanted = {name: form for name, form in _formats_of(child).items() if form}
         assert stored == wanted and stored
         weights = load_file(run / folder / "model.safetensors")
-        for name, matrix in read_matrices(run / folder).items():
+        for name, matrix in read_matrices(run / folder / FILE).items():
             assert torch.equal(weights[name], matrix.weight_OI.to(weights[name].dtype))
 
 
@@ -110,11 +112,46 @@ def test_what_llama_cpp_reads_is_what_torch_has(run, tmp_path):
     assert EXPORTERS["gguf"].differing(plain, tmp_path, "float32") == ["output_norm.weight"]
 
 
+def test_assembled_it_is_what_was_scored(run):
+    """The library's own bits, in the child and in the quantised parents; the rest is rounded on its way."""
+    parent = load_parent(open_run(run), run)
+    number = 0
+    for folder in ("child", "baselines/parent@q8_0", "baselines/parent@q4_0"):
+        architecture = Child.load(run / folder).architecture
+        weights = load_file(run / folder / "model.safetensors")
+        places = rounded_already(run, parent, architecture)
+        in_formats = {(layer, slot) for layer, slot, spec in architecture if spec.format and not spec.empty}
+        assert folder == "child" or set(places) == in_formats | {(len(architecture.layers), "head")}
+        for layer, slot in places:
+            spec = architecture.layers[layer][slot] if slot != "head" else architecture.head
+            prefix = f"model.layers.{layer}." if slot != "head" else ""
+            for name, weight in read_variant(run.variant(layer, spec.id), "distill-blocks").items():
+                assert torch.equal(weights[prefix + name], weight), (folder, layer, name)
+                number += 1
+    assert number
+
+
+def test_a_damaged_file_of_codes_is_refused(run, tmp_path):
+    copied = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    parent = load_parent(open_run(copied), copied)
+    own = architecture_of(parent.config)
+    for layer, spec in ((1, own.layers[1]["ffn"].stored("q8_0")), (len(own.layers), own.head.stored("q8_0"))):
+        child, file = own.replaced(layer, spec), matrices_path(copied.initial_variant(layer, spec.id))
+        assert rounded_already(copied, parent, child)
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(
+            ArtifactError, match=f"{spec.id}.formats.safetensors is missing or corrupted. Make it again"
+        ):
+            rounded_already(copied, parent, child)
+
+
 def test_distilling_keeps_scales_and_lowers_kl(run):
     gkd = read_json(run / "gkd.json")
     assert gkd["selection_kl_nats_best"] < gkd["selection_kl_nats_start"]
     refitted = read_json(run / "refit.json")["kept"]
-    before, after = (read_matrices(run / name) for name in ("child-refit" if refitted else "child", "child-gkd"))
+    before, after = (read_matrices(run / name / FILE) for name in ("child-refit" if refitted else "child", "child-gkd"))
     changed = 0
     for name, matrix in after.items():
         assert torch.equal(matrix.rounded.grid.step_OG, before[name].rounded.grid.step_OG)
@@ -192,7 +229,6 @@ def test_an_export_is_evaluated_as_its_engine_computes_it(run, padded_parent, tm
         ("engine=torch", "the engine torch does not serve the format q8_0; set engine: llama.cpp"),
         ("search_space.formats=[q3_x]", "There is no format q3_x; formats are bf16"),
         ("search_space.formats=[int8]", "the engine llama.cpp does not serve the format int8"),
-        ("gkd.lora_rank=4", "adapters are not rounded to search_space.formats"),
         ("search_space.formats=[q4_k]", "q4_k cannot hold self_attn.q_proj.weight of attention.kv2@q4_k"),
         ("search.limits={memory_bytes: 1000}", "memory_bytes=1000 can reach"),
     ],

@@ -27,19 +27,17 @@ def hybrid_run(tmp_path_factory):
         "memory": "stream",
         "search_space": {
             "width_fractions": [0.5],
-            "multiple_of": 4,
             "expert_counts": [0.5],
             "experts_per_token": [0.5],
         },
         "scenarios": [{"name": "chat", "batch_size": 1, "prefill_tokens": 8, "decode_tokens": 4}],
-        "costs": {"mixtures": 2, "repeats": 1, "decode_steps_measured": 2},
-        "search": {"limits": {"memory_bytes": LIMIT_BYTES}, "speed_attempts": 0},
-        "evaluation": {"timing_repeats": 1},
+        "costs": {"mixtures": 2},
+        "search": {"limits": {"memory_bytes": LIMIT_BYTES}, "effort": "fast"},
     }
     tokens = {"calibration": 1024, "scoring": 256, "selection": 256, "validation": 256, "train": 2048}
     settings["data"] |= {f"{split}_tokens": number for split, number in tokens.items()}
     settings["bld"] |= {"tokens": 256, "batch_tokens": 128}
-    settings["gkd"] |= {"tokens": 512, "batch_tokens": 128, "evaluate_every_steps": 2}
+    settings["gkd"] |= {"tokens": 512, "batch_tokens": 128}
     (folder / "recipe.yaml").write_text(json.dumps(settings))
     puzzle("run", folder / "recipe.yaml", "--run-dir", folder / "run")
     return folder / "run"

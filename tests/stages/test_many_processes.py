@@ -34,14 +34,15 @@ def checksums(run, patterns=SHARED_WORK):
 def pinned(tiny_run, tiny_settings, tmp_path_factory):
     """A recipe whose cost table is a file, and an undisturbed run of it in one process."""
     folder = tmp_path_factory.mktemp("ranks")
-    settings = {**tiny_settings, "costs": {"file": str(tiny_run / "costs/torch.json")}, "coupled_bld": COUPLED}
+    settings = {**tiny_settings, "costs": {"file": str(tiny_run / "costs/torch.json")}}
+    settings["bld"] = settings["bld"] | COUPLED
     recipe = folder / "pinned.yaml"
     recipe.write_text(json.dumps(settings))
     puzzle("run", recipe, "--run-dir", folder / "one", "--to", "distill-child")
     return recipe, folder / "one"
 
 
-@pytest.mark.parametrize(("count", "memory"), [(2, "all"), (3, "stream"), (3, "divide")])
+@pytest.mark.parametrize(("count", "memory"), [(2, "all"), (3, "stream")])
 def test_the_same_library_scores_and_child(count, memory, pinned, tmp_path):
     recipe, one = pinned
     run = tmp_path / "run"
@@ -54,6 +55,12 @@ def test_the_same_library_scores_and_child(count, memory, pinned, tmp_path):
     assert len(theirs) > 2 and theirs[-1] != theirs[0]
     for mine, other in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(other, rel=GKD_TOLERANCE)
+
+
+def torchrun(count, *program):
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    result = subprocess.run([sys.executable, *ranks, *map(str, program)], timeout=600, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 NOTING = """
@@ -74,38 +81,19 @@ layer_of = lambda _, module, prefix: prefix.split(".")[2] if ".layers." in prefi
 WeightFiles.fill = noted(WeightFiles.fill, layer_of)
 main()
 """
-"""Writes which layers a rank reads from disk, stage by stage: ` score_blocks:01`."""
+"""Writes which layers a rank reads from disk, stage by stage: ` distill_blocks:01`."""
 
 
-def test_a_rank_reads_its_own_layers_alone_twice_in_bld_and_once_in_scoring(pinned, tmp_path):
+def test_a_rank_reads_its_own_layers_alone_twice_in_bld(pinned, tmp_path):
     recipe, one = pinned
     script, run = tmp_path / "noting.py", tmp_path / "run"
     script.write_text(NOTING)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    command = ["run", recipe, "--run-dir", run, "--to", "score-blocks", "memory=divide"]
-    subprocess.run([*torchrun, *command], check=True, timeout=600, capture_output=True)
-    made = ("library/main/*/*", "scores/main/*/*")
+    torchrun(2, script, "run", recipe, "--run-dir", run, "--to", "distill-blocks", "memory=stream")
+    made = ("library/main/*/*",)
     assert checksums(run, made) == checksums(one, made)
-    first, second = (Path(f"{script}.{rank}").read_text().split()[-2:] for rank in range(2))
+    first, second = (Path(f"{script}.{rank}").read_text().split()[-1] for rank in range(2))
     # The second rank has its first layer's input from the first, which begins again below its own.
-    assert first == ["distill_blocks:0101", "score_blocks:01"]
-    assert second == ["distill_blocks:23", "score_blocks:23"]
-
-
-def test_scores_by_a_task_are_the_same_from_divided_layers(pinned, tmp_path):
-    recipe, one = pinned
-    items = [{"question": f"{a} and", "choices": [b, a, "nothing"], "answer": 0} for a in "abcd" for b in "efgh"]
-    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
-    task = ["scoring.metric=task", f"scoring.task={tmp_path / 'items.jsonl'}"]
-    found = []
-    for count, memory in ((1, "all"), (2, "divide")):
-        run = tmp_path / memory
-        shutil.copytree(one, run)
-        command = ["run", recipe, "--run-dir", run, "--to", "score-blocks", "--nproc", count]
-        said = puzzle(*command, *task, f"memory={memory}").stdout
-        assert said.count("no better than chance") == 1
-        found.append(checksums(run, ["scores/main/task/*"]))
-    assert len(found[0]) > 20 and found[1] == found[0]
+    assert (first, second) == ("distill_blocks:0101", "distill_blocks:23")
 
 
 def start(command, run):
@@ -139,7 +127,7 @@ def test_a_killed_process_stops_the_run_with_a_sentence_and_loses_nothing(pinned
 
 
 @pytest.mark.parametrize(
-    ("memory", "moment"), [("all", "library/main/layer_00/*.json"), ("divide", "scores/main/kl/layer_00*.json")]
+    ("memory", "moment"), [("all", "library/main/layer_00/*.json"), ("stream", "scores/main/kl/layer_00*.json")]
 )
 def test_torchrun_restarts_what_was_killed_and_more_processes_take_over(memory, moment, pinned, tmp_path):
     recipe, one = pinned
@@ -154,26 +142,45 @@ def test_torchrun_restarts_what_was_killed_and_more_processes_take_over(memory, 
     assert checksums(run) == checksums(one)
 
 
-def test_ranks_that_start_again_do_not_take_addresses_of_dead_ones():
-    # torchrun's restart, without its luck: the second rank is long there when the first one comes.
+@pytest.fixture
+def start_rank():
+    """Starts one of two ranks with a program of its own, as torchrun does; all are gone afterwards."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    work = "from puzzle_nas.training import parallel; parallel.join(); print(parallel.gathered([parallel.rank()]))"
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    started = []
 
-    def rank(number):
+    def start(number, program):
         environment = {**os.environ, **place, "WORLD_SIZE": "2", "RANK": str(number)}
-        return subprocess.Popen([sys.executable, "-c", work], env=environment, stdout=subprocess.PIPE, text=True)
+        program = f"from puzzle_nas.training import parallel; parallel.join(); {program}"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes))
+        return started[-1]
 
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_ranks_that_start_again_do_not_take_addresses_of_dead_ones(start_rank):
+    # torchrun's restart, without its luck: the second rank is long there when the first one comes.
+    work = "print(parallel.gathered([parallel.rank()]))"
     for pause in (0, 5):
-        second = rank(1)
+        second = start_rank(1, work)
         time.sleep(pause)
-        first = rank(0)
-        try:
-            assert first.communicate(timeout=300)[0].strip() == "[0, 1]"
-            assert second.wait(timeout=300) == 0
-        finally:
-            first.kill()
-            second.kill()
+        first = start_rank(0, work)
+        assert first.communicate(timeout=300)[0].strip() == "[0, 1]"
+        assert second.wait(timeout=300) == 0
+
+
+def test_no_rank_leaves_while_another_may_need_it(start_rank):
+    early = start_rank(0, "print('done', flush=True); parallel.leave()")
+    late = start_rank(1, "import sys; sys.stdin.read(); parallel.leave()")
+    assert early.stdout.readline() == "done\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        early.wait(timeout=3)
+    late.stdin.close()
+    assert early.wait(timeout=300) == late.wait(timeout=300) == 0
 
 
 def test_gkd_goes_on_from_its_checkpoint_with_another_number_of_processes(pinned, tmp_path):
@@ -201,9 +208,8 @@ def test_a_users_mistake_is_one_sentence(pinned, tmp_path):
 
 SETTINGS = {
     "micro-batches": ["gkd.micro_batch_tokens=32", "gkd.batch_tokens=160", "gkd.gradient_checkpointing=true"],
-    "Muon": ["gkd.optimiser=muon", "gkd.train_embeddings=true"],
-    "adapters": ["gkd.lora_rank=4"],
-    "the stored parent": ["gkd.parent_top_k=16", "gkd.cosine_weight=0"],
+    "embeddings": ["gkd.also_train=[embeddings]"],
+    "the stored parent": ["gkd.parent_top_k=16", "gkd.losses={kl: 1}"],
 }
 
 
@@ -215,8 +221,7 @@ def test_gkd_in_shards_learns_what_one_process_learns(settings, pinned, tmp_path
         run = tmp_path / f"run{count}"
         shutil.copytree(one, run)
         command = ["distill-child", run, *SETTINGS[settings], "gkd.tokens=2048", "gkd.learning_rate=1e-4"]
-        ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "puzzle_nas"]
-        subprocess.run([sys.executable, *ranks, *map(str, command)], check=True, timeout=600, capture_output=True)
+        torchrun(count, "-m", "puzzle_nas", *command)
         curves.append(json.loads((run / "gkd.json").read_text())["curve"])
         assert not RunFolder(run).scratch("distill_child").exists()
     alone, shared = curves

@@ -60,7 +60,7 @@ def test_distillation_keeps_the_best_checkpoint_and_the_limit_is_met(tiny_run, s
     gkd = json.loads((tiny_run / "gkd.json").read_text())
     curve = [point["selection_kl_nats"] for point in gkd["curve"]]
     # Which child it is depends on measured times, so whether so short a training helps is not for a test to say.
-    assert len(curve) == 5 and gkd["selection_kl_nats_best"] == min(curve) <= curve[0]
+    assert len(curve) == 3 and gkd["selection_kl_nats_best"] == min(curve) <= curve[0]
     assert child["speedup_predicted"] >= child["speedup_asked"] == 1.2
     for baseline in summary["baselines"].values():
         assert baseline["infeasible"] or baseline["speedup_predicted"] >= 0.999 * 1.2
@@ -150,10 +150,11 @@ def test_a_new_limit_leaves_the_runs_child_alone(tiny_run):
 
 def test_variants_that_training_spoils_fall_back_and_are_named(tiny_run, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "copy")
-    out = puzzle("distill-blocks", tmp_path / "copy", "bld.learning_rate=1e6", "bld.gradient_clip=null").stdout
-    assert re.search(
-        r"Layer 1, ffn\.w96: the loss (rose from .* to .*|became NaN) in BLD; its initialisation is kept", out
+    out = puzzle("distill-blocks", tmp_path / "copy", "bld.learning_rate=1e6").stdout
+    named = re.findall(
+        r"Layer \d, .*: the loss (?:rose from .* to .*|became NaN) in BLD; its initialisation is kept", out
     )
+    assert len(named) == 5 and re.search(r"So it went with \d+ more, of \d+ variants", out)
     library = tmp_path / "copy/library"
     trained, initial = (library / name / "layer_01/ffn.w96.safetensors" for name in ("main", "initial"))
     assert trained.read_bytes() == initial.read_bytes()
@@ -177,7 +178,7 @@ def test_the_prediction_of_the_parent_is_printed(tiny_run):
 
 def test_distillation_that_diverges_leaves_the_start_and_says_so(tiny_run, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "copy")
-    out = puzzle("distill-child", tmp_path / "copy", "gkd.learning_rate=1e12", "gkd.gradient_clip=null").stdout
+    out = puzzle("distill-child", tmp_path / "copy", "gkd.learning_rate=1e12").stdout
     assert "the child stays as it was" in out
     facts = json.loads((tmp_path / "copy/gkd.json").read_text())
     assert facts["best_step"] == 0
@@ -207,7 +208,7 @@ def test_global_distillation_lowers_kl_on_text_it_has_not_seen(tiny_run):
     before = independent_kl(parent, child, unseen)
     child.model.layers.requires_grad_(True)
     settings, steps = GKDSettings(learning_rate=3e-4), 60
-    optimiser = Optimiser(child, settings, steps)
+    optimiser = Optimiser(child, settings.learning_rate, steps)
     for step in range(steps):
         blocks = torch.arange(8) + 8 * step % 480
         inputs = Anatomy(child).inputs(train.shape[1])

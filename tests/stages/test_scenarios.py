@@ -6,7 +6,7 @@ import pytest
 
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.errors import RecipeError
-from puzzle_nas.recipe import parse_recipe
+from puzzle_nas.recipe_text import parse_recipe
 from puzzle_nas.stages import measure_costs, prepare_parent
 
 

@@ -8,18 +8,17 @@ import pytest
 import puzzle_nas.stages
 from puzzle_nas import pipeline
 from puzzle_nas.artifacts import RunFolder
-from puzzle_nas.recipe import Recipe, Settings, parse_recipe
+from puzzle_nas.recipe import Recipe, Settings
+from puzzle_nas.recipe_text import parse_recipe
 from puzzle_nas.stages import EVERYTHING, STAGES, WITHOUT_EFFECT, Stage
 
 WHOLE = {"model_dump", "model_dump_json", "model_copy", "__dict__", "__iter__"}
 """What gives every field of a part at once."""
 EVERY_STAGE = {
-    "search": {"limits": {"speedup": 1.1}, "verify": 2, "min_different": 1},
-    "coupled_bld": {"tokens": 256, "batch_tokens": 256, "solutions": 2},
-    "bld": {"tokens": 256, "batch_tokens": 256},
+    "search": {"limits": {"speedup": 1.1}, "effort": "normal"},
+    "bld": {"tokens": 256, "batch_tokens": 256, "coupled_tokens": 256, "coupled_solutions": 2},
     "gkd": {"tokens": 256, "batch_tokens": 256},
-    "costs": {"mixtures": 1, "repeats": 1, "decode_steps_measured": 1},
-    "evaluation": {"timing_repeats": 1},
+    "costs": {"mixtures": 1},
     "library": {"initialisation": "random"},
 }
 """Short, and nothing left out. Random starts are the only ones that need a seed."""
@@ -102,9 +101,9 @@ def test_a_reading_that_is_not_declared_is_noticed(tiny_settings, monkeypatch):
     recipe = parse_recipe(str(tiny_settings))
     reading = Reading(recipe, monkeypatch)
     assert recipe.search.limits and recipe.seed == 0 and recipe.final_library == "main"
-    assert reading.names == {"search.limits", "seed", "coupled_bld.tokens"}
-    recipe.refit.model_dump()
-    assert {"refit.enabled", "refit.ridge_tokens"} < reading.names
+    assert reading.names == {"search.limits", "seed", "bld.coupled_tokens"}
+    recipe.bld.model_dump()
+    assert {"bld.tokens", "bld.normalise"} < reading.names
     reading.names = set()
     recipe.to_yaml()
     assert reading.names >= {*Recipe.model_fields, "gkd.tokens", "data.separator"}
@@ -115,10 +114,9 @@ def test_a_reading_that_is_not_declared_is_noticed(tiny_settings, monkeypatch):
     [
         ("memory=stream", []),
         ("threads=3", ["measure_costs", "search_architecture", "evaluate_child"]),
-        ("search.verify=3", ["search_architecture"]),
+        ("search.effort=thorough", ["search_architecture"]),
         ("search.limits.speedup=1.3", ["couple_blocks", "search_architecture"]),
-        ("coupled_bld.solutions=3", ["couple_blocks"]),
-        ("evaluation.timing_repeats=2", ["evaluate_child"]),
+        ("bld.coupled_solutions=3", ["couple_blocks"]),
     ],
 )
 def test_a_changed_setting_changes_what_depends_on_it_and_the_report_that_shows_it(change, again, tiny_settings):

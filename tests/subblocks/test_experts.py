@@ -147,7 +147,7 @@ def test_least_squares_is_nearest_to_the_parent(context, spec):
 
 
 def test_what_is_offered_changes_one_size(parent):
-    asked = SearchSpaceSettings(width_fractions=[0.5], multiple_of=4, expert_counts=[0.5, 1], experts_per_token=[1])
+    asked = SearchSpaceSettings(width_fractions=[0.5], expert_counts=[0.5, 1], experts_per_token=[1])
     space = build_search_space(architecture_of(parent.config), asked, linear={"ffn"}, no_op={"experts"}, layers={})
     assert space.options[LAYER]["experts"] == (OWN, HALF, ONE, SPARSER, NARROWER, NoOp("experts"))
     # Of Qwen3-MoE's three layers, the first is dense: a slot and a cost group of its own.

@@ -12,10 +12,10 @@ from puzzle_nas.families import architecture_of, load_parent
 from puzzle_nas.library import assemble
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.scoring.comparison import ParentReference
-from puzzle_nas.training.refitting import RefitKL, refit, refit_if_better
+from puzzle_nas.training import refitting
+from puzzle_nas.training.refitting import RIDGE_TOKENS, RefitKL, refit, refit_if_better
 
 CHANGED = 1
-RIDGE_TOKENS = 100.0
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def models(tiny_run):
     tokens = load_tokens(run, "calibration")
     architecture = architecture_of(parent.config).replaced(CHANGED, GatedFFN(96))
     before, after = (assemble(run, parent, architecture) for _ in range(2))
-    refit(parent, after, tokens, RIDGE_TOKENS)
+    refit(parent, after, tokens)
     return parent, before, after, tokens
 
 
@@ -71,13 +71,14 @@ def test_below_the_first_change_nothing_changes_and_the_parent_never_does(models
     }
 
 
-@pytest.mark.parametrize(("ridge_tokens", "kept"), [(6144, True), (1e-3, False)])
-def test_the_better_one_is_kept_and_the_child_stays_as_it_is(ridge_tokens, kept, models, tiny_run):
+@pytest.mark.parametrize(("ridge_tokens", "kept"), [(RIDGE_TOKENS, True), (1e-3, False)])
+def test_the_better_one_is_kept_and_the_child_stays_as_it_is(ridge_tokens, kept, models, tiny_run, monkeypatch):
+    monkeypatch.setattr(refitting, "RIDGE_TOKENS", ridge_tokens)
     parent, child, _, tokens = models
     weights = {name: weight.clone() for name, weight in child.state_dict().items()}
     reference = ParentReference(parent, load_tokens(RunFolder(tiny_run), "selection"))
     # Solved for three tokens alone it is worse than before.
-    better, _, kl = refit_if_better(parent, child, reference, tokens if kept else tokens[:1, :3], ridge_tokens)
+    better, _, kl = refit_if_better(parent, child, reference, tokens if kept else tokens[:1, :3])
     assert all(torch.equal(weight, weights[name]) for name, weight in child.state_dict().items())
     assert kl.kept == kept == (better is not child) == (kl.after < kl.before)
     assert kl.best == min(kl.before, kl.after) == reference.compare(better).kl_nats

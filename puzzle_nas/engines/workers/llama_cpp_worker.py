@@ -228,4 +228,5 @@ def _log_sum_exp(logits):
     return largest + np.log(np.exp((logits - largest[:, None]).astype(np.float64)).sum(-1))
 
 
-answer_requests(LlamaCpp())
+if __name__ == "__main__":
+    answer_requests(LlamaCpp())

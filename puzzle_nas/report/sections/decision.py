@@ -117,7 +117,7 @@ def best_at_each_limit(facts: Facts) -> tuple[list[Point], str]:
 
 def _solved(facts: Facts, tables: ArchitectureSearch) -> dict[str, Any]:
     others = {name: value for name, value in facts.recipe.search.limits.items() if name != "speedup"}
-    fastest = reachable_speedups(tables, others, facts.recipe).values[-1]
+    fastest = reachable_speedups(tables, others).values[-1]
     chosen = facts.summary["child"]["speedup_predicted"]
     return solve_frontier(
         facts.recipe,

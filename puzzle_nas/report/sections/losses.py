@@ -16,14 +16,14 @@ from puzzle_nas.report.tables import number
 UNITS = {
     "kl": ("kl_nats", "KL, nats"),
     "lm_loss": ("lm_loss_increase_nats", "LM loss increase, nats"),
-    "task": ("task_loss", "loss of {measure} on the task"),
+    "task_margin": ("task_loss", "loss of margin on the task"),
+    "task_accuracy": ("task_loss", "loss of accuracy on the task"),
 }
 """By metric: the field of a score's file, and what an axis says."""
 
 
 def _unit(facts: Facts) -> str:
-    scoring = facts.recipe.scoring
-    return UNITS[scoring.metric][1].format(measure=scoring.task_measure)
+    return UNITS[facts.recipe.scoring.metric][1]
 
 
 def losses(facts: Facts) -> str:
@@ -71,7 +71,7 @@ def _by_layer(facts: Facts) -> str:
     child = facts.summary["child"]
     kl = child["validation_kl_nats_assembled"]
     text = f"The scores of the child's variants sum to {child['score_sum_nats']:.4g} ({unit})"
-    if kl is not None and facts.recipe.scoring.metric != "task":
+    if kl is not None and not facts.recipe.scoring.by_task:
         text += f"; assembled, and before any training as a whole, it has a KL of {kl:.4g} nats"
     if total > 0:
         share = sum(score for score, _ in worst) / total

@@ -80,7 +80,7 @@ def _blocks(facts: Facts) -> str:
 def _coupled(facts: Facts) -> str:
     """What coupled BLD did; nothing where the recipe leaves it out."""
     recipe, run = facts.recipe, facts.run
-    if not recipe.coupled_bld.tokens or not run.coupled_pairs.exists():
+    if not recipe.bld.coupled_tokens or not run.coupled_pairs.exists():
         return ""
     pairs = [(layer, ids) for layer, here in enumerate(read_json(run.coupled_pairs)["layers"]) for ids in here]
     trained = [read_json(run.variant(layer, ids, "coupled").with_suffix(".json")) for layer, ids in pairs]
@@ -88,7 +88,7 @@ def _coupled(facts: Facts) -> str:
     blocks = ["+".join(found["variant"] for found in row["slots"].values()) for row in facts.summary["architecture"]]
     return paragraph(
         f"Coupled BLD then trained {len(pairs)} pairs of attention and FFN, those that the first search used, on "
-        f"{recipe.coupled_bld.tokens:,} tokens each, from a median loss of {before} to {after}; "
+        f"{recipe.bld.coupled_tokens:,} tokens each, from a median loss of {before} to {after}; "
         f"{sum(f['fell_back'] for f in trained)} fell back to the decoupled variants. "
         f"{sum(block in pairs for block in enumerate(blocks))} of the child's {len(blocks)} blocks are such pairs."
     )
@@ -102,7 +102,7 @@ def _median(values: Iterable[float | None]) -> str:
 def _child(facts: Facts) -> str:
     recipe, refit, gkd = facts.recipe, facts.summary["refit"], facts.summary["gkd"]
     if not refit.get("tried"):
-        text = paragraph("The refit was not tried (refit.enabled is false).")
+        text = paragraph("The refit was not tried (refit is false).")
     else:
         fate = "kept" if refit["kept"] else "discarded"
         before, after = refit["selection_kl_nats_before"], refit["selection_kl_nats_after"]
