@@ -54,6 +54,18 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     return any(capabilities.get(name) for name in ("amx_bf16", "amx", "avx512_bf16", "sve_bf16"))
 
 
+def int8_sums_saturate() -> bool:
+    """Whether oneDNN, which multiplies int8 on CPUs, adds pairs of products in 16 bits here, where many do not fit.
+
+    So do x86 processors without VNNI ("Data Types" in oneDNN's documentation), and others that are told to.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    if capabilities["architecture"] != "x86_64":
+        return False
+    as_told = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ("SSE41", "AVX", "AVX2", "AVX512_CORE")
+    return as_told or not (capabilities["avx_vnni"] or capabilities["avx512_vnni"])
+
+
 @functools.cache
 def keep_freed_memory() -> None:
     """Tell glibc to keep what tensors free for the next ones, instead of giving it back page by page.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,11 +210,18 @@ class ServingEngine(Engine[Worker]):
         """Why a server ended, from what it wrote."""
         return " / ".join(lines[-3:])[-500:] or "it said nothing"
 
+    def refuse_formats(self, formats: Iterable[str]) -> None:
+        """Refuse formats in which this engine computes something else on this machine.
+
+        Raises:
+            ExportError: names the format, and why.
+        """
+
     def precision_of(self, exported: Path) -> str:
         """The precision of a finished export.
 
         Raises:
-            ExportError: there is no finished export, or one for another engine.
+            ExportError: there is no finished export, or one for another engine, or `refuse_formats`.
         """
         if not (exported / EXPORT_RECORD).is_file():
             raise ExportError(f"{exported} is not an export. Make one with: puzzle export CHILD --to {self.formats[0]}")
@@ -222,6 +229,7 @@ class ServingEngine(Engine[Worker]):
         if record["format"] not in self.formats:
             formats = " or ".join(self.formats)
             raise ExportError(f"{exported} holds {record['format']}, and {self.name} loads {formats}.")
+        self.refuse_formats(record.get("formats", ()))
         return record["precision"]
 
     def refuse(self, loading: Loading) -> None:

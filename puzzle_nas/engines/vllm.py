@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from safetensors import safe_open
 
 import puzzle_nas
 from puzzle_nas.engines.base import LOOPBACK, ServingEngine, Tolerance
+from puzzle_nas.errors import ExportError
+from puzzle_nas.machine import int8_sums_saturate
 
 SERVED_KV_CACHE_BYTES = 2 << 30
 """On CPUs, where vLLM would take most of the machine's memory."""
@@ -56,6 +59,14 @@ class _Vllm(ServingEngine):
     def made_from(self) -> dict[str, Any]:
         """See `ServingEngine.made_from`; our own package too."""
         return {**super().made_from(), "puzzle_nas": " ".join(_our_package())}
+
+    def refuse_formats(self, formats: Iterable[str]) -> None:
+        """See `ServingEngine.refuse_formats`."""
+        if "int8" in formats and not HAS_GPU and int8_sums_saturate():
+            raise ExportError(
+                "This processor has no VNNI, and without it vLLM's int8 products overflow and are wrong; "
+                "leave out int8 here, or go to a machine that has it."
+            )
 
     def tensor_types(self, exported: Path) -> dict[str, int]:
         """See `ServingEngine.tensor_types`; as safetensors calls them."""

@@ -51,6 +51,7 @@ def export_child(checkpoint: Path, to: str, dtype: str | None, quantise: str | N
         kinds = ", ".join(engine.quantised) or "none"
         raise ExportError(f"{engine.name} does not quantise {to} to {quantise}; types: {kinds}.")
     formats = child.architecture.formats
+    engine.refuse_formats(formats)
     if formats and quantise is not None:
         raise ExportError(f"The child is stored in {', '.join(formats)} already; leave out --quantize {quantise}.")
     folder = exports / f"{to}-{quantise or '+'.join(formats) or dtype}"

@@ -132,7 +132,8 @@ def distill_blocks(
             for group in _groups(training[layer], task.device, one_by_one=recipe.memory != "all"):
                 problems += _distil(task, layer, group, settings, tokens_each, shard, batches, held, total_steps)
             ticker.advance()
-    problems = parallel.gathered(problems)
+    # What is not a number says more than what rose.
+    problems = sorted(parallel.gathered(problems), key=lambda problem: "the loss rose" in problem)
     for problem in problems[:MOST_SAID]:
         console.print(f"  {problem}")
     if more := len(problems[MOST_SAID:]):

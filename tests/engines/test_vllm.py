@@ -19,6 +19,7 @@ from puzzle_nas.exporters import EXPORTERS, Child
 from puzzle_nas.exporters.decilm_format import DeciLMExporter
 from puzzle_nas.exporters.vllm_format import VllmExporter
 from puzzle_nas.families import build
+from puzzle_nas.machine import int8_sums_saturate
 from puzzle_nas.recipe import SourceSettings
 from tests.exporters.children import (
     CHILDREN,
@@ -127,12 +128,17 @@ def test_every_family(name, variants, vllm, tmp_path, prompts):
     assert check(VllmExporter(), vllm, child, tmp_path, prompts)["max_nats"] < 1e-4
 
 
-FORMATS = {"int8": ["int8"], "int4": ["int4"], "both and none": ["int8", "int4", None]}
+exact_int8 = pytest.mark.skipif(int8_sums_saturate(), reason="vLLM's int8 products are wrong without VNNI")
+FORMATS = [
+    pytest.param(["int8"], id="int8", marks=exact_int8),
+    pytest.param(["int4"], id="int4"),
+    pytest.param(["int8", "int4", None], id="both and none", marks=exact_int8),
+]
 SIZES_IN_FORMATS = {**HEADS, "hidden_size": 128, "intermediate_size": 256}
 KINDS_IN_FORMATS = {**EVERY_KIND, 2: [LINEAR_ATTENTION, GatedFFN(128)]}
 
 
-@pytest.mark.parametrize("forms", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("forms", FORMATS)
 def test_formats(forms, vllm, tmp_path, prompts):
     child = in_formats(child_of(KINDS_IN_FORMATS, **SIZES_IN_FORMATS), forms)
     check(VllmExporter(), vllm, child, tmp_path, prompts, "bfloat16")
