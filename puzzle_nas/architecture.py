@@ -74,8 +74,8 @@ class Spec:
         """
         return []
 
-    def cache_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
-        """Bytes that one sequence of so many tokens keeps in this layer's cache."""
+    def cache_bytes(self, tokens: int, head_dim: int, itemsize: float) -> int:
+        """Bytes that one sequence of so many tokens keeps in this layer's cache, `itemsize` for each number."""
         return 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,9 +121,9 @@ class GroupedAttention(Spec):
             *(WindowAttention(w, own, slot=self.slot) for w in windows),
         ]
 
-    def cache_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+    def cache_bytes(self, tokens: int, head_dim: int, itemsize: float) -> int:
         """Keys and values of every KV head, of the window where there is one."""
-        return 2 * self.num_key_value_heads * head_dim * itemsize * min(tokens, self.window or tokens)
+        return int(2 * self.num_key_value_heads * head_dim * itemsize * min(tokens, self.window or tokens))
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,9 @@ class WindowAttention(Spec):
         """`window1024`."""
         return f"window{self.window}"
 
-    def cache_bytes(self, tokens: int, head_dim: int, itemsize: int) -> int:
+    def cache_bytes(self, tokens: int, head_dim: int, itemsize: float) -> int:
         """Keys and values of the window."""
-        return 2 * self.num_key_value_heads * head_dim * itemsize * min(tokens, self.window)
+        return int(2 * self.num_key_value_heads * head_dim * itemsize * min(tokens, self.window))
 
 
 @dataclass(frozen=True)

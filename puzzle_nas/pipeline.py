@@ -202,7 +202,8 @@ def run_stages(recipe: Recipe, run: RunFolder, first: str | None = None, last: s
     begin, end = parallel.from_first(lambda: _range(recipe, every, first, last))
     with held(run):
         claim_run(recipe, run)
-        remaining = Remaining(recipe, run, [stage.name for stage in every[begin:end]], parallel.world_size())
+        names = [stage.name for stage in every[begin:end]]
+        remaining = Remaining(recipe, run, names, parallel.world_size(), to_the_end=end == len(every))
         for number, stage in enumerate(every[begin:end], start=begin + 1):
             run_stage(stage, recipe, run, label=f"[{number}/{len(every)}] ", remaining=remaining)
 

@@ -248,6 +248,9 @@ class Recipe(Settings):
     (docs/streaming.md). Results are the same."""
     engine: Literal["torch", "llama.cpp", "vllm", "vllm-eager"] = "torch"
     """What the child is to be fast on: costs, candidates and the child are timed there."""
+    kv_format: str | None = None
+    """Of the engine's KV cache, by its own name; null is the engine's default (docs/formats.md). Times, memory, exports
+    and servers have it; scores and KL are computed with a cache that is not rounded."""
     data: DataSettings
     """Text."""
     search_space: SearchSpaceSettings = SearchSpaceSettings()
@@ -285,6 +288,14 @@ class Recipe(Settings):
                 raise ValueError(f"the engine {self.engine} does not serve the format {form}; {way_out}")
         if self.search_space.formats and self.memory != "all":
             raise ValueError("search_space.formats needs memory: all; leave the formats out or set it")
+        return self
+
+    @model_validator(mode="after")
+    def _kv_format_is_served(self) -> Recipe:
+        offered = SERVERS[self.engine].kv_formats if self.engine in SERVERS else {}
+        if self.kv_format is not None and self.kv_format not in offered:
+            way_out = f"choose one of {', '.join(offered)}" if offered else "leave kv_format out"
+            raise ValueError(f"the engine {self.engine} has no KV cache in {self.kv_format}; {way_out}")
         return self
 
     @model_validator(mode="after")

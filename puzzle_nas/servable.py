@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from puzzle_nas.architecture import (
     KINDS,
@@ -29,6 +29,8 @@ class Server:
     first_layer_needs_attention: bool = False
     formats: tuple[str, ...] = ()
     """In which it serves matrices besides the model's precision, the widest first."""
+    kv_formats: Mapping[str, float] = field(default_factory=dict)
+    """In which it can keep the KV cache, by its own names, with bytes a number."""
 
     def refusal(self, layer: int, spec: Spec) -> str | None:
         """Why `spec` cannot stand in `layer`, or None where it can."""
@@ -49,12 +51,17 @@ SERVERS = {
         "vLLM with our plugin",
         frozenset({GroupedAttention, WindowAttention, GatedFFN, Linear, NoOp}),
         formats=("int8", "int4"),
+        kv_formats={"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1},
     ),
     "vllm-stock": Server("stock vLLM", frozenset({GroupedAttention, GatedFFN, NoOp}), first_layer_needs_attention=True),
     "llama.cpp": Server(
         "llama.cpp",
         frozenset({GroupedAttention, GatedFFN, Linear, NoOp}),
         formats=("f16", "q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "q4_1", "q4_0"),
+        kv_formats={
+            **dict(f32=4, f16=2, bf16=2),
+            **dict(q8_0=34 / 32, q5_1=24 / 32, q5_0=22 / 32, q4_1=20 / 32, q4_0=18 / 32),
+        },
     ),
 }
 # The same, running models as they are written.

@@ -96,6 +96,8 @@ def verify_run(run: RunFolder) -> RunCheck:
     checks: dict[str, StageCheck] = {}
     recorded: set[str] = set()
     for stage in STAGES:
+        if stage.why_left_out(recipe) and not run.record_path(stage.name).exists():
+            continue
         check = checks[stage.name] = StageCheck(stage.command)
         try:
             record = run.record(stage.name)
@@ -118,7 +120,7 @@ def verify_run(run: RunFolder) -> RunCheck:
             # An earlier stage has no record that could be read: this one's inputs will be made again.
             check.stale = True
     # An input that is stale itself has not been made again yet: its record still fits what was made from it.
-    for stage in STAGES:
+    for stage in (stage for stage in STAGES if stage.name in checks):
         if checks[stage.name].finished and any(checks[before.name].stale for before in needs(stage, recipe)):
             checks[stage.name].stale = True
     names = (str(path.relative_to(run.path)) for path in sorted(run.path.rglob("*")) if path.is_file())

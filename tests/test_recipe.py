@@ -47,6 +47,7 @@ def test_what_only_old_yaml_reads_as_a_number_stays_text():
         ),
         ("scenarios: []", "The recipe's scenarios is [], but must be a list of at least 1 entry."),
         ("scenarios: [{name: a}, {name: a}]", "The recipe: scenarios need names that differ, and 'mix' means all"),
+        ("kv_format: q8_0", "The recipe: the engine torch has no KV cache in q8_0; leave kv_format out."),
         ("threads: 0", "The recipe's threads is 0, but must be a whole number of at least 1 or null."),
         ("gkd: {tokens: 1.5}", "The recipe's gkd.tokens is 1.5, but must be a whole number of at least 0."),
         ("gkd: {tokens: lots}", "The recipe's gkd.tokens is lots, but must be a whole number of at least 0."),

@@ -24,13 +24,17 @@ def export_command(
     out: Annotated[Path | None, typer.Option(help="Where the export gets its folder. Default: RUN/exports.")] = None,
 ) -> None:
     """Write the child for an engine, and check with that engine that it computes the child."""
+    from puzzle_nas.artifacts import RunFolder
     from puzzle_nas.errors import RecipeError
+    from puzzle_nas.pipeline import open_run
     from puzzle_nas.stages.export_child import export_child
 
     is_run = (model / "recipe.yaml").is_file()
     if out is None and not is_run:
         raise RecipeError(f"{model} is not a run folder; say where the export of a checkpoint goes with --out FOLDER.")
-    folder = export_child(model / "child-gkd" if is_run else model, to, dtype, quantise, out or model / "exports")
+    kv_format = open_run(RunFolder(model)).kv_format if is_run else None
+    checkpoint = model / "child-gkd" if is_run else model
+    folder = export_child(checkpoint, to, dtype, quantise, out or model / "exports", kv_format)
     print(f"Exported to {folder}")
 
 
@@ -63,8 +67,9 @@ def bench_command(
     dtype: Annotated[
         str | None, typer.Option(help="Convert the weights when loading (vllm, transformers). Default: as exported.")
     ] = None,
-    kv_dtype: Annotated[
-        str | None, typer.Option(help="Type of the KV cache, by the engine's name. Default: the engine's.")
+    kv_format: Annotated[
+        str | None,
+        typer.Option(help="Of the KV cache, by the engine's name. Default: the export's, or the engine's."),
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share every layer (vllm).")] = 1,
     out: Annotated[
@@ -83,7 +88,7 @@ def bench_command(
     except ValueError:
         raise RecipeError(f"'{batch_sizes}' are not batch sizes; write numbers with commas, such as 1,4,16.") from None
     lengths = scenario_lengths(scenarios, scale)
-    exports, loading = {"parent": parent, "child": child}, Loading(dtype, kv_dtype, tensor_parallel)
+    exports, loading = {"parent": parent, "child": child}, Loading(dtype, kv_format, tensor_parallel)
     result = bench(serving_engine(engine), exports, lengths, sizes, repeats, threads, loading)
     unit = "(tokens per second and device)"
     print(f"{'prompt/output':>14s} {'batch':>9s} {'parent':>10s} {'child':>10s}  speed-up  {unit}")

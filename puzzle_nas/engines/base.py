@@ -52,7 +52,7 @@ class Loading:
 
     dtype: str | None = None
     """Into what the weights are converted; None leaves them as exported."""
-    kv_dtype: str | None = None
+    kv_format: str | None = None
     """Of the KV cache, by the engine's own name; None is the engine's default."""
     tensor_parallel: int = 1
     """Devices that share every layer."""
@@ -98,11 +98,16 @@ class Engine(ABC, Generic[M]):
         """Whether `loaded` has all of them ready at once; otherwise the first one and one other."""
 
     @abstractmethod
-    def loaded(self, models: Mapping[str, PreTrainedModel], scratch: Path) -> AbstractContextManager[Mapping[str, M]]:
+    def loaded(
+        self, models: Mapping[str, PreTrainedModel], scratch: Path, kv_format: str | None = None
+    ) -> AbstractContextManager[Mapping[str, M]]:
         """What the other methods time, prepared, by the name of a model; weights without a format in `weights_dtype`.
 
         Where the engine does not hold all models, asking for another one takes as long as loading it. What has to be
         written for that goes to `scratch` for a while.
+
+        Args:
+            kv_format: of the KV cache, by the engine's own name; None is the engine's default.
 
         Raises:
             EngineError: not installed, or it cannot load a model.
@@ -153,7 +158,7 @@ class ServingEngine(Engine[Worker]):
     """Types that `quantise` can make."""
     dtypes: ClassVar[tuple[str, ...]] = ()
     """Into what it converts weights that it loads."""
-    kv_dtypes: ClassVar[tuple[str, ...]] = ()
+    kv_formats: ClassVar[tuple[str, ...]] = ()
     """What its KV cache can be, by its own names."""
     shares_layers: ClassVar[bool] = False
     """Whether several devices can share every layer (tensor parallelism)."""
@@ -217,6 +222,11 @@ class ServingEngine(Engine[Worker]):
             ExportError: names the format, and why.
         """
 
+    def loading_of(self, exported: Path) -> Loading:
+        """How an export is to be loaded where it is served; as the engine would by itself where no record says."""
+        record = exported / EXPORT_RECORD
+        return Loading(kv_format=read_json(record).get("kv_format") if record.is_file() else None)
+
     def precision_of(self, exported: Path) -> str:
         """The precision of a finished export.
 
@@ -243,9 +253,9 @@ class ServingEngine(Engine[Worker]):
         if loading.dtype is not None and loading.dtype not in self.dtypes:
             way_out = f"choose one of {', '.join(self.dtypes)}" if self.dtypes else "make another export instead"
             raise ExportError(f"{self.name} does not convert weights to {loading.dtype}; {way_out}.")
-        if loading.kv_dtype is not None and loading.kv_dtype not in self.kv_dtypes:
-            way_out = f"choose one of {', '.join(self.kv_dtypes)}" if self.kv_dtypes else "leave out --kv-dtype"
-            raise ExportError(f"{self.name} has no KV cache in {loading.kv_dtype}; {way_out}.")
+        if loading.kv_format is not None and loading.kv_format not in self.kv_formats:
+            way_out = f"choose one of {', '.join(self.kv_formats)}" if self.kv_formats else "leave out --kv-format"
+            raise ExportError(f"{self.name} has no KV cache in {loading.kv_format}; {way_out}.")
 
     @contextmanager
     def load(
@@ -288,7 +298,7 @@ class ServingEngine(Engine[Worker]):
             precision=loading.dtype or precision,
             threads=threads,
             chunk_tokens=VERIFICATION_CHUNK_TOKENS if exact else None,
-            kv_dtype=loading.kv_dtype,
+            kv_format=loading.kv_format,
             tensor_parallel=loading.tensor_parallel,
         )
 
@@ -298,13 +308,15 @@ class ServingEngine(Engine[Worker]):
         return len(models) <= 2 or weights + len(models) * self.worker_bytes < free_bytes(torch.device("cpu")) / 2
 
     @contextmanager
-    def loaded(self, models: Mapping[str, PreTrainedModel], scratch: Path) -> Iterator[Mapping[str, Worker]]:
+    def loaded(
+        self, models: Mapping[str, PreTrainedModel], scratch: Path, kv_format: str | None = None
+    ) -> Iterator[Mapping[str, Worker]]:
         """See `Engine.loaded`. Models are exported without tokenizer, and not verified: only times are of interest."""
         children = {name: Child(model, None) for name, model in models.items()}
         for child in children.values():
             EXPORTERS[self.formats[0]].refuse(child)
         with ExitStack() as stack:
-            yield _LoadedModels(self, children, scratch, stack, self.holds(models))
+            yield _LoadedModels(self, children, scratch, stack, self.holds(models), Loading(kv_format=kv_format))
 
     def describe(self, machine: Machine) -> dict[str, Any]:
         """See `Engine.describe`."""
@@ -371,9 +383,16 @@ class _LoadedModels(Mapping[str, Worker]):
     """
 
     def __init__(
-        self, engine: ServingEngine, children: Mapping[str, Child], scratch: Path, stack: ExitStack, holds_all: bool
+        self,
+        engine: ServingEngine,
+        children: Mapping[str, Child],
+        scratch: Path,
+        stack: ExitStack,
+        holds_all: bool,
+        loading: Loading,
     ):
         self._engine, self._children, self._scratch, self._stack = engine, children, scratch, stack
+        self._loading = loading
         self._place = {name: number if holds_all else min(number, 1) for number, name in enumerate(children)}
         self._workers: dict[int, Worker] = {}
         self._held: dict[int, str] = {}
@@ -395,7 +414,9 @@ class _LoadedModels(Mapping[str, Worker]):
             self._scratch.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
                 EXPORTERS[self._engine.formats[0]].write(child, Path(folder), precision)
-                self._engine.load_into(worker, Path(folder), precision, torch.get_num_threads(), exact=False)
+                self._engine.load_into(
+                    worker, Path(folder), precision, torch.get_num_threads(), exact=False, loading=self._loading
+                )
                 self._engine.prepare(worker)
 
     def __iter__(self) -> Iterator[str]:

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader
 from transformers import PreTrainedConfig
 
 from puzzle_nas.architecture import Spec
@@ -16,6 +16,7 @@ from puzzle_nas.engines.worker import Worker
 from puzzle_nas.errors import EngineError
 from puzzle_nas.exporters.gguf_format import idle_ffn, idle_ffns
 from puzzle_nas.machine import usable_cores
+from puzzle_nas.servable import SERVERS
 
 WORKERS = Path(__file__).parent / "workers"
 CONTEXT_FIELD = "deci.context_length"
@@ -34,7 +35,7 @@ class LlamaCppEngine(ServingEngine):
     rounds_activations = "q8_0"
     quantised = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
     vector_itemsize = 4
-    kv_dtypes = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+    kv_formats = tuple(SERVERS["llama.cpp"].kv_formats)
     # Products with 16-bit weights round the activations to 16 bits too, with quantised weights to 8.
     tolerances = {
         "float32": Tolerance(mean_nats=1e-4, max_nats=1e-3),
@@ -72,11 +73,16 @@ class LlamaCppEngine(ServingEngine):
         if context is not None and context > (positions := _positions(exported)):
             raise EngineError(f"The model has {positions} positions; serve it with --context {positions} or less.")
         threads = str(usable_cores())
+        kv_format = self.loading_of(exported).kv_format
+        kind = str(GGMLQuantizationType[kv_format.upper()].value) if kv_format else ""
+        # A rounded cache of values needs flash attention.
+        cache = ["--type_k", kind, "--type_v", kind, "--flash_attn", "true"] if kv_format else []
         return [
             *(str(self.python()), str(WORKERS / "llama_cpp_server.py")),
             *("--model", str(exported / "model.gguf"), "--host", LOOPBACK, "--port", str(port)),
             # 0 is the model's own context.
             *("--n_ctx", str(context or 0), "--n_threads", threads, "--n_threads_batch", threads),
+            *cache,
         ]
 
     def last_words(self, lines: list[str]) -> str:

@@ -79,7 +79,9 @@ class TorchEngine(Engine[PreTrainedModel]):
         return True
 
     @contextmanager
-    def loaded(self, models: Mapping[str, PreTrainedModel], scratch: Path) -> Iterator[Mapping[str, PreTrainedModel]]:
+    def loaded(
+        self, models: Mapping[str, PreTrainedModel], scratch: Path, kv_format: str | None = None
+    ) -> Iterator[Mapping[str, PreTrainedModel]]:
         """See `Engine.loaded`: the models themselves."""
         for model in models.values():
             self.prepare(model)

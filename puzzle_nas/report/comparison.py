@@ -17,7 +17,7 @@ from puzzle_nas.report.figures.common import slot_name
 from puzzle_nas.report.figures.layers import runtimes_figure
 from puzzle_nas.report.figures.tradeoffs import Point, decision_figure
 from puzzle_nas.report.layout import document, figure, paragraph, section, table
-from puzzle_nas.report.tables import number
+from puzzle_nas.report.tables import megabytes, number
 from puzzle_nas.report.terminal import FigureTable
 
 Summary = Mapping[str, Any]
@@ -84,7 +84,7 @@ ROWS: dict[str, Callable[[Summary], str]] = {
     "parent's perplexity": lambda s: number(s["parent"]["validation_perplexity"], ".2f"),
     "top-1 agreement": lambda s: number(s["child"]["top1_agreement"], ".1f", 100, " %"),
     "parameters": lambda s: f"{s['child']['parameters'] / 1e6:.1f} M of {s['parent']['parameters'] / 1e6:.1f} M",
-    "memory": lambda s: f"{s['child']['memory_bytes'] / 1e6:.0f} MB of {s['parent']['memory_bytes'] / 1e6:.0f} MB",
+    "memory": lambda s: f"{megabytes(s['child']['memory_bytes'])} of {megabytes(s['parent']['memory_bytes'])}",
     "attention": lambda s: _made_of(s, "attention"),
     "FFN": lambda s: _made_of(s, "ffn"),
     "GKD tokens": lambda s: f"{s['gkd']['tokens']:,}",

@@ -99,6 +99,7 @@ def build_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:
         "refit": refit,
         "gkd": {key: gkd[key] for key in ("tokens", "best_step", "selection_kl_nats_start", "selection_kl_nats_best")},
         "engine": recipe.engine,
+        "kv_format": recipe.kv_format,
         "machine": costs.data["machine"],
         "scenarios": [vars(s) for s in costs.scenarios],
         "seconds": {name: round(value, 1) for name, value in run.seconds().items()},

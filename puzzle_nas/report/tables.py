@@ -40,6 +40,11 @@ def number(value: float | None, form: str, scale: float = 1.0, unit: str = "") -
     return "-" if value is None else format(scale * value, form) + unit
 
 
+def megabytes(count: float | None) -> str:
+    """Bytes as text, with digits that tell small models apart; `-` where there is none."""
+    return number(count, ".0f" if count is None or count >= 1e7 else ".1f", 1e-6, " MB")
+
+
 def model_name(name: str) -> str:
     """A baseline as people read it: `max-params`, `parent@q8_0`."""
     return name if "@" in name else name.replace("_", "-")
@@ -59,7 +64,7 @@ def model_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
             number(perplexity, ".2f" if perplexity is None or perplexity < 1000 else ".0f"),
             number(agreement, ".1f", 100, " %"),
             number(owner.get("parameters"), ".1f", 1e-6, " M"),
-            number(owner.get("memory_bytes"), ".0f", 1e-6, " MB"),
+            megabytes(owner.get("memory_bytes")),
             number(predicted, ".3f", unit="x"),
             number(measured, ".3f", unit="x"),
         )
@@ -117,8 +122,9 @@ def speed_note(summary: Mapping[str, Any]) -> str:
     asked = ", ".join(f"{name}={value:g}" for name, value in child["limits"].items())
     note = (
         f"Asked for {asked}. Measured {child['speedup_measured']:.3f}x +- {error:.3f} ({repeats} repeats), "
-        f"parent and child side by side on {summary['engine']}."
+        f"parent and child side by side on {summary['engine']}"
     )
+    note += f", whose KV cache is in {kv_format}." if (kv_format := summary["kv_format"]) else "."
     if child["speedup_measured"] + 2 * error < child["limits"].get("speedup", 0):
         note += " That is less than asked."
     load = child["other_load_percent"]
@@ -219,7 +225,7 @@ def show_drafts(found: Mapping[str, Any]) -> FigureTable:
             f"{row['speedup_predicted']:.3f}x",
             f"{row['request_speedup_predicted']:.3f}x",
             number(row["answers_from"], ".1f", unit="x"),
-            number(row["memory_bytes"], ".0f", 1e-6, " MB"),
+            megabytes(row["memory_bytes"]),
         )
         for row in found["rows"]
     ]

@@ -64,7 +64,7 @@ STAGES = (
         needs=(),
         reads=("parent", *ARITHMETIC),
         writes=("parent.json", "parent/*"),
-        checks=("engine",),
+        checks=("engine", "search_space.formats"),
     ),
     Stage(
         "prepare_data",
@@ -77,7 +77,7 @@ STAGES = (
         "measure_costs",
         "Memory and runtime of every variant on this machine.",
         needs=("prepare_parent",),
-        reads=("seed", *ARITHMETIC, "threads", "engine", "search_space", "scenarios", "costs"),
+        reads=("seed", *ARITHMETIC, "threads", "engine", "kv_format", "search_space", "scenarios", "costs"),
         writes=("costs/*.json",),
         checks=(
             *("search.limits", "search.servable_by"),
@@ -125,7 +125,7 @@ STAGES = (
         "The best architecture within the recipe's limits.",
         needs=("score_blocks", "measure_costs", "couple_blocks"),
         reads=(
-            *(*ARITHMETIC, "threads", "engine", "search_space", "scenarios", "search", "refit"),
+            *(*ARITHMETIC, "threads", "engine", "kv_format", "search_space", "scenarios", "search", "refit"),
             *("costs.file", "bld.coupled_tokens", "scoring.metric", "scoring.unit"),
         ),
         writes=("search/main/architecture.json", "search/main/candidates/*.json"),
@@ -156,7 +156,7 @@ STAGES = (
         "evaluate_child",
         "Child against parent: quality and measured speed.",
         needs=("distill_child",),
-        reads=(*ARITHMETIC, "threads", "engine", "scenarios"),
+        reads=(*ARITHMETIC, "threads", "engine", "kv_format", "scenarios"),
         writes=("evaluation.json", "measured.json"),
     ),
     Stage(

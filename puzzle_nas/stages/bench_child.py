@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def bench(
     threads: int | None,
     loading: Loading | None = None,
 ) -> dict[str, Any]:
-    """Times of `parent` and `child` exports; JSON.
+    """Times of `parent` and `child` exports; JSON. The KV cache is as `loading` says, or else the child's record.
 
     Raises:
         ExportError: an export that this engine does not load, or a way of loading that it does not offer.
@@ -57,6 +57,7 @@ def bench(
     loading = loading or Loading()
     engine.refuse(loading)
     precisions = {model: engine.precision_of(exports[model]) for model in MODELS}
+    loading = replace(loading, kv_format=loading.kv_format or engine.loading_of(exports["child"]).kv_format)
     result: dict[str, Any] = {"engine": engine.name, "threads": threads, "load_average_1_min": os.getloadavg()[0]}
     result |= {"precision": precisions, "loading": asdict(loading)}
     total = len(lengths) * (len(batch_sizes) + repeats) * len(MODELS)

@@ -17,7 +17,7 @@ from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.engines import ENGINES, RequestTime, interleaved_times, relative_standard_error
 from puzzle_nas.families import load_model, load_parent
 from puzzle_nas.machine import OtherLoad, machine_of
-from puzzle_nas.progress import progress
+from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe
 from puzzle_nas.scoring.comparison import BATCH_TOKENS, ParentReference
 from puzzle_nas.scoring.replacement import ReplacementWalk, rounding_counts
@@ -56,6 +56,10 @@ def run(recipe: Recipe, run: RunFolder) -> None:
         (rounding,) = walk.try_variants(walk.rounded_otherwise())
         result["kl_nats_of_rounding"] = float(rounding.kl_nats.double().mean())
     write_json(run / "evaluation.json", result)
+    if recipe.kv_format is not None:
+        console.print(
+            f"  KL is without what a KV cache in {recipe.kv_format} rounds; `puzzle evaluate EXPORT` has it in."
+        )
     children = {"child": run / "child-gkd"} | {n: path for n, path in baselines.items() if n.startswith("parent@")}
     measured = _measure_speeds(recipe, run, parent, {n: load_model(path, machine) for n, path in children.items()})
     child = measured.pop("child")
@@ -74,7 +78,7 @@ def _measure_speeds(
     with progress(f"measure speed on {engine.name}, model", TIMING_REPEATS * sum(map(len, groups))) as ticker:
         for models in groups:
             totals: dict[str, list[float]] = {name: [] for name in models}
-            with engine.loaded(models, run.scratch(NAME)) as loaded, OtherLoad() as other_load:
+            with engine.loaded(models, run.scratch(NAME), recipe.kv_format) as loaded, OtherLoad() as other_load:
 
                 def measure(name, scenario, loaded=loaded, totals=totals):
                     time = engine.time_request(loaded[name], scenario)

@@ -21,7 +21,9 @@ from puzzle_nas.exporters.base import DTYPES
 from puzzle_nas.progress import console
 
 
-def export_child(checkpoint: Path, to: str, dtype: str | None, quantise: str | None, exports: Path) -> Path:
+def export_child(
+    checkpoint: Path, to: str, dtype: str | None, quantise: str | None, exports: Path, kv_format: str | None = None
+) -> Path:
     """Write, verify and only then name an export; its folder.
 
     Args:
@@ -30,6 +32,7 @@ def export_child(checkpoint: Path, to: str, dtype: str | None, quantise: str | N
         dtype: precision of the weights; None is the engine's for the checkpoint's (`Engine.weights_dtype`).
         quantise: the engine's quantised type, such as q8_0, or None.
         exports: where the export gets its folder.
+        kv_format: in which its engine is to keep the KV cache; noted where that engine can.
 
     Raises:
         ExportError: the format cannot hold the child, or the engine computes something else from it.
@@ -61,6 +64,7 @@ def export_child(checkpoint: Path, to: str, dtype: str | None, quantise: str | N
         "format": to,
         "precision": quantise or dtype,
         "formats": list(formats),
+        "kv_format": kv_format if kv_format in engine.kv_formats else None,
     }
     if (folder / EXPORT_RECORD).is_file():
         record = read_json(folder / EXPORT_RECORD)

@@ -28,6 +28,7 @@ from puzzle_nas.formats.layout import layout_of
 from puzzle_nas.machine import free_bytes, machine_of
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe, search_space_of
+from puzzle_nas.servable import SERVERS
 from puzzle_nas.subblocks import made_subblock
 
 NAME = __name__.rpartition(".")[2]
@@ -78,15 +79,16 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
     weights = {part: part_weights(parent, part) for part in parts_of(space)}
     engine, steps = ENGINES[recipe.engine], timed_steps(recipe.engine)
     itemsize = engine.weights_dtype(parent.dtype).itemsize
-    counted_bytes, shares = _bytes(parent, weights, engine, itemsize), _shares(weights, space)
+    kv_itemsize = itemsize if recipe.kv_format is None else SERVERS[recipe.engine].kv_formats[recipe.kv_format]
+    counted_bytes, shares = _bytes(parent, weights, engine, itemsize, kv_itemsize), _shares(weights, space)
     models = uniform_models(space) | random_mixtures(space, recipe.costs.mixtures, recipe.seed)
     placeholders: dict[tuple, torch.Tensor] = {}
     others = {name: architecture for name, architecture in models.items() if name != PARENT}
     probes = {PARENT: parent} | {name: probe_model(parent, a, placeholders) for name, a in others.items()}
-    scenarios = _measurable(recipe, parent, itemsize)
+    scenarios = _measurable(recipe, parent, kv_itemsize)
     beside, repeats = (None, REPEATS) if engine.holds(probes) else (PARENT, REPEATS - 1)
     with (
-        engine.loaded(probes, run.scratch(NAME)) as loaded,
+        engine.loaded(probes, run.scratch(NAME), recipe.kv_format) as loaded,
         progress(f"measure costs on {engine.name}, model", repeats * len(probes)) as ticker,
     ):
         times = interleaved_times(
@@ -116,7 +118,7 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
     }
 
 
-def _measurable(recipe: Recipe, parent: PreTrainedModel, itemsize: int) -> dict[str, Scenario]:
+def _measurable(recipe: Recipe, parent: PreTrainedModel, itemsize: float) -> dict[str, Scenario]:
     """By name, what the recipe names, and of its sweeps the batch sizes whose KV cache fits the free memory.
 
     Args:
@@ -218,13 +220,18 @@ def by_group(values: Mapping[Part, Any], groups: Sequence[int]) -> dict[str, dic
 
 
 def _bytes(
-    parent: PreTrainedModel, weights: Mapping[Part, Mapping[str, torch.Tensor]], engine: Engine, itemsize: int
+    parent: PreTrainedModel,
+    weights: Mapping[Part, Mapping[str, torch.Tensor]],
+    engine: Engine,
+    itemsize: int,
+    kv_itemsize: float,
 ) -> dict[str, Any]:
     """Counted on real shapes: tied embeddings once, biases and norms included; matrices as their formats store them.
 
     Args:
         engine: whose files are counted.
-        itemsize: bytes of a number without a format, and of one in the cache.
+        itemsize: bytes of a number without a format.
+        kv_itemsize: of one in the KV cache.
 
     Raises:
         FormatError: a format does not hold a matrix; the message names both.
@@ -245,7 +252,7 @@ def _bytes(
     fixed = sum(w.numel() for w in outside if all(w is not end for end in ends))
     return {
         "head_dim": head_dim_of(parent.config),
-        "cache_itemsize": itemsize,
+        "cache_itemsize": kv_itemsize,
         "fixed": {"parameters": fixed, "parameter_bytes": fixed * (engine.vector_itemsize or itemsize)},
         "variants": by_group(variants, architecture_of(parent.config).groups),
     }

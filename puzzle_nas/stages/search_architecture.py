@@ -165,5 +165,5 @@ def _measured_speedup(recipe: Recipe, run: RunFolder, found: ArchitectureSearch,
     parent = load_parent(recipe, run)
     probe = probe_model(parent, Architecture.from_list(result["architecture"]))
     engine, steps = ENGINES[recipe.engine], timed_steps(recipe.engine)
-    with engine.loaded({"parent": parent, "child": probe}, run.scratch(NAME)) as loaded:
+    with engine.loaded({"parent": parent, "child": probe}, run.scratch(NAME), recipe.kv_format) as loaded:
         return statistics.median(speedups(engine, loaded, found.costs.scenarios, SPEED_REPEATS, steps))

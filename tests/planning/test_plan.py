@@ -279,6 +279,11 @@ def test_the_rest_of_a_run_is_planned_when_the_parent_is_known(tmp_path, tiny_pa
     assert left == sorted(left, reverse=True) and left[-1] == 3
     assert len(measured) == 1
     assert rest.text("write_report") == " (about 3 s left for the whole run)"
+    assert (
+        Remaining(recipe, run, stages[:2], to_the_end=False)
+        .text("prepare_data")
+        .endswith("left up to where it shall stop)")
+    )
     run.add_seconds("prepare_parent", 1e4)
     assert rest.seconds("prepare_data") > 2 * left[1]
 

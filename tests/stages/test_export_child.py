@@ -3,19 +3,21 @@
 import json
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import gguf
 import pytest
 from safetensors.torch import load_file
 
 from puzzle_nas import cli
-from puzzle_nas.artifacts import RunFolder
+from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.engines import SERVING_ENGINES
 from puzzle_nas.engines.base import EXPORT_RECORD
@@ -185,13 +187,13 @@ def test_bench_times_both_in_turns(exported, tmp_path):
 
 def test_bench_loads_as_it_is_told_or_refuses(exported, tmp_path, check_refused):
     command = ("bench", exported, exported, "--engine", "llama.cpp", "--scenarios", "8/4", "--scale", "1")
-    puzzle(*command, "--batch-sizes", "1", "--repeats", "1", "--kv-dtype", "f32", "--out", tmp_path / "bench.json")
+    puzzle(*command, "--batch-sizes", "1", "--repeats", "1", "--kv-format", "f32", "--out", tmp_path / "bench.json")
     result = json.loads((tmp_path / "bench.json").read_text())
-    assert result["loading"] == {"dtype": None, "kv_dtype": "f32", "tensor_parallel": 1}
+    assert result["loading"] == {"dtype": None, "kv_format": "f32", "tensor_parallel": 1}
     assert result["memory"]["child"]["kv_cache_bytes_per_token"] == 2 * 448
     for option, sentence in (
-        (("--kv-dtype", "q8_0"), "does not divide n_embd_head_k"),
-        (("--kv-dtype", "fp8"), "no KV cache in fp8; choose one of f32, f16"),
+        (("--kv-format", "q8_0"), "does not divide n_embd_head_k"),
+        (("--kv-format", "fp8"), "no KV cache in fp8; choose one of f32, f16"),
         (("--dtype", "float16"), "does not convert weights to float16; make another export"),
         (("--tensor-parallel", "2"), "has no tensor parallelism; leave out --tensor-parallel"),
     ):
@@ -206,6 +208,22 @@ def test_a_server_answers_the_curl_line_that_is_printed(exported):
         with pytest.raises(EngineError, match="Port 18431 is taken"), served(server, exported, 18431):
             pass
     assert server.process.poll() is not None
+
+
+def test_a_server_keeps_the_cache_as_the_export_says(exported, tmp_path):
+    folder = tmp_path / "export"
+    shutil.copytree(exported, folder)
+    record = read_json(folder / EXPORT_RECORD)
+    write_json(folder / EXPORT_RECORD, record | {"kv_format": "bf16"})
+    with served(SERVING_ENGINES["llama.cpp"], folder, 18432) as server:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        body = json.dumps({"model": server.model, "prompt": "1 2 3", "max_tokens": 4}).encode()
+        url = f"http://127.0.0.1:{server.port}/v1/completions"
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with opener.open(request) as reply:
+            assert json.load(reply)["usage"]["completion_tokens"] > 0
+        given = Path(f"/proc/{server.process.pid}/cmdline").read_text().split("\0")
+        assert given[given.index("--type_k") + 1] == given[given.index("--type_v") + 1] == "30"
 
 
 @pytest.mark.parametrize(("context", "fits"), [(None, 256), (64, 64)])

@@ -56,7 +56,7 @@ def padded_parent(tiny_parent, tmp_path_factory):
 def recipe(padded_parent, tiny_settings, tmp_path_factory):
     """A recipe file; the limit in bytes is one that no child in full precision meets."""
     path = tmp_path_factory.mktemp("recipes") / "formats.yaml"
-    settings = {**tiny_settings, "parent": str(padded_parent), "engine": "llama.cpp"}
+    settings = {**tiny_settings, "parent": str(padded_parent), "engine": "llama.cpp", "kv_format": "q8_0"}
     settings["search_space"] = {"kv_heads": [1], "width_fractions": [0.5], "formats": list(FORMATS)}
     settings["search"] = {"limits": {"memory_bytes": 400_000}, "effort": "normal"}
     path.write_text(json.dumps(settings))
@@ -197,7 +197,7 @@ def test_bytes_are_those_of_the_file(run, tmp_path):
     of_weights = sum(int(t.n_bytes) for t in tensors) - of_zeros
     fillers = sum(ENGINES["llama.cpp"].filler_bytes(spec, child.config) for _, _, spec in architecture)
     assert of_zeros <= fillers
-    cache = sum(spec.cache_bytes(24, 32, 2) for _, _, spec in architecture) * 2
+    cache = sum(spec.cache_bytes(24, 32, 34 / 32) for _, _, spec in architecture) * 2
     working = found.costs.data["scenarios"]["chat"]["working_bytes"]
     assert found.costs.memory_bytes(architecture) == of_weights + fillers + cache + working
 
@@ -223,6 +223,18 @@ def test_an_export_is_evaluated_as_its_engine_computes_it(run, padded_parent, tm
     check_refused("evaluate", tmp_path / "formats", "--data", text, contains=["is an export", "--parent"])
 
 
+def test_an_export_is_evaluated_with_the_kv_cache_that_it_is_served_with(padded_parent, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text((padded_parent / "config.json").read_text() * 4)
+    EXPORTERS["gguf"].write(Child(Child.load(padded_parent).model, None), tmp_path, "float32")
+    found = []
+    for kv_format in ("f32", "q8_0", "q4_0"):
+        write_json(tmp_path / EXPORT_RECORD, {"format": "gguf", "precision": "float32", "kv_format": kv_format})
+        asked = Asked((str(text),), sequence_length=32, tokens=256)
+        found.append(evaluate(tmp_path, padded_parent, asked)["text"]["all"]["kl_nats"]["mean"])
+    assert found[0] < found[1] < found[2] / 10
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -230,6 +242,7 @@ def test_an_export_is_evaluated_as_its_engine_computes_it(run, padded_parent, tm
         ("search_space.formats=[q3_x]", "There is no format q3_x; formats are bf16"),
         ("search_space.formats=[int8]", "the engine llama.cpp does not serve the format int8"),
         ("search_space.formats=[q4_k]", "q4_k cannot hold self_attn.q_proj.weight of attention.kv2@q4_k"),
+        ("kv_format=q3", "the engine llama.cpp has no KV cache in q3; choose one of f32, f16, bf16, q8_0"),
         ("search.limits={memory_bytes: 1000}", "memory_bytes=1000 can reach"),
     ],
 )

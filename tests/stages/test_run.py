@@ -135,6 +135,8 @@ def test_a_second_run_finds_everything_done(tiny_run):
     recipe = tiny_run.parent / "tiny.yaml"
     out = puzzle("run", recipe, "--run-dir", tiny_run).stdout
     assert out.count("already done") == 12
+    checked = puzzle("verify", tiny_run).stdout
+    assert checked.count(" fine ") == 12 and "couple-blocks" not in checked
     assert {p: file_checksum(p) for p in tiny_run.rglob("*") if p.is_file() and p.name != "recipe.yaml"} == {
         p: c for p, c in before.items() if p.name != "recipe.yaml"
     }

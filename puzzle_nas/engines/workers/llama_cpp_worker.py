@@ -26,7 +26,7 @@ class LlamaCpp:
         llama_cpp.llama_backend_init()
         self._model = None
 
-    def load(self, folder, precision, threads, chunk_tokens, kv_dtype=None, **_):
+    def load(self, folder, precision, threads, chunk_tokens, kv_format=None, **_):
         """See engines/base.py. With `chunk_tokens`, no flash attention and a float32 cache."""
         if self._model:
             llama_cpp.llama_model_free(self._model)
@@ -37,7 +37,7 @@ class LlamaCpp:
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         )
         self._exact = chunk_tokens is not None
-        self._kv_dtype = "f32" if self._exact else kv_dtype or "f16"
+        self._kv_format = "f32" if self._exact else kv_format or "f16"
         self._chunk_tokens = chunk_tokens or CHUNK_TOKENS
         parameters = llama_cpp.llama_model_default_params()
         # Repacked weights are faster and less exact, and Q8_0 ones crash on machines with AMX.
@@ -141,7 +141,7 @@ class LlamaCpp:
         key_length = fields["deci.attention.key_length"].contents()
         heads = np.sum(fields["deci.attention.head_count_kv"].contents())
         peak = peak_bytes()
-        numbers, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self._kv_dtype.upper()]]
+        numbers, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self._kv_format.upper()]]
         return {"peak_bytes": peak, "kv_cache_bytes_per_token": int(2 * heads * key_length * size / numbers)}
 
     def quantise(self, source, target, kind):
@@ -173,7 +173,7 @@ class Context:
         parameters.n_threads = parameters.n_threads_batch = owner._threads
         if owner._exact:
             parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        parameters.type_k = parameters.type_v = getattr(llama_cpp, f"GGML_TYPE_{owner._kv_dtype.upper()}")
+        parameters.type_k = parameters.type_v = getattr(llama_cpp, f"GGML_TYPE_{owner._kv_format.upper()}")
         self._chunk_tokens = parameters.n_batch
         self._context = llama_cpp.llama_init_from_model(owner._model, parameters)
         if not self._context:

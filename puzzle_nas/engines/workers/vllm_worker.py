@@ -29,7 +29,7 @@ GPU_SHARE = 0.45
 class Vllm:
     """One loaded checkpoint."""
 
-    def load(self, folder, precision, threads, chunk_tokens, kv_dtype=None, tensor_parallel=1):
+    def load(self, folder, precision, threads, chunk_tokens, kv_format=None, tensor_parallel=1):
         """See engines/base.py. With `chunk_tokens`, arithmetic is float32 and prompts are taken in such pieces."""
         self._llm = self._engine = None
         gc.collect()
@@ -46,7 +46,7 @@ class Vllm:
             max_model_len=-1,
             disable_log_stats=True,
             seed=0,
-            kv_cache_dtype=kv_dtype or "auto",
+            kv_cache_dtype=kv_format or "auto",
             tensor_parallel_size=tensor_parallel,
             **(
                 {"kv_cache_memory_bytes": KV_CACHE_BYTES}

@@ -11,7 +11,7 @@ from puzzle_nas.errors import PuzzleError
 from puzzle_nas.report.facts import Facts
 from puzzle_nas.report.figures.tradeoffs import Point, decision_figure
 from puzzle_nas.report.layout import figure, folded, paragraph, table
-from puzzle_nas.report.tables import MODEL_COLUMNS, beaten_note, model_name, model_rows, number, search_note
+from puzzle_nas.report.tables import MODEL_COLUMNS, beaten_note, megabytes, model_name, model_rows, number, search_note
 
 
 def decision(facts: Facts) -> str:
@@ -88,7 +88,7 @@ def _measured(summary: Mapping[str, Any]) -> list[Point]:
 
 
 def _sizes(row: Mapping[str, Any]) -> str:
-    return f"{row['parameters'] / 1e6:.1f} M parameters, {row['memory_bytes'] / 1e6:.0f} MB"
+    return f"{row['parameters'] / 1e6:.1f} M parameters, {megabytes(row['memory_bytes'])}"
 
 
 def best_at_each_limit(facts: Facts) -> tuple[list[Point], str]:
