@@ -1,4 +1,6 @@
-"""KL when half of a working mixture's experts go in every layer: by each ranking, against random removal.
+"""KL when half of a working mixture's experts go, by each ranking, against random removal.
+
+They go in every layer, or with --every N in every Nth, from the middle of the first N on.
 
 `solved` solves the last matrices of those that stay; `bld` trains layers alone, with a router that trains or does not.
 
@@ -10,6 +12,7 @@ hidden size 128).
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -57,15 +60,20 @@ def texts(tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     return rows(CALIBRATION), rows(VALIDATION)
 
 
-def candidates(parent: PreTrainedModel, tokens_ST: torch.Tensor, spec: Mixture) -> dict[str, list[Weights]]:
-    """By name, each layer's mixture with fewer experts."""
+def candidates(
+    parent: PreTrainedModel, tokens_ST: torch.Tensor, spec: Mixture, layers: Sequence[int]
+) -> dict[str, dict[int, Weights]]:
+    """By name, the mixtures of these layers with fewer experts."""
     parts = Anatomy(parent)
     inputs = parts.inputs(LENGTH)
     hidden = parts.embed(tokens_ST)
-    found: dict[str, list[Weights]] = {}
-    for layer in range(len(parts.layers)):
+    found: dict[str, dict[int, Weights]] = {}
+    for layer in range(max(layers) + 1):
         origin, variant = Origin(parent, layer, "experts"), variant_of(spec)
         activations, hidden = observed(list(parts.subblocks(layer).values()), hidden, inputs[layer])
+        if layer not in layers:
+            continue
+        print(f"layer {layer}", flush=True)
         sums: dict = {}
         add_observations(sums, variant.observations(spec, origin), activations["experts"])
         context = Context(origin, sums, 1e-4)
@@ -80,7 +88,7 @@ def candidates(parent: PreTrainedModel, tokens_ST: torch.Tensor, spec: Mixture) 
                 name = f"{start}_bld_router_{'frozen' if freeze else 'trained'}"
                 made[name] = taught(context, spec, made[start], activations["experts"].read_ND, freeze)
         for name, weights in made.items():
-            found.setdefault(name, []).append(weights)
+            found.setdefault(name, {})[layer] = weights
     return found
 
 
@@ -104,17 +112,18 @@ def kl_nats(parent: PreTrainedModel, child: PreTrainedModel, tokens_ST: torch.Te
 
 
 @torch.no_grad()
-def halves(parent: PreTrainedModel, teaching: torch.Tensor, validation: torch.Tensor) -> dict[str, float]:
-    """KL in nats of children with half of the experts in every layer, by name."""
+def halves(parent: PreTrainedModel, teaching: torch.Tensor, validation: torch.Tensor, every: int) -> dict[str, float]:
+    """KL in nats of children with half of the experts in every so many layers, by name."""
     spec = Mixture(KEPT, PER_TOKEN, parent.config.intermediate_size)
     architecture = architecture_of(parent.config)
-    for layer in range(len(architecture.layers)):
+    changed = range(every // 2, len(architecture.layers), every)
+    for layer in changed:
         architecture = architecture.replaced(layer, spec)
     config = child_config(parent.config, architecture)
     results = {}
-    for name, layers in candidates(parent, teaching, spec).items():
+    for name, layers in candidates(parent, teaching, spec, changed).items():
         weights = dict(parent.state_dict())
-        for layer, own in enumerate(layers):
+        for layer, own in layers.items():
             weights |= {f"model.layers.{layer}.{part}": w for part, w in own.items()}
         results[name] = kl_nats(parent, build(config, weights), validation)
     return results
@@ -126,7 +135,10 @@ def dense_parent(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder)
 
 
-def main(run: Annotated[Path | None, typer.Argument(metavar="[RUN]")] = None) -> None:
+def main(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]")] = None,
+    every: Annotated[int, typer.Option(min=1, help="Half of the experts go in every so many layers.")] = 1,
+) -> None:
     """Print the table and keep the figures."""
     torch.manual_seed(0)
     dense, tokenizer = dense_parent(run / "parent") if run else glassllm_as_llama()
@@ -134,9 +146,10 @@ def main(run: Annotated[Path | None, typer.Argument(metavar="[RUN]")] = None) ->
     width = -(-dense.config.intermediate_size // 3 // 64) * 64
     parent = upcycled(dense, teaching, EXPERTS, PER_TOKEN, width, STEPS)
     figures = {"upcycled_from_dense_kl_nats": kl_nats(dense, parent, validation)}
-    results = halves(parent, teaching, validation)
+    results = halves(parent, teaching, validation, every)
     for suffix in ("", "_solved"):
         random = [results.pop(f"random_{seed}{suffix}") for seed in range(SEEDS)]
         results |= {f"random{suffix}_mean": statistics.mean(random), f"random{suffix}_best": min(random)}
     figures |= {f"half_by_{name}_kl_nats": value for name, value in results.items()}
-    report(f"experts_{run.name}" if run else "experts", figures)
+    name = f"experts_{run.name}" if run else "experts"
+    report(name if every == 1 else f"{name}_every_{every}", figures)

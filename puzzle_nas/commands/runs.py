@@ -25,12 +25,14 @@ def run_command(
     if nproc > 1:
         _run_in_processes(nproc, recipe, overrides or [], run_dir, first, last)
         return
-    from puzzle_nas import pipeline
     from puzzle_nas.artifacts import RunFolder
     from puzzle_nas.errors import puzzle_command
     from puzzle_nas.recipe_text import load_recipe
 
     settings = load_recipe(recipe, overrides or [])
+    # Imports torch: a mistake in the recipe need not wait for that.
+    from puzzle_nas import pipeline
+
     run = RunFolder(run_dir or Path("runs") / recipe.stem)
     pipeline.run_stages(settings, run, first, last)
     if last is None:
@@ -40,9 +42,10 @@ def run_command(
 
 def _run_in_processes(nproc, recipe, overrides, run_dir, first, last) -> None:
     from puzzle_nas.recipe_text import load_recipe
-    from puzzle_nas.training.parallel import launch
 
     load_recipe(recipe, overrides)
+    from puzzle_nas.training.parallel import launch
+
     options = {"--run-dir": run_dir, "--from": first, "--to": last}
     given = [text for name, value in options.items() if value is not None for text in (name, str(value))]
     code = launch(nproc, ["run", str(recipe), *overrides, *given])
@@ -53,12 +56,13 @@ def _run_in_processes(nproc, recipe, overrides, run_dir, first, last) -> None:
 def _add_stage(stage: Stage) -> None:
     @app.command(stage.command, help=stage.help)
     def stage_command(run_dir: RunArgument, overrides: Overrides = None, again: Again = False) -> None:
-        from puzzle_nas import pipeline
         from puzzle_nas.artifacts import RunFolder
         from puzzle_nas.recipe_text import load_run_recipe
 
         run = RunFolder(run_dir)
-        pipeline.open_run(run)
+        load_run_recipe(run.recipe, overrides or [])
+        from puzzle_nas import pipeline
+
         with pipeline.held(run):
             recipe = load_run_recipe(run.recipe, overrides or [])
             if overrides:
