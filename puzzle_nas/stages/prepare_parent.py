@@ -62,10 +62,10 @@ def _check_engine(recipe: Recipe, examined: Examined) -> None:
         RecipeError: it does not serve the parent at all, so no child either.
         ExportError: this machine computes one of the formats wrongly.
     """
-    engine = ENGINES[recipe.engine]
+    engine, formats = ENGINES[recipe.engine], recipe.search_space.formats
     if not isinstance(engine, ServingEngine):
         return
-    engine.refuse_formats(recipe.search_space.formats)
+    engine.refuse_formats(formats)
     exporter = EXPORTERS[engine.formats[0]]
     if reasons := exporter.reasons(Child(examined.model, None)):
         raise RecipeError(

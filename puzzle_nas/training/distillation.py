@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from puzzle_nas.architecture import Mixture
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.data.batches import block_order, load_tokens
-from puzzle_nas.errors import ArtifactError
+from puzzle_nas.errors import ArtifactError, puzzle_command
 from puzzle_nas.families import Anatomy, LayerInputs, architecture_of, load_parent
 from puzzle_nas.formats.stored import Matrix
 from puzzle_nas.machine import machine_of
@@ -82,8 +82,16 @@ def freeze_mixtures(child: PreTrainedModel) -> None:
             parts.subblocks(layer)[slot].mixer.requires_grad_(False)
 
 
+def not_a_number(run: RunFolder) -> ArtifactError:
+    """What is wrong with a child whose KL is none before GKD."""
+    return ArtifactError(
+        "The KL of the child is not a number before GKD. "
+        f"Make it again: {puzzle_command('assemble-child', run, '--again')}"
+    )
+
+
 class Training:
-    """The child in training, with everything that a resumed run needs."""
+    """The child in training, with everything that a resumed run needs. The recipe has tokens for it."""
 
     def __init__(
         self,
@@ -102,20 +110,18 @@ class Training:
         self.batch_sequences = max(1, settings.batch_tokens // tokens.shape[1])
         order = _order(recipe, tokens)
         self.tokens = tokens
-        self.batches = order.split(self.batch_sequences) if len(order) else ()
+        self.batches = order.split(self.batch_sequences)
         self.every = steps_between_measurements(len(self.batches))
         """Steps between measurements on the selection split, each also a checkpoint."""
         self.micro_sequences = max(1, (settings.micro_batch_tokens or settings.batch_tokens) // tokens.shape[1])
         self.reference = parent.reference(load_tokens(run, "selection"))
-        if self.batches:
-            parent.prepare(settings.compile)
+        parent.prepare(settings.compile)
         self.curve: list[dict[str, float]] = []
         self.losses: list[float] = []
         self.setbacks = 0
         self.state_folder = run.scratch(STAGE) / "state"
         self.best_path = run.scratch(STAGE) / "best.safetensors"
-        if self.batches:
-            self.begin()
+        self.begin()
 
     def begin(self) -> None:
         """Child and optimiser as they are before the first step."""
@@ -153,8 +159,8 @@ class Training:
         Returns:
             False if KL has exploded: more than a nat above twice the start's, or not finite. Then nothing is kept.
         """
-        trained = self.optimiser.parameters if self.batches else {}
-        candidate = copy.deepcopy(self.start) if trained and parallel.is_first() else self.start
+        trained = self.optimiser.parameters
+        candidate = copy.deepcopy(self.start) if parallel.is_first() else self.start
         weights = dict(candidate.named_parameters())
         changed: dict[str, torch.Tensor] = {}
         for name, weight in trained.items():
@@ -243,14 +249,9 @@ class Training:
 
     def train(self) -> None:
         """All steps, from wherever the last run stopped."""
-        step = self.load() if self.batches else 0
+        step = self.load()
         if not self.curve and not self.measure(0):
-            parallel.stop(
-                ArtifactError(
-                    "The KL of the child is not a number before GKD. "
-                    f"Make it again: puzzle assemble-child {self.run} --again"
-                )
-            )
+            parallel.stop(not_a_number(self.run))
         skipped = 0
         with progress("distil the child, step", len(self.batches)) as ticker:
             ticker.skip(step)
@@ -290,7 +291,7 @@ def parent_outputs(recipe: Recipe, run: RunFolder) -> ParentOutputs:
         parallel.divide_threads()
         return parent
 
-    if recipe.gkd.parent_top_k is None or not recipe.gkd.tokens:
+    if recipe.gkd.parent_top_k is None:
         return LiveParent(load())
     tokens = load_tokens(run, "train")
     return StoredParent(
