@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from puzzle_nas.architecture import GatedFFN, GroupedAttention, Scenario, WindowAttention
 from puzzle_nas.data.sources import documents
-from puzzle_nas.engines import SERVING_ENGINES
+from puzzle_nas.engines import SERVING_ENGINES, Loading
 from puzzle_nas.engines.server import served
 from puzzle_nas.engines.verification import CONTINUED_TOKENS, cut_prompts, verify
 from puzzle_nas.engines.vllm import StockVllmEngine, VllmEngine
@@ -21,6 +21,7 @@ from puzzle_nas.exporters.vllm_format import VllmExporter
 from puzzle_nas.families import build
 from puzzle_nas.machine import int8_sums_saturate
 from puzzle_nas.recipe import SourceSettings
+from puzzle_nas.servable import SERVERS
 from tests.exporters.children import (
     CHILDREN,
     EVERY_KIND,
@@ -77,8 +78,8 @@ def in_one_process(kind):
 
     class OneProcess(kind):
         @contextmanager
-        def load(self, exported, precision, threads=None, exact=False):
-            self.load_into(self.worker, exported, precision, threads, exact)
+        def load(self, exported, precision, threads=None, exact=False, loading=None):
+            self.load_into(self.worker, exported, precision, threads, exact, loading)
             yield self.worker
 
     engine = OneProcess()
@@ -217,6 +218,17 @@ def test_times_and_memory_of_a_model_without_tokenizer(vllm, tmp_path):
     # Layers 1, 4 and 7 have 2, 1 and 4 KV heads of 32, keys and values, 4 bytes each.
     assert memory["kv_cache_bytes_per_token"] == 7 * 32 * 2 * 4
     assert memory["peak_bytes"] > 1e8
+
+
+@pytest.mark.parametrize("kv_format", SERVERS["vllm"].kv_formats)
+def test_a_kv_cache_of_eight_bits(kv_format, vllm, tmp_path, prompts):
+    VllmExporter().write(child_of(EVERY_KIND, **HEADS), tmp_path, "bfloat16")
+    found = {}
+    for form in (None, kv_format):
+        with vllm.load(tmp_path, "bfloat16", loading=Loading(kv_format=form)) as loaded:
+            found[form] = vllm.log_probabilities(loaded, prompts[1:2])[0]
+            assert vllm.memory(loaded)["kv_cache_bytes_per_token"] == 7 * 32 * 2 * (1 if form else 2)
+    assert 0 < max(abs(a - b) for a, b in zip(*found.values(), strict=True)) < 1
 
 
 def test_tensor_parallelism_that_does_not_fit_is_named():
