@@ -43,7 +43,7 @@ class Remaining:
 
     def text(self, stage: str) -> str:
         """What a stage's line says of it; nothing where nothing is known."""
-        seconds, end = self.seconds(stage), "for the whole run" if self.to_the_end else "up to where it shall stop"
+        seconds, end = self.seconds(stage), "for the whole run" if self.to_the_end else "for the stages asked for"
         return "" if seconds is None else f" (about {duration(seconds)} left {end})"
 
     def _plan(self, checkpoint: Path) -> dict[str, float]:

@@ -149,7 +149,7 @@ class StoredParent:
         return ParentReference(self._head, selection_ST, self._final)
 
     def prepare(self, compiled: bool) -> None:
-        """See `ParentOutputs`; of a parent that is not in memory each process reads what it needs."""
+        """See `ParentOutputs`. Nothing: each process reads from files what it needs."""
 
 
 @torch.no_grad()

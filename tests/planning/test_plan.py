@@ -282,7 +282,7 @@ def test_the_rest_of_a_run_is_planned_when_the_parent_is_known(tmp_path, tiny_pa
     assert (
         Remaining(recipe, run, stages[:2], to_the_end=False)
         .text("prepare_data")
-        .endswith("left up to where it shall stop)")
+        .endswith("left for the stages asked for)")
     )
     run.add_seconds("prepare_parent", 1e4)
     assert rest.seconds("prepare_data") > 2 * left[1]
