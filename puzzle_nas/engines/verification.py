@@ -172,9 +172,7 @@ def verify_quantised(
     tolerance = engine.tolerances[kind]
     with engine.load(exported, kind, exact=True) as loaded:
         found = difference(engine, loaded, child, prompts)
-    if not found.within(tolerance):
-        raise ExportError(_complaint(exporter, engine, found, tolerance, ""))
-    return {"engine": engine.name, "tolerance": asdict(tolerance), **found.to_dict()}
+    return _within(tolerance, exporter, engine, found, "")
 
 
 def verify_served(
@@ -195,8 +193,13 @@ def verify_served(
     tolerance = engine.tolerances[engine.served_in_16_bits]
     with engine.load(exported, dtype) as loaded:
         found = difference(engine, loaded, child.rounded(DTYPES[dtype], as_served=True), prompts)
+    return _within(tolerance, exporter, engine, found, f" as it is served in {dtype}")
+
+
+def _within(tolerance: Tolerance, exporter, engine, found: Difference, place: str) -> dict[str, Any]:
+    """What was measured, as JSON; raises ExportError where it is more than the tolerance."""
     if not found.within(tolerance):
-        raise ExportError(_complaint(exporter, engine, found, tolerance, f" as it is served in {dtype}"))
+        raise ExportError(_complaint(exporter, engine, found, tolerance, place))
     return {"engine": engine.name, "tolerance": asdict(tolerance), **found.to_dict()}
 
 
