@@ -24,7 +24,7 @@ from puzzle_nas.families import architecture_of, parent_checkpoint
 from puzzle_nas.parents.config import read_config
 from puzzle_nas.planning import measuring
 from puzzle_nas.planning.plan import make_plan
-from puzzle_nas.planning.shapes import model_size
+from puzzle_nas.planning.shapes import meta_model, model_size
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.recipe_text import load_recipe
 
@@ -32,7 +32,7 @@ from puzzle_nas.recipe_text import load_recipe
 def compared(recipe: Recipe, run: RunFolder) -> Iterator[tuple[str, float]]:
     """Figures of every stage, and of all together."""
     config = read_config(parent_checkpoint(run))
-    size = model_size(config, search_space_of(recipe, architecture_of(config)))
+    size = model_size(meta_model(config), search_space_of(recipe, architecture_of(config)))
     plan = make_plan(recipe, size, measuring.this_machine(recipe, size, run.path))
     peaks = itertools.accumulate((stage.main_bytes for stage in plan.stages), max)
     planned = recorded = 0.0

@@ -7,7 +7,10 @@ speed-up over the parent in its own precision, by the cost table, three programs
     formats       the parent's own sub-blocks, in every format
     architecture  every variant in the parent's precision
 
-and two rules are followed, in each format throughout, of which the one with the lowest KL on selection counts:
+`search` is what `search.effort: normal` makes of the first: children are assembled, refitted and measured on selection,
+some of them without a run of layers, and scores taken again around the best.
+
+Two rules are followed, in each format throughout, of which the one with the lowest KL on selection counts:
 
     depth         as few neighbouring layers removed as are enough, those without which KL on scoring text is lowest
     width         every FFN as narrow as is enough, of the library's widths
@@ -42,8 +45,9 @@ from puzzle_nas.architecture import Architecture, Choice, GatedFFN
 from puzzle_nas.artifacts import RunFolder, complete_folder, fingerprint, read_json, write_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.choosing.costs import timed_steps
-from puzzle_nas.choosing.refinement import REFIT_TOKENS, Trials
+from puzzle_nas.choosing.refinement import REFIT_TOKENS, Refinement, Trials
 from puzzle_nas.data.batches import load_tokens
+from puzzle_nas.effort import EFFORTS
 from puzzle_nas.engines import LlamaCppEngine
 from puzzle_nas.errors import InfeasibleError
 from puzzle_nas.families import find_checkpoint, load_model, load_tokenizer, parent_checkpoint, save_model
@@ -57,7 +61,7 @@ from puzzle_nas.training.refitting import Goals, refit
 
 SPEEDUPS = (1.25, 1.5, 2.0, 2.5)
 PROGRAMS, RULES = ("joint", "formats", "architecture"), ("depth", "width")
-WAYS = (*PROGRAMS, *RULES)
+WAYS = ("search", *PROGRAMS, *RULES)
 KEPT = Path("runs/benchmark-precision")
 TIMING_REPEATS = 7
 
@@ -79,11 +83,14 @@ class Children:
         self.goals: Goals = {}
 
     def searched(self, way: str, speedup: float) -> Architecture:
-        """The best architecture of one way by summed scores.
+        """The best architecture of a program by summed scores, or of `search`.
 
         Raises:
             InfeasibleError: it cannot be made so fast.
         """
+        if way == "search":
+            searches = self.found.by_either_loss(self.recipe, self.run)
+            return Refinement(searches, EFFORTS["normal"], self.trials).best({"speedup": speedup})
 
         def allowed(choice: Choice) -> bool:
             layer, specs = choice

@@ -25,7 +25,8 @@ class Effort:
     """So many of the best sums of scores, in turn of KL, of LM loss, and of both; 1 alone needs no measuring."""
     removed_runs: int = 0
     """So many more that lack a run of whole layers, worth more than scores of single blocks say: as many layers as
-    would be enough alone, then half as many, and so on; the rest by sums of scores."""
+    would be enough alone, in the format in which that is fewest, then half as many, and so on; the rest by sums of
+    scores."""
     refine_rounds: int = 0
     """Around so many of those children scores are taken again, and the search repeated near them: the best by sums and
     those that lack a run, whichever are ahead. A round takes as long as all scores."""

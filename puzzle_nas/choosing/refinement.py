@@ -207,10 +207,13 @@ class Refinement:
         return candidates
 
     def _by_runs(self, limits: dict[str, float]) -> list[Architecture]:
-        """Without as many neighbouring layers as would be enough alone; without half as many of these; and so on."""
+        """Without as many neighbouring layers as would be enough alone, in whichever format that is fewest; without
+        half as many of these; and so on."""
         found, candidates = self.searches[0], []
         layers, removable = range(len(found.parent.layers)), found.removable_layers
-        length = next((n for n in layers[1:] if found.meets(limits, found.parent.without(range(n)))), 0)
+        starts = (found.parent, *found.space.quantised_parents.values())
+        enough = (n for n in layers if any(found.meets(limits, start.without(range(n))) for start in starts))
+        length = next(enough, 0)
         while length and len(candidates) < self.effort.removed_runs:
             runs = [range(first, first + length) for first in layers[: len(layers) - length + 1]]
             if runs := [run for run in runs if removable.issuperset(run)]:

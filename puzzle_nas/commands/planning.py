@@ -36,7 +36,8 @@ def plan_command(
     from puzzle_nas.planning.machines import named_gpus
     from puzzle_nas.planning.measuring import this_machine
     from puzzle_nas.planning.plan import make_plan
-    from puzzle_nas.planning.shapes import model_size, read_parent_config
+    from puzzle_nas.planning.refusals import check_files, check_shapes
+    from puzzle_nas.planning.shapes import meta_model, model_size, read_parent_config
     from puzzle_nas.recipe import search_space_of
     from puzzle_nas.recipe_text import load_recipe
 
@@ -45,7 +46,11 @@ def plan_command(
         raise RecipeError("--count is a number of GPUs; name them with --gpu, such as --gpu H100.")
     machine = named_gpus(gpu, count, settings.precision) if gpu else None
     found = read_parent_config(settings.parent, config)
-    size = model_size(found, search_space_of(settings, architecture_of(found)))
+    model = meta_model(found)
+    check_shapes(settings, model)
+    if machine is None:
+        check_files(settings)
+    size = model_size(model, search_space_of(settings, architecture_of(found)))
     machine = machine or this_machine(settings, size, run_dir or Path("runs") / recipe.stem)
     plan = make_plan(settings, size, machine)
     if as_json:

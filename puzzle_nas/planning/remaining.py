@@ -10,7 +10,7 @@ from puzzle_nas.families import architecture_of, parent_checkpoint
 from puzzle_nas.parents.config import read_config
 from puzzle_nas.planning.measuring import this_machine
 from puzzle_nas.planning.plan import duration, make_plan
-from puzzle_nas.planning.shapes import model_size
+from puzzle_nas.planning.shapes import meta_model, model_size
 from puzzle_nas.recipe import Recipe, search_space_of
 
 
@@ -48,7 +48,7 @@ class Remaining:
 
     def _plan(self, checkpoint: Path) -> dict[str, float]:
         config = read_config(checkpoint)
-        size = model_size(config, search_space_of(self.recipe, architecture_of(config)))
+        size = model_size(meta_model(config), search_space_of(self.recipe, architecture_of(config)))
         machine = this_machine(self.recipe, size, self.run.path, self.processes)
         return {stage.stage: stage.seconds for stage in make_plan(self.recipe, size, machine).stages}
 

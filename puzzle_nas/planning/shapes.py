@@ -74,8 +74,8 @@ def _hub_config(hub_id: str) -> PreTrainedConfig:
         ) from error
 
 
-def model_size(config: PreTrainedConfig, space: SearchSpace) -> ModelSize:
-    """Count a parent and the variants of a search space.
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The parent without its weights, on the meta device.
 
     Raises:
         CheckpointError: transformers cannot build such a parent.
@@ -88,14 +88,19 @@ def model_size(config: PreTrainedConfig, space: SearchSpace) -> ModelSize:
             f"transformers builds no model of the parent's config.json: {first_line(error)}"
         ) from error
     model.tie_weights()
+    return model
+
+
+def model_size(model: PreTrainedModel, space: SearchSpace) -> ModelSize:
+    """Count a parent, such as `meta_model` makes it, and the variants of a search space."""
     # Embeddings and LM head, which lie outside of layers, are counted apart.
     parts = [part for part in parts_of(space) if part.group < len(space.options)]
     subblocks = {part: made_subblock(model, part.group, part.spec, None) for part in parts}
     prefix = Anatomy(model).layer_prefix
     return ModelSize(
-        architecture=architecture_of(config),
-        hidden=config.hidden_size,
-        vocabulary=config.vocab_size,
+        architecture=architecture_of(model.config),
+        hidden=model.config.hidden_size,
+        vocabulary=model.config.vocab_size,
         fixed_parameters=sum(w.numel() for name, w in model.named_parameters() if not name.startswith(prefix)),
         subblocks={part: _size(made, part.spec, model) for part, made in subblocks.items()},
         last_inputs={part: made.last.weight.shape[1] if made.last else 0 for part, made in subblocks.items()},

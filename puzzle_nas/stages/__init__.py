@@ -64,7 +64,7 @@ STAGES = (
         needs=(),
         reads=("parent", *ARITHMETIC),
         writes=("parent.json", "parent/*"),
-        checks=("engine", "search_space.formats"),
+        checks=("engine", "kv_format", "scenarios", "search_space"),
     ),
     Stage(
         "prepare_data",

@@ -26,19 +26,21 @@ from puzzle_nas.errors import ArtifactError, RecipeError
 from puzzle_nas.families import Anatomy, architecture_of, head_dim_of, load_parent, parent_checkpoint, probe_model
 from puzzle_nas.formats.layout import layout_of
 from puzzle_nas.machine import free_bytes, machine_of
+from puzzle_nas.planning.refusals import check_lengths, part_weights
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.servable import SERVERS
-from puzzle_nas.subblocks import made_subblock
 
 NAME = __name__.rpartition(".")[2]
 
 BUSY_PERCENT = 20.0
+TRUSTED = 0.15
+"""How far the sum of the variants' times may be from that of the whole parent."""
 
 
 def run(recipe: Recipe, run: RunFolder) -> None:
     """Measure, or take over the recipe's cost table; then see that the recipe's limits can be met at all."""
-    _check_lengths(recipe, run)
+    check_lengths(recipe, AutoConfig.from_pretrained(parent_checkpoint(run)))
     if recipe.costs.file is not None:
         write_json(run.costs(recipe.engine), _given_table(recipe))
     else:
@@ -47,24 +49,19 @@ def run(recipe: Recipe, run: RunFolder) -> None:
         unscored = ArchitectureSearch.load_with(costs, recipe, run, scored=False)
         for scenario in costs.scenarios:
             predicted, measured = costs.request_ms(unscored.parent, scenario), costs.parent_measured_ms(scenario)
+            ratio = predicted / measured
             console.print(
                 f"  {scenario.name}: parent predicted {predicted:.0f} ms, measured whole {measured:.0f} ms, "
-                f"predicted over measured {predicted / measured:.3f}"
+                f"predicted over measured {ratio:.3f}"
             )
+            if abs(ratio - 1) > TRUSTED:
+                console.print(
+                    "  Do not rely on predicted speed-ups: either this machine was busy (puzzle measure-costs RUN "
+                    "--again), or the parent is so small that its layers hardly count."
+                )
     limits = dict(recipe.search.limits)
     found = ArchitectureSearch.at_best_batch_sizes(recipe, run, limits, scored=False)
     found.solve(limits)
-
-
-def _check_lengths(recipe: Recipe, run: RunFolder) -> None:
-    """Raises: RecipeError: a scenario's requests are longer than the parent's positions."""
-    positions = getattr(AutoConfig.from_pretrained(parent_checkpoint(run)), "max_position_embeddings", None)
-    for scenario in recipe.traffic():
-        if positions is not None and scenario.total_tokens > positions:
-            raise RecipeError(
-                f"The scenario {scenario.name} takes {scenario.total_tokens} tokens, but the parent has {positions} "
-                "positions; lower its prefill_tokens or decode_tokens."
-            )
 
 
 def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
@@ -143,15 +140,6 @@ def _measurable(recipe: Recipe, parent: PreTrainedModel, itemsize: float) -> dic
     if not any(all(s.name in fitting for s in mix) for mix in recipe.mixes()):
         raise RecipeError("Not even one request of a swept scenario fits this machine's memory; shorten it.")
     return fitting
-
-
-def part_weights(parent: PreTrainedModel, part: Part) -> Mapping[str, torch.Tensor]:
-    """What a variant, or embeddings with LM head, consists of; tied ones once."""
-    if not isinstance(part.spec, Head):
-        return dict(made_subblock(parent, part.group, part.spec, None).layer.named_parameters())
-    parts = Anatomy(parent)
-    ends = {"LM head": parts.head.weight, "embeddings": parts.embeddings.weight}
-    return {name: weight for name, weight in ends.items() if name == "embeddings" or weight is not ends["embeddings"]}
 
 
 def _shares(weights: Mapping[Part, Mapping[str, torch.Tensor]], space: SearchSpace) -> dict[Part, float]:

@@ -8,13 +8,13 @@ from transformers import PreTrainedModel
 
 from puzzle_nas.artifacts import RunFolder, complete_folder, explained_disk_errors, write_json
 from puzzle_nas.engines import ENGINES, ServingEngine
-from puzzle_nas.errors import RecipeError
 from puzzle_nas.exporters import EXPORTERS, Child
 from puzzle_nas.families import architecture_of, family_of, find_checkpoint, open_parent
 from puzzle_nas.families.anatomy import check_adapter
 from puzzle_nas.families.loading import stream_model
 from puzzle_nas.machine import Machine, machine_of
 from puzzle_nas.parents import Examined, examine, parent_fingerprint
+from puzzle_nas.planning.refusals import check_shapes
 from puzzle_nas.progress import console
 from puzzle_nas.recipe import Recipe
 
@@ -32,7 +32,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     examined = examine(where, lambda config: family_of(config.model_type))
     for line in examined.warnings:
         console.print(f"  {line}")
-    _check_engine(recipe, examined)
+    _refuse(recipe, examined)
     if recipe.memory != "all" and isinstance(where, Path) and (where / "config.json").is_file():
         checkpoint = where.resolve()
         model = stream_model(checkpoint, machine)
@@ -55,25 +55,20 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     )
 
 
-def _check_engine(recipe: Recipe, examined: Examined) -> None:
-    """Say that the engine cannot serve the parent's tokenizer: its children can be timed there, but not exported.
+def _refuse(recipe: Recipe, examined: Examined) -> None:
+    """Refuse what cannot go on, and say where the engine cannot serve the tokenizer: children are then only timed.
 
     Raises:
-        RecipeError: it does not serve the parent at all, so no child either.
-        ExportError: this machine computes one of the formats wrongly.
+        RecipeError, FormatError, ExportError: see `check_shapes`; or this machine computes one of the formats wrongly.
     """
-    engine, formats = ENGINES[recipe.engine], recipe.search_space.formats
-    if not isinstance(engine, ServingEngine):
-        return
-    engine.refuse_formats(formats)
-    exporter = EXPORTERS[engine.formats[0]]
-    if reasons := exporter.reasons(Child(examined.model, None)):
-        raise RecipeError(
-            f"The engine {engine.name} does not serve this parent: {'; '.join(reasons)}. Set another engine "
-            "(`puzzle inspect PARENT` lists those that do), or engine: torch and no search_space.formats."
-        )
-    for reason in exporter.reasons(Child(examined.model, examined.tokenizer)):
-        console.print(f"  The child will run on {engine.name} but not be exported to {exporter.name}: {reason}.")
+    engine = ENGINES[recipe.engine]
+    if isinstance(engine, ServingEngine):
+        engine.refuse_formats(recipe.search_space.formats)
+    check_shapes(recipe, examined.model)
+    if isinstance(engine, ServingEngine):
+        exporter = EXPORTERS[engine.formats[0]]
+        for reason in exporter.reasons(Child(examined.model, examined.tokenizer)):
+            console.print(f"  The child will run on {engine.name} but not be exported to {exporter.name}: {reason}.")
 
 
 def _opened(where: Path | str, examined: Examined, run: RunFolder, machine: Machine) -> tuple[Path, PreTrainedModel]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,3 +194,26 @@ def test_scores_by_block_are_of_both_sub_blocks_together(run, parent, tmp_path, 
     assert by_block.scores[2, pair] == pytest.approx(real, rel=1e-4)
     best = by_block.architecture(by_block.solve({"speedup": 1.1}, 1e-4, 60)[0])
     assert len(best.layers) == len(found.parent.layers) and by_block.score_of(best) > 0
+
+
+@pytest.mark.parametrize(("most", "expected"), [(4, []), (3, [1]), (1, [3])])
+def test_as_many_layers_go_as_are_enough_in_the_cheapest_format(found, most, expected):
+    """A layer costs 2, in a format 1: of these four none need go for 4, one for 3, three for 1."""
+    parent = found.parent
+
+    def cost(architecture):
+        return sum(1 if spec.format else 2 for _, slot, spec in architecture if slot == "attention" and not spec.empty)
+
+    asked = []
+    searched = SimpleNamespace(
+        parent=parent,
+        space=SimpleNamespace(quantised_parents={"parent@q8_0": parent.stored("q8_0")}),
+        removable_layers={0, 1, 2, 3},
+        meets=lambda limits, architecture: cost(architecture) <= limits["cost"],
+        without=lambda layers: SimpleNamespace(solve=lambda limits: [layers]),
+        architecture=parent.without,
+    )
+    trials = SimpleNamespace(best_run=lambda runs: asked.append(len(runs[0])) or runs[0])
+    refinement = Refinement((searched,), Effort(removed_runs=1), trials)
+    assert len(refinement._by_runs({"cost": most})) == len(asked)
+    assert asked == expected

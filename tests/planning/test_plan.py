@@ -19,7 +19,7 @@ from puzzle_nas.planning.demands import SCORED_TOKENS, demands
 from puzzle_nas.planning.machines import GPUS, Machine, named_gpus
 from puzzle_nas.planning.plan import REMEDIES, make_plan
 from puzzle_nas.planning.remaining import Remaining, corrected
-from puzzle_nas.planning.shapes import model_size, read_parent_config
+from puzzle_nas.planning.shapes import meta_model, model_size, read_parent_config
 from puzzle_nas.recipe import search_space_of
 from puzzle_nas.recipe_text import parse_recipe
 from puzzle_nas.scoring.replacement import BATCH_TOKENS, BATCH_TOKENS_ON_GPU
@@ -47,13 +47,13 @@ def asked(*overrides, config=SMOLLM2, **fields):
     """Demands by stage."""
     recipe = recipe_of(*overrides)
     space = search_space_of(recipe, architecture_of(config))
-    counts = Counts(recipe, space, model_size(config, space), **{"itemsize": 4, **fields})
+    counts = Counts(recipe, space, model_size(meta_model(config), space), **{"itemsize": 4, **fields})
     return {demand.stage: demand for demand in demands(counts)}
 
 
 def planned(machine, *overrides, config=SMOLLM2):
     recipe = recipe_of(*overrides)
-    size = model_size(config, search_space_of(recipe, architecture_of(config)))
+    size = model_size(meta_model(config), search_space_of(recipe, architecture_of(config)))
     return {stage.stage: stage for stage in make_plan(recipe, size, machine).stages}
 
 
@@ -203,7 +203,7 @@ def test_a_quickstart_takes_what_it_took(monkeypatch):
     monkeypatch.setattr(planning_demands, "steps_between_measurements", lambda steps: 47)
     monkeypatch.setattr(planning_demands, "TIMING_REPEATS", 9)
     recipe = parse_recipe(QUICKSTART)
-    size = model_size(SMOLLM2, search_space_of(recipe, architecture_of(SMOLLM2)))
+    size = model_size(meta_model(SMOLLM2), search_space_of(recipe, architecture_of(SMOLLM2)))
     rate = FIGURES["distillation_avx512"]["bld_matmul_gflops_per_second_2048_tokens_a_step"] * 1e9
     plan = make_plan(recipe, size, Machine("EPYC", False, 2, rate, 3e10, 1.8e10))
     for stage in plan.stages:
@@ -317,6 +317,9 @@ def test_the_command_prints_json_for_named_gpus(recipe_file):
         (["--count", 2], "name them with --gpu"),
         (["--gpu", "H1000"], "No figures of a GPU 'H1000'"),
         (["parent=someone/elsewhere"], "name its config.json with --config FILE"),
+        (["data.sources=[{source: no.txt}]"], "There is no file"),
+        (["scenarios=[{name: long, prefill_tokens: 4000, decode_tokens: 9}]"], "the parent has 128 positions"),
+        (["engine=llama.cpp", "search_space.formats=[q6_k]"], "q6_k cannot hold self_attn.q_proj.weight"),
     ],
 )
 def test_mistakes_are_one_sentence(recipe_file, arguments, said):

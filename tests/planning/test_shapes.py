@@ -12,7 +12,7 @@ from puzzle_nas.choosing.cost_fit import parts_of
 from puzzle_nas.errors import CheckpointError
 from puzzle_nas.families import architecture_of, child_config, head_dim_of
 from puzzle_nas.planning.counting import Counts
-from puzzle_nas.planning.shapes import model_size, read_parent_config
+from puzzle_nas.planning.shapes import meta_model, model_size, read_parent_config
 from puzzle_nas.recipe import SearchSpaceSettings
 from puzzle_nas.recipe_text import parse_recipe
 from tests.families.parents import PARENTS, config_of
@@ -34,7 +34,7 @@ def counts_of(config, **settings):
     data = {"sources": [{"source": "python-stdlib"}], "sequence_length": LENGTH, **settings.pop("data", {})}
     recipe = parse_recipe(json.dumps({"parent": "./parent", "data": data, **settings}))
     space = space_of(config)
-    return Counts(recipe, space, model_size(config, space), itemsize=4)
+    return Counts(recipe, space, model_size(meta_model(config), space), itemsize=4)
 
 
 def numbers_in(model):
@@ -45,7 +45,7 @@ def numbers_in(model):
 def test_parameters_are_those_of_the_model_and_of_children_with_each_variant(name):
     config = CONFIGS[name]
     space = space_of(config)
-    size = model_size(config, space)
+    size = model_size(meta_model(config), space)
     whole = numbers_in(AutoModelForCausalLM.from_config(config))
     assert size.parameters == whole
     for part in parts_of(space):
@@ -124,4 +124,4 @@ def test_a_configuration_that_contradicts_itself_is_one_sentence(tmp_path):
     (tmp_path / "big.json").write_text('{"model_type": "llama", "hidden_act": "none"}')
     config = read_parent_config("someone/elsewhere", tmp_path / "big.json")
     with pytest.raises(CheckpointError, match="transformers builds no model of the parent's config"):
-        model_size(config, space_of(config))
+        model_size(meta_model(config), space_of(config))
