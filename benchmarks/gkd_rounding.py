@@ -39,7 +39,7 @@ def main(
 ) -> None:
     """Distil both, round, compare, print and save."""
     children = Children(RunFolder(run))
-    architecture = children.searched("joint", speedup)
+    architecture = children.searched("joint", {"speedup": speedup})
     figures = {"kl_start": children.made(architecture)["kl"]}
     gkd = children.recipe.gkd.model_copy(update={"tokens": tokens, "learning_rate": rate})
     recipe = children.recipe.model_copy(update={"gkd": gkd})

@@ -19,6 +19,7 @@ The child of each is assembled, refitted and rounded on 8,192 calibration tokens
 validation text; then it is timed on the run's engine next to the parent. The parent in each format is treated likewise,
 and in llama.cpp the file that the parent was read from is timed too.
 
+With --megabytes N children of so many bytes are asked for instead of speeds (results/sizes.json).
 With --tokens N every child is distilled with so many tokens, at that of --rate whose child is nearest on selection.
 With --items N it answers N of the multiple-choice items of `python -m benchmarks continuations`.
 
@@ -29,6 +30,7 @@ distilled, kl_, top1_, bytes_, learning_rate_, accuracy_continuations_, speedup_
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping
 from dataclasses import replace
@@ -82,15 +84,15 @@ class Children:
         self.engine = engines.ENGINES[self.recipe.engine]
         self.goals: Goals = {}
 
-    def searched(self, way: str, speedup: float) -> Architecture:
+    def searched(self, way: str, limits: dict[str, float]) -> Architecture:
         """The best architecture of a program by summed scores, or of `search`.
 
         Raises:
-            InfeasibleError: it cannot be made so fast.
+            InfeasibleError: nothing meets the limits.
         """
         if way == "search":
             searches = self.found.by_either_loss(self.recipe, self.run)
-            return Refinement(searches, EFFORTS["normal"], self.trials).best({"speedup": speedup})
+            return Refinement(searches, EFFORTS["normal"], self.trials).best(limits)
 
         def allowed(choice: Choice) -> bool:
             layer, specs = choice
@@ -99,38 +101,38 @@ class Children:
             return way == "joint" or all(spec.format is None for spec in specs)
 
         search = replace(self.found, scores={c: score for c, score in self.found.scores.items() if allowed(c)})
-        (solution,) = search.solve({"speedup": speedup})
+        (solution,) = search.solve(limits)
         return search.architecture(solution)
 
-    def by_rule(self, way: str, speedup: float) -> Architecture:
+    def by_rule(self, way: str, limits: dict[str, float]) -> Architecture:
         """The best child of one rule on the selection split.
 
         Raises:
-            InfeasibleError: it makes none that is so fast.
+            InfeasibleError: it makes none that meets the limits.
         """
         space, rule = self.found.space, self._without_layers if way == "depth" else self._narrowed
         starts = [space.parent, *space.quantised_parents.values()]
-        children = [child for child in (rule(start, speedup) for start in starts) if child is not None]
+        children = [child for child in (rule(start, limits) for start in starts) if child is not None]
         if not children:
-            raise InfeasibleError("No such child is fast enough.")
+            raise InfeasibleError("No such child meets the limits.")
         return min(children, key=lambda child: self.made(child)["selection_kl"])
 
-    def _without_layers(self, start: Architecture, speedup: float) -> Architecture | None:
+    def _without_layers(self, start: Architecture, limits: dict[str, float]) -> Architecture | None:
         number = len(start.layers)
         for removed in range(number):
             runs = [range(first, first + removed) for first in range(number - removed + 1)] if removed else [range(0)]
-            if self.found.meets({"speedup": speedup}, start.without(runs[0])):
+            if self.found.meets(limits, start.without(runs[0])):
                 return start.without(self.trials.best_run(runs) if removed else runs[0])
         return None
 
-    def _narrowed(self, start: Architecture, speedup: float) -> Architecture | None:
+    def _narrowed(self, start: Architecture, limits: dict[str, float]) -> Architecture | None:
         widths = {spec.intermediate_size for _, _, spec in self.found.space if isinstance(spec, GatedFFN)}
         for width in sorted(widths, reverse=True):
             child = start
             for layer, _, spec in start:
                 if isinstance(spec, GatedFFN):
                     child = child.replaced(layer, GatedFFN(width, slot=spec.slot, format=spec.format))
-            if self.found.meets({"speedup": speedup}, child):
+            if self.found.meets(limits, child):
                 return child
         return None
 
@@ -226,6 +228,7 @@ class Children:
 def main(
     run: RunArgument = Path("runs/quickstart"),
     speedups: Annotated[list[float] | None, typer.Argument(metavar="[SPEEDUP]...")] = None,
+    megabytes: Annotated[list[float] | None, typer.Option(help="Ask for so small children.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Distil every child with so many tokens.")] = None,
     rate: Annotated[list[float] | None, typer.Option(help="Learning rates to try; 1e-4 by default.")] = None,
     items: Annotated[int, typer.Option(help="So many multiple-choice items are answered.")] = 0,
@@ -235,17 +238,18 @@ def main(
     children = Children(RunFolder(run))
     machine = describe(machine_of(children.recipe))
     figures: dict[str, float] = {}
-    name_of_results = "equal_speed" if tokens else "precision"
+    name_of_results = "equal_speed" if tokens else "sizes" if megabytes else "precision"
     name_of_results += "" if run.name == "quickstart" else f"_{run.name}"
     parents = children.found.space.quantised_parents
     searched = {f"uniform_{name.removeprefix('parent@')}": architecture for name, architecture in parents.items()}
-    for speedup in speedups or SPEEDUPS:
-        for way in only or WAYS:
-            try:
-                find = children.by_rule if way in RULES else children.searched
-                searched[f"{way}_{speedup:g}x"] = find(way, speedup)
-            except InfeasibleError as error:
-                print(f"{way}_{speedup:g}x: {error}", flush=True)
+    asked = {f"{speedup:g}x": {"speedup": speedup} for speedup in speedups or (() if megabytes else SPEEDUPS)}
+    asked |= {f"{size:g}mb": {"memory_bytes": 1e6 * size} for size in megabytes or ()}
+    for (limit, limits), way in itertools.product(asked.items(), only or WAYS):
+        try:
+            find = children.by_rule if way in RULES else children.searched
+            searched[f"{way}_{limit}"] = find(way, limits)
+        except InfeasibleError as error:
+            print(f"{way}_{limit}: {error}", flush=True)
 
     def note(name: str, found: dict[str, float]) -> None:
         figures.update({f"{key}_{name}": value for key, value in found.items()})
