@@ -214,6 +214,8 @@ class Refinement:
         starts = (found.parent, *found.space.quantised_parents.values())
         enough = (n for n in layers if any(found.meets(limits, start.without(range(n))) for start in starts))
         length = next(enough, 0)
+        if length and not removable and self.effort.removed_runs:
+            console.print("  The search space lets no whole layer go, often the better way: see search_space.no_op.")
         while length and len(candidates) < self.effort.removed_runs:
             runs = [range(first, first + length) for first in layers[: len(layers) - length + 1]]
             if runs := [run for run in runs if removable.issuperset(run)]:

@@ -197,7 +197,7 @@ def test_scores_by_block_are_of_both_sub_blocks_together(run, parent, tmp_path, 
 
 
 @pytest.mark.parametrize(("most", "expected"), [(4, []), (3, [1]), (1, [3])])
-def test_as_many_layers_go_as_are_enough_in_the_cheapest_format(found, most, expected):
+def test_as_many_layers_go_as_are_enough_in_the_cheapest_format(found, most, expected, capsys):
     """A layer costs 2, in a format 1: of these four none need go for 4, one for 3, three for 1."""
     parent = found.parent
 
@@ -217,3 +217,7 @@ def test_as_many_layers_go_as_are_enough_in_the_cheapest_format(found, most, exp
     refinement = Refinement((searched,), Effort(removed_runs=1), trials)
     assert len(refinement._by_runs({"cost": most})) == len(asked)
     assert asked == expected
+    assert "lets no whole layer go" not in capsys.readouterr().out
+    searched.removable_layers.clear()
+    assert refinement._by_runs({"cost": most}) == []
+    assert ("lets no whole layer go" in capsys.readouterr().out) == bool(expected)
