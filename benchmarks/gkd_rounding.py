@@ -63,7 +63,9 @@ def main(
     refit(children.parent, wide, children.calibration)
     wide = distilled("afterwards", wide, {})
     note("afterwards_not_rounded", wide)
-    narrow = build(child_config(children.parent.config, architecture), wide.state_dict())
+    # Copies can be trained, which what was measured in inference mode cannot.
+    weights = {name: weight.clone() for name, weight in wide.state_dict().items()}
+    narrow = build(child_config(children.parent.config, architecture), weights)
     refit(children.parent, narrow, children.calibration)
     note("afterwards", narrow)
     report("gkd_rounding", figures, describe(machine_of(recipe)))
