@@ -16,8 +16,8 @@ Two rules are followed, in each format throughout, of which the one with the low
     width         every FFN as narrow as is enough, of the library's widths
 
 The child of each is assembled, refitted and rounded on 8,192 calibration tokens, and compared with the parent on
-validation text; then it is timed on the run's engine next to the parent. The parent in each format is treated likewise,
-and in llama.cpp the file that the parent was read from is timed too.
+validation text; then it is timed on the run's engine next to the parent. `uniform`, the parent in each format, is
+treated likewise, and in llama.cpp the file that the parent was read from is timed too.
 
 With --megabytes N children of so many bytes are asked for instead of speeds (results/sizes.json).
 With --tokens N every child is distilled with so many tokens, at that of --rate whose child is nearest on selection.
@@ -63,7 +63,7 @@ from puzzle_nas.training.refitting import Goals, refit
 
 SPEEDUPS = (1.25, 1.5, 2.0, 2.5)
 PROGRAMS, RULES = ("joint", "formats", "architecture"), ("depth", "width")
-WAYS = ("search", *PROGRAMS, *RULES)
+WAYS = ("uniform", "search", *PROGRAMS, *RULES)
 KEPT = Path("runs/benchmark-precision")
 TIMING_REPEATS = 7
 
@@ -240,11 +240,12 @@ def main(
     figures: dict[str, float] = {}
     name_of_results = "equal_speed" if tokens else "sizes" if megabytes else "precision"
     name_of_results += "" if run.name == "quickstart" else f"_{run.name}"
-    parents = children.found.space.quantised_parents
+    ways = only or WAYS
+    parents = children.found.space.quantised_parents if "uniform" in ways else {}
     searched = {f"uniform_{name.removeprefix('parent@')}": architecture for name, architecture in parents.items()}
     asked = {f"{speedup:g}x": {"speedup": speedup} for speedup in speedups or (() if megabytes else SPEEDUPS)}
     asked |= {f"{size:g}mb": {"memory_bytes": 1e6 * size} for size in megabytes or ()}
-    for (limit, limits), way in itertools.product(asked.items(), only or WAYS):
+    for (limit, limits), way in itertools.product(asked.items(), (way for way in ways if way != "uniform")):
         try:
             find = children.by_rule if way in RULES else children.searched
             searched[f"{way}_{limit}"] = find(way, limits)
