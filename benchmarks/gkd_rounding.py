@@ -7,17 +7,17 @@ shares:
     during      refitted and rounded, then distilled with its weights rounded in every step, to scales that stay
     afterwards  the same sizes in the parent's precision, refitted, distilled, then refitted once more and rounded
 
-results/gkd_rounding.json has kl_WAY_SPEEDx_TOKENS (of `afterwards` also before it is rounded) on validation text,
-seconds_WAY of GKD, and kl_start.
+results/gkd_rounding.json has kl_start and kl_WAY_SPEEDx_TOKENS_RATE, of `afterwards` also before it is rounded, on
+validation text.
 """
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from transformers import PreTrainedModel
 
 from benchmarks.common import RunArgument, linked, report
 from benchmarks.precision import KEPT, Children
@@ -35,37 +35,38 @@ def main(
     run: RunArgument = Path("runs/budgets"),
     speedup: Annotated[float, typer.Argument(help="Of the child, predicted.")] = 2.0,
     tokens: Annotated[int, typer.Option(help="Of GKD.")] = 16384,
-    rate: Annotated[float, typer.Option(help="Its learning rate.")] = 1e-4,
+    rate: Annotated[list[float] | None, typer.Option(help="Learning rates; 1e-4 and 3e-5 by default.")] = None,
 ) -> None:
     """Distil both, round, compare, print and save."""
     children = Children(RunFolder(run))
+    parent, calibration = children.parent, children.calibration
     architecture = children.searched("joint", {"speedup": speedup})
     figures = {"kl_start": children.made(architecture)["kl"]}
-    gkd = children.recipe.gkd.model_copy(update={"tokens": tokens, "learning_rate": rate})
-    recipe = children.recipe.model_copy(update={"gkd": gkd})
+    start = children.folder(architecture) / "start"
+    wide = assemble(children.run, parent, architecture.plain)
+    refit(parent, wide, calibration)
 
-    def distilled(way: str, start, matrices: dict[str, Matrix]):
-        folder = linked(children.run, KEPT / f"gkd_rounding_{way}_{tokens}")
-        began = time.perf_counter()
-        training = Training(recipe, folder, LiveParent(children.parent), start, matrices)
-        training.train()
-        figures[f"seconds_{way}"] = time.perf_counter() - began
-        return training.finish().eval()
-
-    def note(name: str, model) -> None:
-        figures[f"kl_{name}_{speedup:g}x_{tokens}"] = kl = children.validation.compare(model).kl_nats
+    def note(name: str, model: PreTrainedModel) -> None:
+        figures[f"kl_{name}"] = kl = children.validation.compare(model).kl_nats
         print(f"{name} {kl:.4f}", flush=True)
 
-    start = children.folder(architecture) / "start"
-    note("during", distilled("during", load_model(start, machine_of(recipe)), read_matrices(start / FILE)))
+    note("start_not_rounded", wide)
+    for learning_rate in rate or (1e-4, 3e-5):
+        gkd = children.recipe.gkd.model_copy(update={"tokens": tokens, "learning_rate": learning_rate})
+        recipe, name = children.recipe.model_copy(update={"gkd": gkd}), f"{speedup:g}x_{tokens}_{learning_rate:g}"
 
-    wide = assemble(children.run, children.parent, architecture.plain)
-    refit(children.parent, wide, children.calibration)
-    wide = distilled("afterwards", wide, {})
-    note("afterwards_not_rounded", wide)
-    # Copies can be trained, which what was measured in inference mode cannot.
-    weights = {name: weight.clone() for name, weight in wide.state_dict().items()}
-    narrow = build(child_config(children.parent.config, architecture), weights)
-    refit(children.parent, narrow, children.calibration)
-    note("afterwards", narrow)
-    report("gkd_rounding", figures, describe(machine_of(recipe)))
+        def distilled(model: PreTrainedModel, matrices: dict[str, Matrix], folder: str) -> PreTrainedModel:
+            training = Training(recipe, linked(children.run, KEPT / folder), LiveParent(parent), model, matrices)
+            training.train()
+            return training.finish().eval()
+
+        narrow = load_model(start, machine_of(recipe))
+        note(f"during_{name}", distilled(narrow, read_matrices(start / FILE), f"gkd_rounding_during_{name}"))
+        taught = distilled(wide, {}, f"gkd_rounding_afterwards_{name}")
+        note(f"afterwards_not_rounded_{name}", taught)
+        # Copies can be trained, which what was measured in inference mode cannot.
+        weights = {weight: value.clone() for weight, value in taught.state_dict().items()}
+        narrow = build(child_config(parent.config, architecture), weights)
+        refit(parent, narrow, calibration)
+        note(f"afterwards_{name}", narrow)
+    report("gkd_rounding", figures, describe(machine_of(children.recipe)))
