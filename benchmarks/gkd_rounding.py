@@ -26,9 +26,20 @@ from puzzle_nas.families import build, child_config, load_model
 from puzzle_nas.formats.stored import FILE, Matrix, read_matrices
 from puzzle_nas.library import assemble
 from puzzle_nas.machine import describe, machine_of
+from puzzle_nas.recipe import Recipe
 from puzzle_nas.training.distillation import Training
 from puzzle_nas.training.parent_outputs import LiveParent
 from puzzle_nas.training.refitting import refit
+
+
+def distilled(
+    children: Children, recipe: Recipe, model: PreTrainedModel, matrices: dict[str, Matrix], name: str
+) -> PreTrainedModel:
+    """After GKD; goes on where an earlier call of this name stopped."""
+    folder = linked(children.run, KEPT / f"gkd_rounding_{name}")
+    training = Training(recipe, folder, LiveParent(children.parent), model, matrices)
+    training.train()
+    return training.finish().eval()
 
 
 def main(
@@ -55,14 +66,9 @@ def main(
         gkd = children.recipe.gkd.model_copy(update={"tokens": tokens, "learning_rate": learning_rate})
         recipe, name = children.recipe.model_copy(update={"gkd": gkd}), f"{speedup:g}x_{tokens}_{learning_rate:g}"
 
-        def distilled(model: PreTrainedModel, matrices: dict[str, Matrix], folder: str) -> PreTrainedModel:
-            training = Training(recipe, linked(children.run, KEPT / folder), LiveParent(parent), model, matrices)
-            training.train()
-            return training.finish().eval()
-
         narrow = load_model(start, machine_of(recipe))
-        note(f"during_{name}", distilled(narrow, read_matrices(start / FILE), f"gkd_rounding_during_{name}"))
-        taught = distilled(wide, {}, f"gkd_rounding_afterwards_{name}")
+        note(f"during_{name}", distilled(children, recipe, narrow, read_matrices(start / FILE), f"during_{name}"))
+        taught = distilled(children, recipe, wide, {}, f"afterwards_{name}")
         note(f"afterwards_not_rounded_{name}", taught)
         # Copies can be trained, which what was measured in inference mode cannot.
         weights = {weight: value.clone() for weight, value in taught.state_dict().items()}
