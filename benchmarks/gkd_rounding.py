@@ -65,7 +65,6 @@ def main(
     for learning_rate in rate or (1e-4, 3e-5):
         gkd = children.recipe.gkd.model_copy(update={"tokens": tokens, "learning_rate": learning_rate})
         recipe, name = children.recipe.model_copy(update={"gkd": gkd}), f"{speedup:g}x_{tokens}_{learning_rate:g}"
-
         narrow = load_model(start, machine_of(recipe))
         note(f"during_{name}", distilled(children, recipe, narrow, read_matrices(start / FILE), f"during_{name}"))
         taught = distilled(children, recipe, wide, {}, f"afterwards_{name}")
