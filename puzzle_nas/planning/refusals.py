@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from puzzle_nas.architecture import Head
-from puzzle_nas.choosing.cost_fit import Part, parts_of
+from puzzle_nas.choosing.cost_fit import parts_of
 from puzzle_nas.data.sources import is_local, local_files
 from puzzle_nas.engines import ENGINES, ServingEngine
 from puzzle_nas.errors import RecipeError
 from puzzle_nas.exporters import EXPORTERS, Child
-from puzzle_nas.families import Anatomy, architecture_of, head_dim_of
+from puzzle_nas.families import architecture_of, head_dim_of
 from puzzle_nas.formats.layout import layout_of
+from puzzle_nas.planning.shapes import part_weights
 from puzzle_nas.recipe import PARENT_SAMPLES, PYTHON_STDLIB, Recipe, search_space_of
 from puzzle_nas.servable import SERVERS
-from puzzle_nas.subblocks import made_subblock
 
 KV_BLOCK = 32
 """Numbers of a head that llama.cpp stores together in each of its quantised caches (ggml-common.h)."""
@@ -62,15 +58,6 @@ def check_lengths(recipe: Recipe, config: PreTrainedConfig) -> None:
                 f"The scenario {scenario.name} takes {scenario.total_tokens} tokens, but the parent has {positions} "
                 "positions; lower its prefill_tokens or decode_tokens."
             )
-
-
-def part_weights(parent: PreTrainedModel, part: Part) -> Mapping[str, torch.Tensor]:
-    """What a variant, or embeddings with LM head, consists of; tied ones once."""
-    if not isinstance(part.spec, Head):
-        return dict(made_subblock(parent, part.group, part.spec, None).layer.named_parameters())
-    parts = Anatomy(parent)
-    ends = {"LM head": parts.head.weight, "embeddings": parts.embeddings.weight}
-    return {name: weight for name, weight in ends.items() if name == "embeddings" or weight is not ends["embeddings"]}
 
 
 def _check_engine(recipe: Recipe, model: PreTrainedModel) -> None:

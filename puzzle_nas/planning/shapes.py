@@ -7,6 +7,7 @@ is built; no weight is read.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,8 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from puzzle_nas.architecture import Mixture, SearchSpace, Spec
-from puzzle_nas.choosing.cost_fit import parts_of
+from puzzle_nas.architecture import Head, Mixture, SearchSpace, Spec
+from puzzle_nas.choosing.cost_fit import Part, parts_of
 from puzzle_nas.errors import CheckpointError
 from puzzle_nas.families import Anatomy, SubBlock, architecture_of, family_of, find_checkpoint, head_dim_of
 from puzzle_nas.families.loading import LOADING_ERRORS
@@ -105,6 +106,15 @@ def model_size(model: PreTrainedModel, space: SearchSpace) -> ModelSize:
         subblocks={part: _size(made, part.spec, model) for part, made in subblocks.items()},
         last_inputs={part: made.last.weight.shape[1] if made.last else 0 for part, made in subblocks.items()},
     )
+
+
+def part_weights(parent: PreTrainedModel, part: Part) -> Mapping[str, torch.Tensor]:
+    """What a variant, or embeddings with LM head, consists of; tied ones once."""
+    if not isinstance(part.spec, Head):
+        return dict(made_subblock(parent, part.group, part.spec, None).layer.named_parameters())
+    parts = Anatomy(parent)
+    ends = {"LM head": parts.head.weight, "embeddings": parts.embeddings.weight}
+    return {name: weight for name, weight in ends.items() if name == "embeddings" or weight is not ends["embeddings"]}
 
 
 def _size(subblock: SubBlock, spec: Spec, model: PreTrainedModel) -> Size:

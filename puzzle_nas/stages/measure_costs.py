@@ -26,7 +26,8 @@ from puzzle_nas.errors import ArtifactError, RecipeError
 from puzzle_nas.families import Anatomy, architecture_of, head_dim_of, load_parent, parent_checkpoint, probe_model
 from puzzle_nas.formats.layout import layout_of
 from puzzle_nas.machine import free_bytes, machine_of
-from puzzle_nas.planning.refusals import check_lengths, part_weights
+from puzzle_nas.planning.refusals import check_lengths
+from puzzle_nas.planning.shapes import part_weights
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.servable import SERVERS

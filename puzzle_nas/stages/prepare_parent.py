@@ -61,14 +61,14 @@ def _refuse(recipe: Recipe, examined: Examined) -> None:
     Raises:
         RecipeError, FormatError, ExportError: see `check_shapes`; or this machine computes one of the formats wrongly.
     """
-    engine = ENGINES[recipe.engine]
-    if isinstance(engine, ServingEngine):
-        engine.refuse_formats(recipe.search_space.formats)
     check_shapes(recipe, examined.model)
-    if isinstance(engine, ServingEngine):
-        exporter = EXPORTERS[engine.formats[0]]
-        for reason in exporter.reasons(Child(examined.model, examined.tokenizer)):
-            console.print(f"  The child will run on {engine.name} but not be exported to {exporter.name}: {reason}.")
+    engine = ENGINES[recipe.engine]
+    if not isinstance(engine, ServingEngine):
+        return
+    engine.refuse_formats(recipe.search_space.formats)
+    exporter = EXPORTERS[engine.formats[0]]
+    for reason in exporter.reasons(Child(examined.model, examined.tokenizer)):
+        console.print(f"  The child will run on {engine.name} but not be exported to {exporter.name}: {reason}.")
 
 
 def _opened(where: Path | str, examined: Examined, run: RunFolder, machine: Machine) -> tuple[Path, PreTrainedModel]:
