@@ -167,7 +167,7 @@ def bld(parent: PreTrainedModel, child: PreTrainedModel, tokens: torch.Tensor, b
     with tempfile.TemporaryDirectory() as folder:
         activations = LayerActivations(parent, tokens[: 4 * sequences], Path(folder))
         activations.climb_to(LAYER)
-        task = BlockTask(activations, "token", parent.dtype == torch.bfloat16)
+        task = BlockTask(activations, parent.dtype == torch.bfloat16)
         batches = itertools.cycle(torch.arange(4 * sequences, device=activations.device).split(sequences))
 
         def steps() -> tuple[Steps, Callable[[], object]]:

@@ -30,7 +30,8 @@ class SourceSettings(Settings):
     """One source of text."""
 
     source: str
-    """`python-stdlib`, `parent-samples`, a file (.txt, .jsonl, .jsonl.gz, .parquet), a glob, or a hub data set."""
+    """`python-stdlib`, `parent-samples` (what the parent writes, as much as its share is), a file (.txt, .jsonl,
+    .jsonl.gz, .parquet), a glob, or a hub data set."""
     weight: float = Field(default=1.0, gt=0)
     """Share of each split's tokens, relative to the other sources."""
     text_field: str = "text"
@@ -55,11 +56,17 @@ class DataSettings(Settings):
     """Tokens on which children and checkpoints are chosen."""
     validation_tokens: int = Field(default=16_384, ge=1)
     """Tokens on which results are reported; used for nothing else."""
-    sample_tokens: int = Field(default=65_536, ge=1)
-    """Tokens that the parent writes for the source `parent-samples`, all splits together."""
     separator: str | None = None
     """Token after each document of plain text; null means the tokenizer's end of text or, if that ends a turn of a
     conversation, its `<|endoftext|>` or similar. Conversations end with their own last token."""
+
+    def sampled_tokens(self) -> int:
+        """How much the parent writes: the share of `parent-samples` in all splits, and a little to choose from."""
+        weight = sum(source.weight for source in self.sources if source.source == PARENT_SAMPLES)
+        splits = (getattr(self, name) for name in type(self).model_fields if name.endswith("_tokens"))
+        blocks = sum(math.ceil(tokens / self.sequence_length) for tokens in splits)
+        share = weight / sum(source.weight for source in self.sources)
+        return math.ceil((1.02 * share * blocks + bool(weight)) * self.sequence_length)
 
 
 Mixer: TypeAlias = Literal["attention", "ffn"]
@@ -108,9 +115,6 @@ class BLDSettings(Settings):
     """Training tokens for each variant; 0 skips BLD."""
     batch_tokens: int = Field(default=2_048, ge=1)
     """Tokens in one step."""
-    normalise: Literal["batch", "token"] = "token"
-    """Divide the squared error by the energy of the parent's output: of the whole batch (as the paper) or of each
-    token."""
     shard_tokens: int | None = Field(default=None, ge=1)
     """Tokens whose activations are on disk at once (6 x hidden size bytes each in bfloat16); null means all. More
     tokens are trained on shard by shard, with each variant's optimiser on disk in between."""
@@ -142,8 +146,6 @@ class ScoringSettings(Settings):
     task: Path | None = None
     """The task for `task_margin` and `task_accuracy`: JSON lines with `question`, `choices` and `answer`. Half of the
     items, by a hash of each, are for scores; `puzzle evaluate` reports on the others."""
-    task_items: int | None = Field(default=None, ge=2)
-    """How many items of the scores' half are used; null means all."""
     unit: Literal["sub_block", "block"] = "sub_block"
     """Replace one sub-block at a time (m + n scores a layer), or attention and FFN together as in the paper (m x n)."""
 
@@ -205,15 +207,17 @@ def steps_between_measurements(steps: int) -> int:
     return min(100, max(16, math.ceil(steps / 8)))
 
 
+BatchSize: TypeAlias = Annotated[int, Field(ge=1)]
+
+
 class ScenarioSettings(Settings):
     """Traffic: one batch of equal requests."""
 
     name: str = "default"
     """Label in tables."""
-    batch_size: Annotated[int, Field(ge=1)] | Literal["sweep"] = 1
-    """Requests served together; `sweep` measures 1, 2, 4, ..., and the search says at which the child does best."""
-    max_batch_size: int = Field(default=32, ge=1)
-    """Largest batch size of a sweep; sizes that do not fit this machine's memory are left out."""
+    batch_size: BatchSize | Annotated[list[BatchSize], Field(min_length=1)] = 1
+    """Requests served together. Of several, such as [1, 8, 64], each that fits this machine's memory is measured, and
+    the search says at which the child does best."""
     prefill_tokens: int = Field(default=128, ge=1)
     """Prompt tokens of each request."""
     decode_tokens: int = Field(default=64, ge=1)
@@ -223,10 +227,10 @@ class ScenarioSettings(Settings):
 
     def at_batch_sizes(self, weight: float) -> list[Scenario]:
         """As plain data, once for each batch size."""
-        fields = {**self.model_dump(exclude={"max_batch_size"}), "weight": weight}
-        if self.batch_size != "sweep":
+        fields = {**self.model_dump(), "weight": weight}
+        if isinstance(self.batch_size, int):
             return [Scenario(**fields)]
-        sizes = [2**i for i in range(self.max_batch_size.bit_length())]
+        sizes = sorted(set(self.batch_size))
         return [Scenario(**{**fields, "name": f"{self.name}-b{size}", "batch_size": size}) for size in sizes]
 
 
@@ -310,7 +314,7 @@ class Recipe(Settings):
         return self
 
     def mixes(self) -> list[tuple[Scenario, ...]]:
-        """The scenarios as plain data, weights summing to 1: once for each choice of swept batch sizes."""
+        """The scenarios as plain data, weights summing to 1: once for each choice of batch sizes."""
         total = sum(s.weight for s in self.scenarios)
         return list(itertools.product(*(s.at_batch_sizes(s.weight / total) for s in self.scenarios)))
 

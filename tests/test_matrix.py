@@ -166,7 +166,7 @@ def in_training(name, layer, spec, weights, folder):
     """(trainee, task, batch) of BLD."""
     activations = LayerActivations(parent_of(name), TOKENS_BT, folder, (WINDOW,))
     activations.climb_to(layer)
-    task = BlockTask(activations, "token", autocast=False)
+    task = BlockTask(activations, autocast=False)
     job = Job((spec,), folder / "unused", lambda: weights, {})
     trainee = Trainee(job, weights, parent_of(name), layer, BLDSettings(learning_rate=1e-3), 4)
     return trainee, task, task.fetch(torch.arange(len(TOKENS_BT)))

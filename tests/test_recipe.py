@@ -43,7 +43,7 @@ def test_what_only_old_yaml_reads_as_a_number_stays_text():
         ("search: {limits: {speedup: fast}}", "The recipe's search.limits.speedup is fast, but must be a number."),
         (
             "scenarios: [{batch_size: auto}]",
-            "The recipe's scenarios.0.batch_size is auto, but must be a whole number of at least 1 or sweep.",
+            "scenarios.0.batch_size is auto, but must be a whole number of at least 1 or a list of at least 1 entry.",
         ),
         ("scenarios: []", "The recipe's scenarios is [], but must be a list of at least 1 entry."),
         ("scenarios: [{name: a}, {name: a}]", "The recipe: scenarios need names that differ, and 'mix' means all"),
@@ -80,8 +80,8 @@ def test_mistakes_in_the_users_words(text, message):
         assert inside not in said
 
 
-def test_a_limit_may_name_a_swept_batch_size():
-    text = "scenarios: [{name: chat, batch_size: sweep}]\nsearch: {limits: {latency_ms@chat-b4: 9, latency_ms@mix: 9}}"
+def test_a_limit_may_name_a_batch_size():
+    text = "scenarios: [{name: chat, batch_size: [1, 4]}]\nsearch: {limits: {latency_ms@chat-b4: 9, latency_ms@mix: 9}}"
     assert "latency_ms@chat-b4" in parse_recipe(BASE + text).search.limits
 
 

@@ -46,7 +46,6 @@ BUDGETS = {
             "data.scoring_tokens=65536",
             "data.selection_tokens=32768",
             "data.validation_tokens=131072",
-            "data.sample_tokens=131072",
             "bld.tokens=1000000",
             "bld.batch_tokens=4096",
             "gkd.batch_tokens=4096",

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import statistics
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
@@ -36,7 +36,10 @@ def scored_by_task(children: Children, run: RunFolder) -> ArchitectureSearch:
         shutil.copytree(children.run.path, unfinished, ignore=ignored, copy_function=os.link)
         unfinished.rename(run.path)
     settings = children.recipe.model_dump(mode="json")
-    settings["scoring"] |= {"metric": "task_margin", "task": str(CONTINUATIONS.resolve()), "task_items": SCORING_ITEMS}
+    task = run.path.with_suffix(".jsonl")
+    items = half_of(task_items(CONTINUATIONS), True, CONTINUATIONS)[:SCORING_ITEMS]
+    task.write_text("".join(json.dumps(asdict(item)) + "\n" for item in items))
+    settings["scoring"] |= {"metric": "task_margin", "task": str(task.resolve())}
     settings["search"]["effort"] = "fast"
     recipe = parse_recipe(json.dumps(settings))
     pipeline.run_stages(recipe, run, last="score-blocks")

@@ -124,7 +124,7 @@ class ArchitectureSearch:
         scored: bool = True,
         library: str | None = None,
     ) -> ArchitectureSearch:
-        """With those of the recipe's swept batch sizes that allow the lowest summed score within the limits.
+        """With those of the recipe's batch sizes that allow the lowest summed score within the limits.
 
         Raises:
             InfeasibleError: there is no such child at any batch size.
@@ -143,7 +143,7 @@ class ArchitectureSearch:
                 best, lowest = found, solution.score
         if best is None:
             largest = ", ".join(f"{s.name} at {s.batch_size}" for s in every[-1].costs.scenarios)
-            raise InfeasibleError(f"At no batch size of the sweep; at the largest ({largest}): {failure}")
+            raise InfeasibleError(f"At no batch size of scenarios; at the largest ({largest}): {failure}")
         return best
 
     def by_either_loss(self, recipe: Recipe, run: RunFolder) -> tuple[ArchitectureSearch, ...]:

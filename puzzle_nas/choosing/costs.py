@@ -43,7 +43,7 @@ class CostTable:
 
     @classmethod
     def load(cls, run: RunFolder, recipe: Recipe) -> CostTable:
-        """The run's table, for the batch sizes that the search chose where the recipe sweeps them."""
+        """The run's table, for the batch sizes that the search chose where the recipe has several."""
         every = cls.load_mixes(run, recipe)
         if len(every) == 1:
             return every[0]
@@ -52,7 +52,7 @@ class CostTable:
 
     @classmethod
     def load_mixes(cls, run: RunFolder, recipe: Recipe) -> list[CostTable]:
-        """The run's table for each choice of swept batch sizes that was measured."""
+        """The run's table for each choice of batch sizes that was measured."""
         path = run.costs(recipe.engine)
         data = read_json(path, "measure-costs")
         with written_by_this_version(path, "measure-costs"):

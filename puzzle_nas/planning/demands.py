@@ -95,7 +95,7 @@ def prepare_data(counts: Counts) -> Demand:
     if not any(source.source == PARENT_SAMPLES for source in recipe.data.sources):
         return Demand("prepare_data", work, 0, disk_bytes=4 * tokens)
     row_bytes = counts.itemsize * counts.length * counts.size.body.cached + 16 * counts.size.vocabulary
-    rows = math.ceil(recipe.data.sample_tokens / counts.length)
+    rows = math.ceil(recipe.data.sampled_tokens() / counts.length)
     room = (counts.device_bytes - counts.parent_bytes) / 2 if counts.is_on_gpu else SAMPLED_BYTES
     together = int(max(1, min(rows, SAMPLED_ROWS[counts.is_on_gpu], room // row_bytes)))
     step = counts.decode_step(together, counts.length / 2) + Work(scored_logits=together * counts.size.vocabulary)

@@ -49,7 +49,7 @@ def scoring_walk(
         tokens = load_tokens(run, "scoring")
         walk = ReplacementWalk(parent, tokens, batch_tokens_of(parent), model, scratch, windows)
         return walk, divergence_score
-    items = half_of(read_task(settings.task), True, settings.task)[: settings.task_items]
+    items = half_of(read_task(settings.task), True, settings.task)
     task = TokenisedTask.of(items, load_tokenizer(parent_checkpoint(run)), parent.config.max_position_embeddings)
     walk = TaskWalk(parent, task, batch_tokens_of(parent), model, scratch, windows)
     return walk, partial(task_score, measure=settings.metric.removeprefix("task_"))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 EVERYTHING = ("*",)
 ARITHMETIC = ("precision", "device")
 """What a stage reads that computes with a model."""
-BLD = ("bld.learning_rate", "bld.batch_tokens", "bld.normalise", "bld.shard_tokens")
+BLD = ("bld.learning_rate", "bld.batch_tokens", "bld.shard_tokens")
 """What decoupled and coupled BLD have in common."""
 WITHOUT_EFFECT = ("memory", "threads")
 """Settings that say how a stage works and never what it makes, so that any may read them undeclared. A stage whose

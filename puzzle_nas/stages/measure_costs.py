@@ -117,13 +117,13 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
 
 
 def _measurable(recipe: Recipe, parent: PreTrainedModel, itemsize: float) -> dict[str, Scenario]:
-    """By name, what the recipe names, and of its sweeps the batch sizes whose KV cache fits the free memory.
+    """By name, what the recipe names, and of its several batch sizes those whose KV cache fits the free memory.
 
     Args:
         itemsize: bytes of a number in the cache.
 
     Raises:
-        RecipeError: of a sweep nothing fits.
+        RecipeError: no batch size fits.
     """
     free = free_bytes(parent.device)
     head_dim = head_dim_of(parent.config)
@@ -139,7 +139,9 @@ def _measurable(recipe: Recipe, parent: PreTrainedModel, itemsize: float) -> dic
         if scenario.name not in fitting:
             console.print(f"  {scenario.name}: its KV cache would take more than half of the free memory; left out.")
     if not any(all(s.name in fitting for s in mix) for mix in recipe.mixes()):
-        raise RecipeError("Not even one request of a swept scenario fits this machine's memory; shorten it.")
+        raise RecipeError(
+            "None of a scenario's batch sizes fits this machine's memory; add smaller ones, or shorten its requests."
+        )
     return fitting
 
 

@@ -38,7 +38,6 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     tokenizer = load_tokenizer(checkpoint)
     _check_sequence_length(recipe.data.sequence_length, checkpoint)
     names = _source_names(recipe)
-    _check_samples_suffice(recipe)
     # The first document of each text source is read before the parent writes: that a file is missing should
     # not come out minutes later.
     streams = [
@@ -47,7 +46,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     ]
     samples = _parent_samples(recipe, run, parent, tokenizer) if None in streams else []
     sources = [
-        packing.TextSource(name, settings.weight, samples, "raise data.sample_tokens")
+        packing.TextSource(name, settings.weight, samples, "raise data.train_tokens")
         if stream is None
         else packing.TextSource(name, settings.weight, stream)
         for name, settings, stream in zip(names, recipe.data.sources, streams, strict=True)
@@ -122,21 +121,6 @@ def _check_sequence_length(sequence_length: int, checkpoint: Path) -> None:
         raise DataError(f"data.sequence_length is {sequence_length}, but the parent has {longest} positions; lower it.")
 
 
-def _check_samples_suffice(recipe: Recipe) -> None:
-    """Say before the parent writes for minutes that it will not have written enough."""
-    weights = sum(settings.weight for settings in recipe.data.sources)
-    for settings in recipe.data.sources:
-        if settings.source != PARENT_SAMPLES:
-            continue
-        blocks = sum(packing.block_count(recipe.data, split) for split in packing.SMALL_SPLITS)
-        needed = round(blocks * recipe.data.sequence_length * settings.weight / weights)
-        if recipe.data.sample_tokens < needed:
-            raise DataError(
-                f"data.sample_tokens is {recipe.data.sample_tokens}, but the share of {PARENT_SAMPLES} in "
-                f"the splits besides train is {needed}; raise it, or lower the weight of {PARENT_SAMPLES}."
-            )
-
-
 # What the parent wrote is kept beside the splits: other sources or sizes of splits need no new writing.
 
 
@@ -145,7 +129,7 @@ def _samples_path(run: RunFolder) -> Path:
 
 
 def _parent_samples(recipe: Recipe, run: RunFolder, parent: dict[str, Any], tokenizer: Any) -> list[list[int]]:
-    num_tokens, length = recipe.data.sample_tokens, recipe.data.sequence_length
+    num_tokens, length = recipe.data.sampled_tokens(), recipe.data.sequence_length
     made_from = fingerprint([parent, recipe.seed, recipe.precision, recipe.device, num_tokens, length])
     kept = _read_samples(_samples_path(run), made_from)
     if kept is not None:

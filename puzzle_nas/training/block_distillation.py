@@ -126,7 +126,7 @@ def distill_blocks(
     with progress("distil blocks, layer", len(mine) * len(shards)) as ticker:
         windows = windows_of(spec for layer_jobs in jobs for job in layer_jobs for spec in job.specs)
         for shard, layer, activations in _activations(parent, tokens, shards, ranges, folder, windows):
-            task = BlockTask(activations, settings.normalise, parent.dtype == torch.bfloat16)
+            task = BlockTask(activations, parent.dtype == torch.bfloat16)
             batches = shard.batches(order, recipe.seed + layer)
             held = torch.arange(shard.end - shard.begin, shard.end - shard.begin + held_out)
             for group in _groups(training[layer], task.device, one_by_one=recipe.memory != "all"):

@@ -122,8 +122,8 @@ class Batch:
 class BlockTask:
     """One layer's training data and loss."""
 
-    def __init__(self, activations: LayerActivations, normalise: str, autocast: bool):
-        self.activations, self.normalise = activations, normalise
+    def __init__(self, activations: LayerActivations, autocast: bool):
+        self.activations = activations
         self.parents = activations.parts.subblocks(activations.layer)
         self.device = activations.parent.device
         self.inputs = activations.inputs[activations.layer]
@@ -140,7 +140,7 @@ class BlockTask:
         for part in added:
             output.add_(part)
         by_slot = dict(zip(self.parents, added, strict=True))
-        return Batch(self.parents, x, by_slot, error_weight(output, self.normalise))
+        return Batch(self.parents, x, by_slot, error_weight(output))
 
     def fetch(self, sequences: torch.Tensor) -> Batch:
         """The batch of some sequences."""

@@ -230,15 +230,13 @@ def cosine_loss(
     return torch.stack([distance(*pair) for pair in zip(children_BTD, parents_BTD, strict=True)]).mean()
 
 
-def error_weight(parent_output: torch.Tensor, normalise: str) -> torch.Tensor:
+def error_weight(parent_output: torch.Tensor) -> torch.Tensor:
     """What each token's squared error counts in `block_loss`, [...] for outputs [..., D], float32.
 
-    `normalise="batch"` divides by the energy of the whole batch, as the paper does; `"token"` divides each token's
-    error by its own energy, so that a few tokens of massive activations cannot own the loss.
+    Each token's error is divided by its own energy, so that a few tokens of massive activations cannot own the loss;
+    the paper divides by the energy of the whole batch.
     """
     energy = torch.linalg.vector_norm(parent_output.float(), dim=-1).square_()
-    if normalise == "batch":
-        return torch.ones_like(energy) / energy.sum()
     return 1 / (energy.numel() * energy.clamp_min(1e-12))
 
 

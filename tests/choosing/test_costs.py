@@ -116,10 +116,10 @@ def test_limits_that_mean_nothing(table, name, value, part):
         table.limits({name: value}, Architecture((PARENT, PARENT)))
 
 
-def test_a_sweep_is_one_mix_for_each_batch_size():
+def test_one_mix_for_each_batch_size():
     recipe = parse_recipe(
         "{parent: p, data: {sources: [{source: s}]}, scenarios: ["
-        "{name: chat, batch_size: sweep, max_batch_size: 5, weight: 3}, {name: long, batch_size: 2}]}"
+        "{name: chat, batch_size: [4, 1, 2], weight: 3}, {name: long, batch_size: 2}]}"
     )
     mixes = recipe.mixes()
     assert [[s.name for s in mix] for mix in mixes] == [["chat-b1", "long"], ["chat-b2", "long"], ["chat-b4", "long"]]

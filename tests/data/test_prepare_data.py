@@ -16,7 +16,6 @@ OVERRIDES = [
     "data.sequence_length=32",
     "data.train_tokens=1000",
     *(f"data.{split}_tokens=64" for split in ("calibration", "scoring", "selection", "validation")),
-    "data.sample_tokens=700",
     "device=cpu",
     "threads=1",
     "precision=float32",
@@ -93,7 +92,7 @@ def test_the_parent_writes_once(tmp_path, checkpoint, text, monkeypatch):
 
     monkeypatch.setattr(prepare_data, "sample_documents", refuse)
     assert data_files(prepare(tmp_path / "run", checkpoint, both(text))) == before
-    for stale in ("seed=1", "data.sample_tokens=701", "data.sequence_length=31"):
+    for stale in ("seed=1", "data.train_tokens=1100", "data.sequence_length=31"):
         with pytest.raises(AssertionError, match="writes again"):
             prepare(tmp_path / "run", checkpoint, both(text), stale)
     (run / "data" / "sources" / "parent-samples.safetensors").write_bytes(b"cut off")
@@ -125,16 +124,18 @@ def test_a_missing_file_is_noticed_before_the_parent_writes(tmp_path, checkpoint
         prepare(tmp_path / "run", checkpoint, sources)
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("data.sequence_length=512", "sequence_length is 512, but the parent has 256 positions; lower it"),
-        ("data.sample_tokens=80", "sample_tokens is 80, but the share of parent-samples .* is 85; raise it"),
-    ],
-)
-def test_settings_that_cannot_be_met(tmp_path, checkpoint, text, override, message):
-    with pytest.raises(DataError, match=message):
-        prepare(tmp_path / "run", checkpoint, both(text), override)
+def test_sequences_longer_than_the_parent_reads(tmp_path, checkpoint, text):
+    with pytest.raises(DataError, match="sequence_length is 512, but the parent has 256 positions; lower it"):
+        prepare(tmp_path / "run", checkpoint, both(text), "data.sequence_length=512")
+
+
+@pytest.mark.parametrize("expected", [1, 1 / 3])
+def test_the_parent_writes_as_much_as_its_share(tmp_path, checkpoint, text, expected):
+    sources = [{"source": "parent-samples"}] if expected == 1 else both(text)
+    run = prepare(tmp_path / "run", checkpoint, sources, "data.train_tokens=4000")
+    for split in json.loads((run / "data" / "data.json").read_text())["splits"].values():
+        share = split["tokens_by_source"]["parent-samples"] / split["tokens"]
+        assert share == pytest.approx(expected, abs=0.01)
 
 
 def test_one_source_twice(tmp_path, checkpoint, text):

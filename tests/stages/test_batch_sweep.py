@@ -1,4 +1,4 @@
-"""Which batch size to serve at: swept, measured, chosen by the search, used by everything after it."""
+"""Which batch size to serve at: measured, chosen by the search, used by everything after it."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from puzzle_nas.errors import InfeasibleError
 from puzzle_nas.recipe_text import parse_recipe
 from tests.conftest import puzzle
 
-SCENARIO = {"name": "chat", "batch_size": "sweep", "max_batch_size": 4, "prefill_tokens": 16, "decode_tokens": 8}
+SCENARIO = {"name": "chat", "batch_size": [1, 2, 4], "prefill_tokens": 16, "decode_tokens": 8}
 MS_BY_BATCH = {1: 1.0, 2: 1.2, 4: 1.5}
 
 
@@ -59,14 +59,14 @@ def test_the_search_chooses_the_batch_size_that_harms_least(swept):
             continue
     assert tight.costs.scenarios[0].batch_size == min(lowest, key=lowest.__getitem__)
     with pytest.raises(
-        InfeasibleError, match=r"At no batch size of the sweep; at the largest .chat-b4 at 4.*can reach"
+        InfeasibleError, match=r"At no batch size of scenarios; at the largest .chat-b4 at 4.*can reach"
     ):
         ArchitectureSearch.at_best_batch_sizes(recipe, run, {"throughput_tokens_per_second": 1e9})
 
 
-def test_a_run_with_a_sweep_says_what_to_serve_at(tiny_settings, tmp_path):
+def test_a_run_with_batch_sizes_says_what_to_serve_at(tiny_settings, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    settings = {**tiny_settings, "scenarios": [{**SCENARIO, "max_batch_size": 2}]}
+    settings = {**tiny_settings, "scenarios": [{**SCENARIO, "batch_size": [1, 2]}]}
     settings |= {
         "search": {"limits": {"parameters": 6.5e5}, "effort": "fast"},
         "bld": {"tokens": 0},

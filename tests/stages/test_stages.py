@@ -64,7 +64,7 @@ def read(tiny_settings, tmp_path_factory):
     """What each stage of a run read, by its name."""
     folder = tmp_path_factory.mktemp("reading")
     (folder / "text.txt").write_text("Once upon a time there was a cat. " * 2000)
-    data = tiny_settings["data"] | {"train_tokens": 512, "calibration_tokens": 512, "sample_tokens": 2048}
+    data = tiny_settings["data"] | {"train_tokens": 512, "calibration_tokens": 512}
     data["sources"] = [{"source": str(folder / "text.txt")}, {"source": "parent-samples", "weight": 0.1}]
     recipe = Recipe.model_validate(tiny_settings | EVERY_STAGE | {"data": data})
     found = {}
@@ -103,7 +103,7 @@ def test_a_reading_that_is_not_declared_is_noticed(tiny_settings, monkeypatch):
     assert recipe.search.limits and recipe.seed == 0 and recipe.final_library == "main"
     assert reading.names == {"search.limits", "seed", "bld.coupled_tokens"}
     recipe.bld.model_dump()
-    assert {"bld.tokens", "bld.normalise"} < reading.names
+    assert {"bld.tokens", "bld.shard_tokens"} < reading.names
     reading.names = set()
     recipe.to_yaml()
     assert reading.names >= {*Recipe.model_fields, "gkd.tokens", "data.separator"}

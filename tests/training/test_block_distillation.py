@@ -27,7 +27,7 @@ def task(request, tmp_path):
     parent = LlamaForCausalLM(config).to(request.param).eval().requires_grad_(False)
     activations = LayerActivations(parent, torch.randint(0, 64, (8, 16)), tmp_path)
     activations.climb_to(0)
-    return BlockTask(activations, "token", request.param == torch.bfloat16)
+    return BlockTask(activations, request.param == torch.bfloat16)
 
 
 def trainee_of(task, *specs, steps=30):

@@ -114,25 +114,23 @@ def test_block_loss_by_token_bounds_what_one_massive_token_can_do():
     error = 0.1 * output.clone()
     error[0] = 0
 
-    def loss(error, normalise):
-        return block_loss(error_weight(output, normalise), [output + error], [output]).item()
+    def loss(error):
+        return block_loss(error_weight(output), [output + error], [output]).item()
 
-    assert loss(error, "token") == pytest.approx(0.009)
-    assert loss(error, "batch") < 1e-8
-    assert loss(output, "batch") == pytest.approx(1) and loss(output, "token") == pytest.approx(1)
+    assert loss(error) == pytest.approx(0.009)
+    assert loss(output) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("normalise", ["batch", "token"])
-def test_block_loss_and_its_gradients_are_those_of_the_formula(normalise):
+def test_block_loss_and_its_gradients_are_those_of_the_formula():
     torch.manual_seed(0)
     x, *parents = (torch.randn(2, 5, 8) for _ in range(3))
     children = [torch.randn(2, 5, 8, requires_grad=True) for _ in range(2)]
     output = x + parents[0] + parents[1]
     error = (children[0] - parents[0]) + (children[1] - parents[1])
     squares, energy = error.square().sum(-1), output.square().sum(-1)
-    formula = squares.sum() / energy.sum() if normalise == "batch" else (squares / energy).mean()
+    formula = (squares / energy).mean()
     expected = torch.autograd.grad(3 * formula, children)
-    loss = block_loss(error_weight(output, normalise), children, parents)
+    loss = block_loss(error_weight(output), children, parents)
     assert loss.item() == pytest.approx(formula.item(), rel=1e-5)
     for mine, theirs in zip(torch.autograd.grad(3 * loss, children), expected, strict=True):
         torch.testing.assert_close(mine, theirs)
