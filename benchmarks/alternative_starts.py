@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.common import linked, opened
-from puzzle_nas.architecture import Architecture, GatedFFN, NoOp
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, read_json, write_bytes, write_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.choosing.costs import CostTable, timed_steps
@@ -32,6 +32,7 @@ from puzzle_nas.recipe import Recipe
 from puzzle_nas.scoring.comparison import ParentReference
 from puzzle_nas.search import Limit
 from puzzle_nas.search.baselines import random_architecture
+from puzzle_nas.specs import GatedFFN, NoOp
 from puzzle_nas.stages import build_library
 from puzzle_nas.stages.search_architecture import TRIED_ON
 from puzzle_nas.training.refitting import refit

@@ -16,7 +16,6 @@ import torch
 import typer
 
 from benchmarks.common import RunArgument, kept, save
-from puzzle_nas.architecture import GatedFFN, GroupedAttention, Linear, NoOp, WindowAttention
 from puzzle_nas.artifacts import RunFolder, read_json
 from puzzle_nas.engines import ServingEngine, serving_engine
 from puzzle_nas.engines.base import EXPORT_RECORD
@@ -25,6 +24,7 @@ from puzzle_nas.exporters import EXPORTERS
 from puzzle_nas.families import architecture_of, load_model, load_tokenizer, parent_checkpoint, probe_model, save_model
 from puzzle_nas.machine import Machine
 from puzzle_nas.servable import SERVERS
+from puzzle_nas.specs import GatedFFN, GroupedAttention, Linear, NoOp, WindowAttention
 from puzzle_nas.stages.bench_child import MODELS, bench, scenario_lengths
 from puzzle_nas.stages.export_child import export_child
 

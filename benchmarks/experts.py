@@ -21,10 +21,10 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.common import report
-from puzzle_nas.architecture import Mixture
 from puzzle_nas.data.sources import documents
 from puzzle_nas.families import Anatomy, architecture_of, build, child_config
 from puzzle_nas.recipe import SourceSettings
+from puzzle_nas.specs import Mixture
 from puzzle_nas.subblocks import (
     Context,
     Origin,

@@ -43,7 +43,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.common import CONTINUATIONS, RunArgument, linked, opened, right_answers, save, task_items
 from puzzle_nas import engines
-from puzzle_nas.architecture import Architecture, Choice, GatedFFN
+from puzzle_nas.architecture import Architecture, Choice
 from puzzle_nas.artifacts import RunFolder, complete_folder, fingerprint, read_json, write_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.choosing.costs import timed_steps
@@ -57,6 +57,7 @@ from puzzle_nas.formats.stored import FILE, read_matrices, write_matrices
 from puzzle_nas.library import assemble
 from puzzle_nas.machine import describe, machine_of, usable_cores
 from puzzle_nas.scoring.comparison import ParentReference
+from puzzle_nas.specs import GatedFFN
 from puzzle_nas.training.distillation import Training
 from puzzle_nas.training.parent_outputs import LiveParent
 from puzzle_nas.training.refitting import Goals, refit

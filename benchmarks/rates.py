@@ -25,12 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.common import by_arithmetic, report, timed_in_turns
-from puzzle_nas.architecture import GatedFFN, Linear
 from puzzle_nas.artifacts import RunFolder, write_bytes, write_json
 from puzzle_nas.families import Anatomy, architecture_of, child_config
 from puzzle_nas.machine import this_machine
 from puzzle_nas.recipe import Recipe
 from puzzle_nas.scoring.replacement import ReplacementWalk
+from puzzle_nas.specs import GatedFFN, Linear
 from puzzle_nas.subblocks import Weights, made_subblock, subblock_weights
 from puzzle_nas.training.activations import LayerActivations
 from puzzle_nas.training.block_steps import BlockTask, Job, Steps, Trainee

@@ -18,7 +18,7 @@ from typing import TypeAlias
 from transformers import PreTrainedModel
 
 from benchmarks.common import SMOLLM2, save
-from puzzle_nas.architecture import Architecture, Scenario, SearchSpace, build_search_space
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.engines import ServingEngine, undisturbed
 from puzzle_nas.engines.vllm import EagerVllmEngine, StockVllmEngine, VllmEngine
 from puzzle_nas.exporters import EXPORTERS, Child
@@ -26,6 +26,8 @@ from puzzle_nas.exporters.base import DTYPES
 from puzzle_nas.families import architecture_of, build, find_checkpoint, open_parent, probe_model, save_model
 from puzzle_nas.machine import describe, this_machine
 from puzzle_nas.recipe import SearchSpaceSettings
+from puzzle_nas.scenario import Scenario
+from puzzle_nas.search_space import SearchSpace, build_search_space
 from puzzle_nas.servable import servable_space
 
 SCENARIOS = (Scenario("128_64", 1, 128, 64), Scenario("16_128", 1, 16, 128))

@@ -10,12 +10,13 @@ import safetensors.torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from puzzle_nas.architecture import Architecture, Spec, choice_id
+from puzzle_nas.architecture import Architecture, choice_id
 from puzzle_nas.artifacts import RunFolder, file_checksum, read_json, write_bytes, write_json
 from puzzle_nas.errors import ArtifactError
 from puzzle_nas.families import Anatomy, SubBlock, architecture_of, build, child_config
 from puzzle_nas.families.loading import aligned
 from puzzle_nas.formats.stored import Matrices, read_matrices, write_matrices
+from puzzle_nas.specs import Spec
 from puzzle_nas.subblocks import Weights, made_subblock, subblock_weights, weights_of_slot
 
 Place: TypeAlias = tuple[int, str]

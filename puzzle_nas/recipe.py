@@ -10,10 +10,12 @@ from typing import Annotated, Literal, TypeAlias
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from puzzle_nas.architecture import Architecture, Scenario, SearchSpace, build_search_space
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.effort import EFFORTS, explained_efforts
 from puzzle_nas.formats.layout import layout_of
 from puzzle_nas.limits import MIX, check_limit
+from puzzle_nas.scenario import Scenario
+from puzzle_nas.search_space import SearchSpace, build_search_space
 from puzzle_nas.servable import SERVERS
 
 PYTHON_STDLIB = "python-stdlib"

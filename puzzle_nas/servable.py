@@ -5,18 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from puzzle_nas.architecture import (
-    KINDS,
-    GatedFFN,
-    GroupedAttention,
-    Head,
-    Linear,
-    NoOp,
-    SearchSpace,
-    Spec,
-    WindowAttention,
-)
 from puzzle_nas.formats.layout import LAYOUTS, layout_of
+from puzzle_nas.search_space import SearchSpace
+from puzzle_nas.specs import KINDS, GatedFFN, GroupedAttention, Head, Linear, NoOp, Spec, WindowAttention
 
 
 @dataclass(frozen=True)

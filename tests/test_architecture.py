@@ -2,20 +2,11 @@
 
 import pytest
 
-from puzzle_nas.architecture import (
-    Architecture,
-    GatedFFN,
-    GroupedAttention,
-    Head,
-    NoOp,
-    SearchSpace,
-    build_search_space,
-    in_formats,
-    plain,
-    round_width,
-)
+from puzzle_nas.architecture import Architecture, plain
 from puzzle_nas.recipe import SearchSpaceSettings, search_space_of
 from puzzle_nas.recipe_text import parse_recipe
+from puzzle_nas.search_space import SearchSpace, build_search_space, in_formats
+from puzzle_nas.specs import GatedFFN, GroupedAttention, Head, NoOp, round_width
 
 BLOCK = {"attention": GroupedAttention(2), "ffn": GatedFFN(64)}
 PARENT = Architecture((BLOCK, BLOCK))

@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from puzzle_nas.architecture import Linear, WindowAttention, build_search_space
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.errors import ExportError, RecipeError
 from puzzle_nas.exporters import EXPORTERS, Child
@@ -23,6 +22,8 @@ from puzzle_nas.library import assemble, variant_subblock, write_variant
 from puzzle_nas.machine import Machine
 from puzzle_nas.recipe import BLDSettings, SearchSpaceSettings
 from puzzle_nas.scoring.replacement import ReplacementWalk
+from puzzle_nas.search_space import build_search_space
+from puzzle_nas.specs import Linear, WindowAttention
 from puzzle_nas.subblocks import Context, Origin, add_observations, made_subblock, observed, run_with, variant_of
 from puzzle_nas.subblocks.linear import PAPERS_PRODUCTS
 from puzzle_nas.subblocks.statistics import inverse_norm

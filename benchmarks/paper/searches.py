@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from benchmarks.paper.common import SPEEDUPS, Budget, Children, Measured, ordering, table
-from puzzle_nas.architecture import GatedFFN
 from puzzle_nas.errors import InfeasibleError
+from puzzle_nas.specs import GatedFFN
 
 FRONTIER = (1.1, 1.25, 1.5, 1.75, 2.0, 2.3)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from puzzle_nas.architecture import Architecture, Choice, SearchSpace, Spec, choice_id
+from puzzle_nas.architecture import Architecture, Choice, choice_id
 from puzzle_nas.artifacts import RunFolder, read_json, written_by_this_version
 from puzzle_nas.choosing.costs import CostTable
 from puzzle_nas.effort import GAP, TIME_LIMIT_SECONDS
@@ -33,7 +33,9 @@ from puzzle_nas.search import (
     no_op_only,
     solve,
 )
+from puzzle_nas.search_space import SearchSpace
 from puzzle_nas.servable import servable_space
+from puzzle_nas.specs import Spec
 
 
 def position(layer: int, specs: Sequence[Spec]) -> str:

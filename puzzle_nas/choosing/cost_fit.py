@@ -18,7 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from puzzle_nas.architecture import Architecture, Head, NoOp, SearchSpace, Spec
+from puzzle_nas.architecture import Architecture
+from puzzle_nas.search_space import SearchSpace
+from puzzle_nas.specs import Head, NoOp, Spec
 
 EMPTY = "empty"
 """Name of the model without sub-blocks: embeddings, final norm and LM head."""

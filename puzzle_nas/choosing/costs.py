@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from puzzle_nas.architecture import Architecture, Scenario, Spec
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, read_json, written_by_this_version
 from puzzle_nas.limits import LIMITED_TIMES, MIX, check_limit
 from puzzle_nas.recipe import Recipe
+from puzzle_nas.scenario import Scenario
 from puzzle_nas.search import Limit
+from puzzle_nas.specs import Spec
 
 TIMES = ("runtime_ms", "prefill_ms", "decode_step_ms")
 """Of a whole request batch, of its prompts, and of one token for every request."""

@@ -14,13 +14,14 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from puzzle_nas.architecture import Scenario, Spec
 from puzzle_nas.artifacts import explained_disk_errors, read_json
 from puzzle_nas.engines.environments import environment_python, install_environment
 from puzzle_nas.engines.worker import Worker
 from puzzle_nas.errors import EngineError, ExportError
 from puzzle_nas.exporters import EXPORTERS, Child
 from puzzle_nas.machine import Machine, describe, free_bytes
+from puzzle_nas.scenario import Scenario
+from puzzle_nas.specs import Spec
 
 M = TypeVar("M")
 

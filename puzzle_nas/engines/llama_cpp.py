@@ -9,7 +9,6 @@ from pathlib import Path
 from gguf import GGMLQuantizationType, GGUFReader
 from transformers import PreTrainedConfig
 
-from puzzle_nas.architecture import Spec
 from puzzle_nas.artifacts import explained_disk_errors
 from puzzle_nas.engines.base import LOOPBACK, ServingEngine, Tolerance
 from puzzle_nas.engines.worker import Worker
@@ -17,6 +16,7 @@ from puzzle_nas.errors import EngineError
 from puzzle_nas.exporters.gguf_format import idle_ffn, idle_ffns
 from puzzle_nas.machine import usable_cores
 from puzzle_nas.servable import SERVERS
+from puzzle_nas.specs import Spec
 
 WORKERS = Path(__file__).parent / "workers"
 CONTEXT_FIELD = "deci.context_length"

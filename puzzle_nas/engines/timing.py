@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from puzzle_nas.architecture import Scenario
 from puzzle_nas.engines.base import Engine, RequestTime
+from puzzle_nas.scenario import Scenario
 
 STEADY = 0.01
 """Standard error of a median, over the median, up to which it is believed."""

@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from puzzle_nas.architecture import Scenario
 from puzzle_nas.engines.base import Engine, RequestTime
 from puzzle_nas.families import head_dim_of
 from puzzle_nas.machine import Machine, describe
 from puzzle_nas.modeling import CACHE, PuzzleForCausalLM, caching_mixers
+from puzzle_nas.scenario import Scenario
 
 
 class _Allocations(TorchDispatchMode):

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from puzzle_nas.architecture import GroupedAttention, WindowAttention
 from puzzle_nas.engines.base import VERIFICATION_CHUNK_TOKENS, ServingEngine, Tolerance
 from puzzle_nas.errors import ExportError
 from puzzle_nas.exporters import Child, Exporter
 from puzzle_nas.exporters.base import DTYPES
 from puzzle_nas.progress import console
+from puzzle_nas.specs import GroupedAttention, WindowAttention
 
 PROMPT_LENGTHS = (
     2,

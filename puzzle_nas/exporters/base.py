@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from puzzle_nas.architecture import Architecture, Spec
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.errors import ExportError
 from puzzle_nas.families import FAMILIES, Anatomy, architecture_of, build, child_config, load_model, load_tokenizer
 from puzzle_nas.families.anatomy import parent_type
@@ -20,6 +20,7 @@ from puzzle_nas.formats.registry import format_of
 from puzzle_nas.formats.stored import FILE, Matrix, put, read_matrices
 from puzzle_nas.machine import Machine
 from puzzle_nas.servable import SERVERS
+from puzzle_nas.specs import Spec
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """The precisions that weights can be written in, by the names that `--dtype` takes."""

@@ -14,12 +14,12 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
-from puzzle_nas.architecture import GatedFFN, GroupedAttention, NoOp, Spec
 from puzzle_nas.artifacts import explained_disk_errors
 from puzzle_nas.exporters.base import DTYPES, Child, Exporter
 from puzzle_nas.exporters.llama_like import FAMILIES, has_bias, problems
 from puzzle_nas.exporters.older_readers import spell_for_older_readers
 from puzzle_nas.families import head_dim_of
+from puzzle_nas.specs import GatedFFN, GroupedAttention, NoOp, Spec
 
 CONFIGURATION_CODE = Path(__file__).parent / "configuration_decilm.py"
 

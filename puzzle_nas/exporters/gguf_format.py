@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from puzzle_nas.architecture import GatedFFN, GroupedAttention, Linear, NoOp, Spec
 from puzzle_nas.exporters.base import DTYPES, Child, Exporter
 from puzzle_nas.exporters.gguf_tokenizer import tokenizer_notes, tokenizer_problems, write_tokenizer
 from puzzle_nas.exporters.llama_like import FAMILIES, problems
 from puzzle_nas.families import head_dim_of
 from puzzle_nas.formats.registry import format_of
+from puzzle_nas.specs import GatedFFN, GroupedAttention, Linear, NoOp, Spec
 
 FILE_NAME = "model.gguf"
 SMALLEST_WIDTH = 32

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from puzzle_nas.architecture import GroupedAttention, WindowAttention
 from puzzle_nas.exporters.base import Child
+from puzzle_nas.specs import GroupedAttention, WindowAttention
 
 FAMILIES = ("llama", "mistral", "qwen2")
 """Those whose layers are Llama's but for biases and windows; Qwen 3 has norms on queries and keys."""

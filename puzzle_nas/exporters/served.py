@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from puzzle_nas.architecture import Architecture, build_search_space
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.exporters import EXPORTERS, Child
 from puzzle_nas.families import FAMILIES, architecture_of
 from puzzle_nas.parents import Examined
 from puzzle_nas.recipe import SearchSpaceSettings
+from puzzle_nas.search_space import build_search_space
 
 
 def may_become(examined: Examined) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from puzzle_nas.architecture import KINDS
 from puzzle_nas.exporters.base import DTYPES, Child, Exporter
 from puzzle_nas.exporters.older_readers import spell_for_older_readers
 from puzzle_nas.families import build, child_config, save_model
 from puzzle_nas.families.loading import entry_of
+from puzzle_nas.specs import KINDS
 
 
 class TransformersExporter(Exporter):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from puzzle_nas.architecture import GatedFFN, GroupedAttention, Spec
+from puzzle_nas.specs import GatedFFN, GroupedAttention, Spec
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from transformers import PreTrainedConfig
 
-from puzzle_nas.architecture import ParentsOwn
 from puzzle_nas.families.base import Family, Place, Slot
+from puzzle_nas.specs import ParentsOwn
 
 
 class HybridFamily(Family):

@@ -1,8 +1,8 @@
 """LFM2: short convolutions, and attention in some layers."""
 
-from puzzle_nas.architecture import GatedFFN
 from puzzle_nas.families.base import Place, Slot
 from puzzle_nas.families.hybrids import HybridFamily
+from puzzle_nas.specs import GatedFFN
 
 
 class Lfm2(HybridFamily):

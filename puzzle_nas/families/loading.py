@@ -21,7 +21,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils.logging import disable_progress_bar
 
-from puzzle_nas.architecture import Architecture, GroupedAttention, Head, Spec, spec_from_dict
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, explained_disk_errors, read_json
 from puzzle_nas.errors import CheckpointError
 from puzzle_nas.families.anatomy import parent_type
@@ -36,6 +36,7 @@ from puzzle_nas.parents.fit import quiet
 from puzzle_nas.parents.quantisation import forget_quantisation, quantisation_of
 from puzzle_nas.parents.tokenizer import read_tokenizer
 from puzzle_nas.recipe import Recipe
+from puzzle_nas.specs import GroupedAttention, Head, Spec, spec_from_dict
 
 # Loading takes seconds; its bars only disturb ours. The GGUF reader draws one of its own.
 disable_progress_bar()

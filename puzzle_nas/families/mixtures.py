@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from transformers import PreTrainedConfig
 
-from puzzle_nas.architecture import GatedFFN, Mixture
 from puzzle_nas.families.base import ATTENTION, FFN, Family, Slot
+from puzzle_nas.specs import GatedFFN, Mixture
 
 EXPERTS = dataclasses.replace(FFN, last=None)
 """Where an FFN would be; there is no one last matrix."""

@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from puzzle_nas.architecture import Choice, Scenario, SearchSpace, Spec
+from puzzle_nas.architecture import Choice
 from puzzle_nas.planning.sizes import ModelSize, Size
 from puzzle_nas.recipe import Recipe
+from puzzle_nas.scenario import Scenario
+from puzzle_nas.search_space import SearchSpace
+from puzzle_nas.specs import Spec
 
 BATCH_TOKENS = 4096
 """That pass through a layer together where the recipe does not say."""

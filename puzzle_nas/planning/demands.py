@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from puzzle_nas.architecture import Choice, GatedFFN, GroupedAttention, Linear, Mixture, Spec
+from puzzle_nas.architecture import Choice
 from puzzle_nas.choosing.cost_fit import uniform_models
 from puzzle_nas.choosing.costs import REPEATS, timed_steps
 from puzzle_nas.effort import EFFORTS
 from puzzle_nas.formats.layout import LAYOUTS
 from puzzle_nas.planning.counting import BATCH_TOKENS, Counts, Work
 from puzzle_nas.recipe import PARENT_SAMPLES, steps_between_measurements
+from puzzle_nas.specs import GatedFFN, GroupedAttention, Linear, Mixture, Spec
 
 GGUF_SECONDS, GGUF_SECONDS_PER_PARAMETER = 8.0, 6e-8
 """To fetch a package, and to turn a GGUF file into a checkpoint (SmolLM2-135M: 16 s in all)."""

@@ -16,7 +16,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from puzzle_nas.architecture import Head, Mixture, SearchSpace, Spec
 from puzzle_nas.choosing.cost_fit import Part, parts_of
 from puzzle_nas.errors import CheckpointError
 from puzzle_nas.families import Anatomy, SubBlock, architecture_of, family_of, find_checkpoint, head_dim_of
@@ -26,6 +25,8 @@ from puzzle_nas.parents.config import read_config
 from puzzle_nas.parents.fit import quiet
 from puzzle_nas.parents.problems import LIBRARY_ERRORS, first_line
 from puzzle_nas.planning.sizes import ModelSize, Size
+from puzzle_nas.search_space import SearchSpace
+from puzzle_nas.specs import Head, Mixture, Spec
 from puzzle_nas.subblocks import made_subblock
 
 

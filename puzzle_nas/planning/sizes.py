@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from puzzle_nas.architecture import Architecture, Spec
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.choosing.cost_fit import Part
+from puzzle_nas.specs import Spec
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from puzzle_nas.architecture import KINDS, Architecture, Spec, spec_from_dict
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, read_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch, parent_of
 from puzzle_nas.choosing.costs import CostTable
 from puzzle_nas.errors import PuzzleError
 from puzzle_nas.recipe import Recipe
+from puzzle_nas.specs import KINDS, Spec, spec_from_dict
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from puzzle_nas.architecture import Architecture, Spec
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, read_json, written_by_this_version
 from puzzle_nas.choosing.architecture_search import parent_of
 from puzzle_nas.choosing.costs import CostTable
 from puzzle_nas.recipe import Recipe
+from puzzle_nas.specs import Spec
 
 
 def build_summary(recipe: Recipe, run: RunFolder) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from puzzle_nas.architecture import Choice, Spec, choice_id
+from puzzle_nas.architecture import Choice, choice_id
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.data.task_items import half_of, read_task
@@ -23,6 +23,7 @@ from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe
 from puzzle_nas.scoring.replacement import ReplacementWalk, batch_tokens_of, rounding_counts
 from puzzle_nas.scoring.task_scores import TaskWalk, TokenisedTask, task_score
+from puzzle_nas.specs import Spec
 from puzzle_nas.subblocks import windows_of
 from puzzle_nas.training import parallel
 from puzzle_nas.training.losses import Divergence

@@ -13,10 +13,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from puzzle_nas.architecture import Scenario
 from puzzle_nas.engines import Loading, ServingEngine
 from puzzle_nas.errors import ExportError
 from puzzle_nas.progress import progress
+from puzzle_nas.scenario import Scenario
 
 TABLE_3 = ((128, 128), (128, 1024), (128, 2048), (128, 4096), (2048, 128), (2048, 2048))
 """Prompt and output tokens in the paper's Table 3."""

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from puzzle_nas.architecture import Spec
 from puzzle_nas.artifacts import RunFolder, fingerprint
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import Anatomy, LayerInputs, architecture_of, load_parent
@@ -19,6 +18,7 @@ from puzzle_nas.library import variant_is_stored, write_variant
 from puzzle_nas.progress import progress
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.scoring.replacement import ReplacementWalk
+from puzzle_nas.specs import Spec
 from puzzle_nas.subblocks import (
     Context,
     LayerStatistics,

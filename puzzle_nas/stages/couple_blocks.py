@@ -11,7 +11,7 @@ import itertools
 
 from transformers import PreTrainedModel
 
-from puzzle_nas.architecture import Choice, SearchSpace, Spec, choice_id
+from puzzle_nas.architecture import Choice, choice_id
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.data.batches import block_order, load_tokens
@@ -21,6 +21,8 @@ from puzzle_nas.library import block_weights
 from puzzle_nas.progress import console
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.scoring.scores import score_choices
+from puzzle_nas.search_space import SearchSpace
+from puzzle_nas.specs import Spec
 from puzzle_nas.training import parallel
 from puzzle_nas.training.block_distillation import distill_blocks
 from puzzle_nas.training.block_steps import Job

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from puzzle_nas.architecture import Spec
 from puzzle_nas.artifacts import RunFolder, read_json
 from puzzle_nas.data.batches import block_order, load_tokens
 from puzzle_nas.families import architecture_of, load_parent
 from puzzle_nas.library import facts_path, read_variant, variant_is_stored, write_variant
 from puzzle_nas.recipe import Recipe, search_space_of
+from puzzle_nas.specs import Spec
 from puzzle_nas.training import parallel
 from puzzle_nas.training.block_distillation import distill_blocks
 from puzzle_nas.training.block_steps import Job

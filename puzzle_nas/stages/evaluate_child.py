@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedModel
 
-from puzzle_nas.architecture import Scenario
 from puzzle_nas.artifacts import RunFolder, fingerprint, read_json, write_json
 from puzzle_nas.choosing.costs import CostTable
 from puzzle_nas.data.batches import load_tokens
@@ -19,6 +18,7 @@ from puzzle_nas.families import load_model, load_parent
 from puzzle_nas.machine import OtherLoad, machine_of
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe
+from puzzle_nas.scenario import Scenario
 from puzzle_nas.scoring.comparison import BATCH_TOKENS, ParentReference
 from puzzle_nas.scoring.replacement import ReplacementWalk, rounding_counts
 

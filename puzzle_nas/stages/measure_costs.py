@@ -16,7 +16,7 @@ import psutil
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from puzzle_nas.architecture import Architecture, Head, Scenario, SearchSpace, Spec
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.choosing.cost_fit import PARENT, Part, fit, parts_of, random_mixtures, uniform_models
@@ -30,7 +30,10 @@ from puzzle_nas.planning.refusals import check_lengths
 from puzzle_nas.planning.shapes import part_weights
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe, search_space_of
+from puzzle_nas.scenario import Scenario
+from puzzle_nas.search_space import SearchSpace
 from puzzle_nas.servable import SERVERS
+from puzzle_nas.specs import Head, Spec
 
 NAME = __name__.rpartition(".")[2]
 

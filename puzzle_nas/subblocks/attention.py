@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from puzzle_nas.architecture import GroupedAttention, WindowAttention
+from puzzle_nas.specs import GroupedAttention, WindowAttention
 from puzzle_nas.subblocks.base import Origin, Unchanged, Variant, like, solve_ridge
 from puzzle_nas.subblocks.layers import Weights, made_subblock
 from puzzle_nas.subblocks.statistics import Activations, Moments, inverse_norm, moments

@@ -9,8 +9,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from puzzle_nas.architecture import Spec
 from puzzle_nas.families.anatomy import Anatomy, SubBlock
+from puzzle_nas.specs import Spec
 from puzzle_nas.subblocks.layers import Weights, subblock_weights
 from puzzle_nas.subblocks.statistics import LayerStatistics, Moments, Observe
 

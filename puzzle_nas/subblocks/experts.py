@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from puzzle_nas.architecture import Mixture
 from puzzle_nas.families.anatomy import SubBlock
+from puzzle_nas.specs import Mixture
 from puzzle_nas.subblocks.base import Context, Origin, Variant, damped, like
 from puzzle_nas.subblocks.layers import Weights, made_subblock
 from puzzle_nas.subblocks.statistics import Activations, Moments, inverse_norm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from puzzle_nas.architecture import GatedFFN
+from puzzle_nas.specs import GatedFFN
 from puzzle_nas.subblocks.base import Origin, Variant, damped, like, solve_ridge
 from puzzle_nas.subblocks.layers import Weights
 from puzzle_nas.subblocks.statistics import Activations, Moments, inverse_norm, moments

@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from puzzle_nas.architecture import Spec, WindowAttention
 from puzzle_nas.families.anatomy import Anatomy, LayerInputs, SubBlock, parent_type, prefixes
 from puzzle_nas.families.loading import entry_of, place_of
 from puzzle_nas.modeling import exchanged_layer
+from puzzle_nas.specs import Spec, WindowAttention
 
 Weights = dict[str, torch.Tensor]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from puzzle_nas.architecture import Linear, NoOp
 from puzzle_nas.errors import RecipeError
+from puzzle_nas.specs import Linear, NoOp
 from puzzle_nas.subblocks.attention import value_rows
 from puzzle_nas.subblocks.base import Context, Empty, Origin, Variant, like, solve_ridge
 from puzzle_nas.subblocks.ffn import up_rows

@@ -1,6 +1,6 @@
 """The variants we know. A new one is one class in one file and one line here."""
 
-from puzzle_nas.architecture import GatedFFN, GroupedAttention, Linear, Mixture, NoOp, Spec, WindowAttention
+from puzzle_nas.specs import GatedFFN, GroupedAttention, Linear, Mixture, NoOp, Spec, WindowAttention
 from puzzle_nas.subblocks import attention, experts, ffn, linear
 from puzzle_nas.subblocks.base import Variant
 

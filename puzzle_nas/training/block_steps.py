@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from puzzle_nas.architecture import Spec, choice_id
+from puzzle_nas.architecture import choice_id
 from puzzle_nas.families import Anatomy, SubBlock
 from puzzle_nas.recipe import BLDSettings
+from puzzle_nas.specs import Spec
 from puzzle_nas.subblocks import Weights, made_subblock, weights_of_slot
 from puzzle_nas.training.activations import LayerActivations
 from puzzle_nas.training.losses import block_loss, error_weight

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from puzzle_nas.architecture import Mixture
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.data.batches import block_order, load_tokens
 from puzzle_nas.errors import ArtifactError, puzzle_command
@@ -23,6 +22,7 @@ from puzzle_nas.machine import machine_of
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import GKDSettings, Recipe, steps_between_measurements
 from puzzle_nas.scoring.replacement import next_tokens
+from puzzle_nas.specs import Mixture
 from puzzle_nas.training import parallel
 from puzzle_nas.training.checkpoints import read_checkpoint, read_shards, write_checkpoint, write_shards
 from puzzle_nas.training.compilation import compile_layers

@@ -24,7 +24,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from puzzle_nas.architecture import Spec
 from puzzle_nas.estimates import finite
 from puzzle_nas.families import Anatomy, LayerInputs, SubBlock, architecture_of
 from puzzle_nas.formats.registry import format_of
@@ -33,6 +32,7 @@ from puzzle_nas.formats.stored import Matrices, Matrix, parameter_of, put
 from puzzle_nas.machine import free_bytes
 from puzzle_nas.scoring.comparison import ParentReference
 from puzzle_nas.scoring.replacement import final_states
+from puzzle_nas.specs import Spec
 from puzzle_nas.subblocks import made_subblock, subblock_weights
 from puzzle_nas.subblocks.layers import Weights
 from puzzle_nas.subblocks.statistics import fast_products, inverse_norm

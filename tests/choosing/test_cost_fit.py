@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from puzzle_nas.architecture import GatedFFN, GroupedAttention, Head, Linear, NoOp, SearchSpace, in_formats
 from puzzle_nas.choosing.cost_fit import fit, parts_of, random_mixtures, uniform_models
+from puzzle_nas.search_space import SearchSpace, in_formats
+from puzzle_nas.specs import GatedFFN, GroupedAttention, Head, Linear, NoOp
 
 ATTENTION = (GroupedAttention(2), Linear("attention"), NoOp("attention"))
 SPACE = SearchSpace(({"attention": ATTENTION, "ffn": (GatedFFN(256), GatedFFN(128), NoOp("ffn"))},) * 6)

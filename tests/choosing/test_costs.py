@@ -2,10 +2,12 @@
 
 import pytest
 
-from puzzle_nas.architecture import Architecture, GatedFFN, GroupedAttention, NoOp, Scenario
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.choosing.costs import CostTable, group_name
 from puzzle_nas.errors import RecipeError
 from puzzle_nas.recipe_text import parse_recipe
+from puzzle_nas.scenario import Scenario
+from puzzle_nas.specs import GatedFFN, GroupedAttention, NoOp
 
 SCENARIOS = [Scenario("chat", 1, 100, 11, weight=0.75), Scenario("batch", 8, 200, 21, weight=0.25)]
 PARENT = {"attention": GroupedAttention(2), "ffn": GatedFFN(64)}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from puzzle_nas.architecture import Architecture, GatedFFN, GroupedAttention, NoOp
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.choosing.refinement import Refinement, Trials
@@ -18,6 +18,7 @@ from puzzle_nas.families import architecture_of, load_parent
 from puzzle_nas.library import assemble
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.recipe_text import parse_recipe
+from puzzle_nas.specs import GatedFFN, GroupedAttention, NoOp
 from puzzle_nas.stages import score_blocks
 from puzzle_nas.stages.search_architecture import TRIED_ON
 from puzzle_nas.training import refitting

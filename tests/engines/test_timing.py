@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from puzzle_nas.architecture import Scenario
 from puzzle_nas.engines import RequestTime, interleaved_times, relative_standard_error
 from puzzle_nas.engines.base import Engine
 from puzzle_nas.engines.llama_cpp import LlamaCppEngine
 from puzzle_nas.errors import ExportError
+from puzzle_nas.scenario import Scenario
 from tests.exporters.children import EVERY_KIND, LINEAR_ATTENTION, child_of
 
 SCENARIOS = {"chat": Scenario("chat", 1, 8, 4), "long": Scenario("long", 1, 64, 4)}

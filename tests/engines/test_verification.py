@@ -6,7 +6,6 @@ import gguf
 import pytest
 import torch
 
-from puzzle_nas.architecture import GroupedAttention, Scenario, WindowAttention
 from puzzle_nas.data.sources import documents
 from puzzle_nas.engines import SERVING_ENGINES
 from puzzle_nas.engines.llama_cpp import LlamaCppEngine
@@ -25,6 +24,8 @@ from puzzle_nas.exporters.gguf_format import GGUFExporter
 from puzzle_nas.exporters.transformers_format import TransformersExporter
 from puzzle_nas.families import build
 from puzzle_nas.recipe import SourceSettings
+from puzzle_nas.scenario import Scenario
+from puzzle_nas.specs import GroupedAttention, WindowAttention
 from tests.exporters.children import (
     CHILDREN,
     EVERY_KIND,

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import pytest
 from safetensors.torch import load_file, save_file
 
-from puzzle_nas.architecture import GatedFFN, GroupedAttention, Scenario, WindowAttention
 from puzzle_nas.data.sources import documents
 from puzzle_nas.engines import SERVING_ENGINES, Loading
 from puzzle_nas.engines.server import served
@@ -21,7 +20,9 @@ from puzzle_nas.exporters.vllm_format import VllmExporter
 from puzzle_nas.families import build
 from puzzle_nas.machine import int8_sums_saturate
 from puzzle_nas.recipe import SourceSettings
+from puzzle_nas.scenario import Scenario
 from puzzle_nas.servable import SERVERS
+from puzzle_nas.specs import GatedFFN, GroupedAttention, WindowAttention
 from tests.exporters.children import (
     CHILDREN,
     EVERY_KIND,

@@ -8,12 +8,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from puzzle_nas.architecture import Architecture, GatedFFN, GroupedAttention, Linear, NoOp
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.data.sources import documents
 from puzzle_nas.exporters import Child
 from puzzle_nas.families import architecture_of, build, child_config
 from puzzle_nas.formats.stored import put
 from puzzle_nas.recipe import SourceSettings
+from puzzle_nas.specs import GatedFFN, GroupedAttention, Linear, NoOp
 
 SIZES = {
     "vocab_size": 331,

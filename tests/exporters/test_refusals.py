@@ -7,11 +7,13 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from puzzle_nas.architecture import KINDS, Architecture, GatedFFN, GroupedAttention, Linear, NoOp, build_search_space
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.errors import ExportError
 from puzzle_nas.exporters import EXPORTERS, Child
 from puzzle_nas.recipe import SearchSpaceSettings
+from puzzle_nas.search_space import build_search_space
 from puzzle_nas.servable import SERVERS, servable_space
+from puzzle_nas.specs import KINDS, GatedFFN, GroupedAttention, Linear, NoOp
 from tests.exporters.children import EVERY_KIND, STOCK_SAFE, child_of, sentencepiece_tokenizer, tokenizer
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from puzzle_nas.architecture import GatedFFN, Head, Linear
 from puzzle_nas.errors import ExportError
 from puzzle_nas.exporters import Child
 from puzzle_nas.exporters.vllm_format import VllmExporter
 from puzzle_nas.families import build, child_config
 from puzzle_nas.formats.layout import layout_of
+from puzzle_nas.specs import GatedFFN, Head, Linear
 from tests.exporters.children import EVERY_KIND, child_of, in_formats
 
 LARGE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}

@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from puzzle_nas.architecture import GatedFFN, GroupedAttention, Mixture, NoOp, ParentsOwn, build_search_space
 from puzzle_nas.families import Anatomy, architecture_of, child_config
 from puzzle_nas.modeling import CACHE
 from puzzle_nas.recipe import SearchSpaceSettings
+from puzzle_nas.search_space import build_search_space
+from puzzle_nas.specs import GatedFFN, GroupedAttention, Mixture, NoOp, ParentsOwn
 from tests.families.parents import parent_of
 
 OPAQUE = {"qwen3_next": "linear_attention", "qwen3_5_text": "linear_attention", "lfm2": "conv"}

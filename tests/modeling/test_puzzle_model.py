@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, StaticCache
 
-from puzzle_nas.architecture import GatedFFN, GroupedAttention, Linear, NoOp, WindowAttention
 from puzzle_nas.families import architecture_of, child_config
 from puzzle_nas.modeling import CACHE, PuzzleForCausalLM
+from puzzle_nas.specs import GatedFFN, GroupedAttention, Linear, NoOp, WindowAttention
 
 BASE = {
     "vocab_size": 97,

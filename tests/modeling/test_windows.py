@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
-from puzzle_nas.architecture import GroupedAttention, WindowAttention
 from puzzle_nas.families import architecture_of, child_config
+from puzzle_nas.specs import GroupedAttention, WindowAttention
 
 SIZES = {
     "vocab_size": 97,

@@ -7,7 +7,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from puzzle_nas.architecture import Head, ParentsOwn, build_search_space
 from puzzle_nas.choosing.cost_fit import parts_of
 from puzzle_nas.errors import CheckpointError
 from puzzle_nas.families import architecture_of, child_config, head_dim_of
@@ -15,6 +14,8 @@ from puzzle_nas.planning.counting import Counts
 from puzzle_nas.planning.shapes import meta_model, model_size, read_parent_config
 from puzzle_nas.recipe import SearchSpaceSettings
 from puzzle_nas.recipe_text import parse_recipe
+from puzzle_nas.search_space import build_search_space
+from puzzle_nas.specs import Head, ParentsOwn
 from tests.families.parents import PARENTS, config_of
 
 CONFIGS = {name: config_of(name) for name in PARENTS}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from puzzle_nas.architecture import GatedFFN, GroupedAttention, Linear
 from puzzle_nas.report.figures.layers import Bar, child_figure
 from puzzle_nas.report.page import SECTIONS, render_page
+from puzzle_nas.specs import GatedFFN, GroupedAttention, Linear
 from tests.report.browser import chromium, visit
 from tests.report.test_page import make_run
 

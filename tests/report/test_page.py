@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from puzzle_nas.architecture import Architecture, GatedFFN, GroupedAttention, Linear, NoOp
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, write_bytes, write_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.choosing.costs import group_name
@@ -26,6 +26,7 @@ from puzzle_nas.report.layout import packed_plotly
 from puzzle_nas.report.page import SECTIONS, render_page
 from puzzle_nas.report.summary import build_summary
 from puzzle_nas.report.tables import model_rows, speed_note
+from puzzle_nas.specs import GatedFFN, GroupedAttention, Linear, NoOp
 
 LAYERS = 12
 PARENT = Architecture(({"attention": GroupedAttention(3), "ffn": GatedFFN(1536)},) * LAYERS)

@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 
-from puzzle_nas.architecture import GatedFFN, GroupedAttention
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.data.task_items import TaskItem, half_of, read_task
 from puzzle_nas.evaluation.models import Evaluated, open_model
@@ -16,6 +15,7 @@ from puzzle_nas.library import variant_subblock, variant_weights
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.scoring.likelihood import log_likelihoods
 from puzzle_nas.scoring.task_scores import TaskResult, TaskWalk, TokenisedTask, task_score
+from puzzle_nas.specs import GatedFFN, GroupedAttention
 from tests.conftest import puzzle
 from tests.evaluation.test_tasks import spelling, spelling_items, write_items  # noqa: F401
 from tests.evaluation.test_text import FLOAT32
@@ -98,7 +98,7 @@ def test_a_run_scored_by_its_task(task_run, tiny_run, uneven):
     search = json.loads((task_run / "search/main/architecture.json").read_text())
     total = 0.0
     for row in search["architecture"]:
-        from puzzle_nas.architecture import spec_from_dict
+        from puzzle_nas.specs import spec_from_dict
 
         for slot in ("attention", "ffn"):
             name = f"layer_{row['layer']:02d}.{spec_from_dict(row[slot]).id}.json"

@@ -9,13 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import puzzle_nas.modeling  # noqa: F401
-from puzzle_nas.architecture import Architecture, GatedFFN, GroupedAttention, NoOp, SearchSpace, choice_id
+from puzzle_nas.architecture import Architecture, choice_id
 from puzzle_nas.artifacts import RunFolder, file_checksum
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import architecture_of, load_parent
 from puzzle_nas.library import assemble, block_weights
 from puzzle_nas.pipeline import open_run
+from puzzle_nas.search_space import SearchSpace
+from puzzle_nas.specs import GatedFFN, GroupedAttention, NoOp
 from tests.conftest import puzzle
 from tests.faults import COUPLED
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from puzzle_nas.architecture import Architecture, Head
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, read_json, write_json
 from puzzle_nas.choosing.architecture_search import ArchitectureSearch
 from puzzle_nas.choosing.refinement import Trials
@@ -25,6 +25,7 @@ from puzzle_nas.formats.stored import FILE, read_matrices
 from puzzle_nas.library import matrices_path, read_variant, rounded_already
 from puzzle_nas.machine import machine_of
 from puzzle_nas.pipeline import open_run
+from puzzle_nas.specs import Head
 from puzzle_nas.stages import distill_child
 from puzzle_nas.training import parallel
 from tests.conftest import puzzle

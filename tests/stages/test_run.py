@@ -10,12 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import puzzle_nas.modeling  # noqa: F401
-from puzzle_nas.architecture import Architecture, GatedFFN, GroupedAttention
+from puzzle_nas.architecture import Architecture
 from puzzle_nas.artifacts import RunFolder, file_checksum
 from puzzle_nas.families import Anatomy, architecture_of, build, child_config, load_parent
 from puzzle_nas.library import variant_subblock
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.scoring.replacement import ReplacementWalk
+from puzzle_nas.specs import GatedFFN, GroupedAttention
 from tests.conftest import puzzle
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from puzzle_nas.architecture import Mixture, NoOp, build_search_space
 from puzzle_nas.families import Anatomy, architecture_of, child_config
 from puzzle_nas.recipe import SearchSpaceSettings
+from puzzle_nas.search_space import build_search_space
+from puzzle_nas.specs import Mixture, NoOp
 from puzzle_nas.subblocks import (
     Context,
     Origin,

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from puzzle_nas.architecture import GatedFFN, GroupedAttention, Linear
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import Anatomy, load_parent
 from puzzle_nas.pipeline import open_run
+from puzzle_nas.specs import GatedFFN, GroupedAttention, Linear
 from puzzle_nas.subblocks import Context, Origin, add_observations, made_subblock, observed, variant_of
 from puzzle_nas.subblocks.ffn import removal_order
 

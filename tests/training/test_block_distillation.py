@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from puzzle_nas.architecture import GatedFFN, GroupedAttention, Linear, NoOp
 from puzzle_nas.families import Anatomy
 from puzzle_nas.recipe import BLDSettings
+from puzzle_nas.specs import GatedFFN, GroupedAttention, Linear, NoOp
 from puzzle_nas.subblocks import run_with, subblock_weights
 from puzzle_nas.training import block_steps
 from puzzle_nas.training.activations import LayerActivations

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 
-from puzzle_nas.architecture import GatedFFN
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.errors import RecipeError
@@ -15,6 +14,7 @@ from puzzle_nas.families import architecture_of, load_parent
 from puzzle_nas.library import assemble
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.recipe_text import parse_recipe
+from puzzle_nas.specs import GatedFFN
 from puzzle_nas.training import distillation
 from puzzle_nas.training.distillation import Training
 from puzzle_nas.training.parent_outputs import LiveParent, StoredParent

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from puzzle_nas.architecture import GatedFFN
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import architecture_of, load_parent
 from puzzle_nas.library import assemble
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.scoring.comparison import ParentReference
+from puzzle_nas.specs import GatedFFN
 from puzzle_nas.training import refitting
 from puzzle_nas.training.refitting import RIDGE_TOKENS, RefitKL, refit, refit_if_better
 

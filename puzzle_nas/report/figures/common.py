@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import plotly.graph_objects as go
 
-from puzzle_nas.architecture import Spec
+from puzzle_nas.specs import Spec
 
 PARENT, LINEAR, NO_OP = "#3a7cc4", "#c98a1b", "#cc4b37"
 FEWER_HEADS, NARROWER = "#2a9d8f", "#6a9a2d"

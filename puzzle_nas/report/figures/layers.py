@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from puzzle_nas.architecture import Spec
 from puzzle_nas.formats.layout import LAYOUTS
 from puzzle_nas.report.figures.common import (
     GHOST,
@@ -26,6 +25,7 @@ from puzzle_nas.report.figures.common import (
     styled,
     variant_colours,
 )
+from puzzle_nas.specs import Spec
 
 BAR_WIDTH = 0.75
 """In layers. Left to itself, plotly widens the bars of a trace that has none in neighbouring layers."""
