@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from puzzle_nas.report.facts import Facts
-from puzzle_nas.report.layout import paragraph, table
+from puzzle_nas.report.layout import commands, paragraph, table
 
 
 def evaluations(facts: Facts) -> str:
@@ -19,10 +19,9 @@ def evaluations(facts: Facts) -> str:
         if part is not None and part["parent"] is not None and part["made_from"] == made_from
     ]
     if not shown:
-        return paragraph(
-            f"By domain, task and length: puzzle evaluate {facts.run} --data FILE=DOMAIN --tasks FILE --long-context, "
-            f"then puzzle write-report {facts.run} --again.",
-            "note",
+        return paragraph("By domain, task and length:", "note") + commands(
+            f"puzzle evaluate {facts.run} --data FILE=DOMAIN --tasks FILE --long-context\n"
+            f"puzzle write-report {facts.run} --again"
         )
     return "".join(shown)
 
