@@ -13,6 +13,7 @@ validation text.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Annotated
 
@@ -67,7 +68,7 @@ def main(
         recipe, name = children.recipe.model_copy(update={"gkd": gkd}), f"{speedup:g}x_{tokens}_{learning_rate:g}"
         narrow = load_model(start, machine_of(recipe))
         note(f"during_{name}", distilled(children, recipe, narrow, read_matrices(start / FILE), f"during_{name}"))
-        taught = distilled(children, recipe, wide, {}, f"afterwards_{name}")
+        taught = distilled(children, recipe, copy.deepcopy(wide), {}, f"afterwards_{name}")
         note(f"afterwards_not_rounded_{name}", taught)
         # Copies can be trained, which what was measured in inference mode cannot.
         weights = {weight: value.clone() for weight, value in taught.state_dict().items()}
