@@ -20,6 +20,9 @@ from puzzle_nas.servable import SERVERS
 
 PYTHON_STDLIB = "python-stdlib"
 PARENT_SAMPLES = "parent-samples"
+SMALL_SPLITS = ("validation", "selection", "scoring", "calibration")
+"""These must be full; they are filled before `train`."""
+SPLITS = ("train", *reversed(SMALL_SPLITS))
 
 
 class Settings(BaseModel):
@@ -62,12 +65,15 @@ class DataSettings(Settings):
     """Token after each document of plain text; null means the tokenizer's end of text or, if that ends a turn of a
     conversation, its `<|endoftext|>` or similar. Conversations end with their own last token."""
 
+    def blocks(self, split: str) -> int:
+        """Of one split: its tokens, rounded up to whole blocks."""
+        return math.ceil(getattr(self, f"{split}_tokens") / self.sequence_length)
+
     def sampled_tokens(self) -> int:
         """How much the parent writes: the share of `parent-samples` in all splits, and a little to choose from."""
         weight = sum(source.weight for source in self.sources if source.source == PARENT_SAMPLES)
-        splits = (getattr(self, name) for name in type(self).model_fields if name.endswith("_tokens"))
-        blocks = sum(math.ceil(tokens / self.sequence_length) for tokens in splits)
         share = weight / sum(source.weight for source in self.sources)
+        blocks = sum(map(self.blocks, SPLITS))
         return math.ceil((1.02 * share * blocks + bool(weight)) * self.sequence_length)
 
 

@@ -22,11 +22,7 @@ from puzzle_nas.errors import ChatTemplateError, DataError
 from puzzle_nas.parents.chat import ChatTemplate, on_a_fixed_day
 from puzzle_nas.parents.tokenizer import bos_of, separator_of
 from puzzle_nas.progress import console
-from puzzle_nas.recipe import DataSettings
-
-SMALL_SPLITS = ("validation", "selection", "scoring", "calibration")
-"""These must be full; they are filled before `train`."""
-SPLITS = ("train", *reversed(SMALL_SPLITS))
+from puzzle_nas.recipe import SMALL_SPLITS, SPLITS, DataSettings
 
 BATCH_CHARACTERS = 200_000
 """Text tokenised in one call."""
@@ -198,11 +194,6 @@ def in_blocks(tokens: np.ndarray, length: int, beginning: int | None) -> np.ndar
     return blocks_NT
 
 
-def block_count(settings: DataSettings, split: str) -> int:
-    """Blocks of one split: its tokens, rounded up to whole blocks."""
-    return -(-getattr(settings, f"{split}_tokens") // settings.sequence_length)
-
-
 def shares(total: int, weights: Sequence[float]) -> list[int]:
     """Whole numbers in proportion to `weights` that add up to `total`."""
     edges = np.cumsum([0.0, *weights]) / sum(weights) * total
@@ -237,7 +228,7 @@ def pack(
     streams = [_Stream(source, reader) for source in sources]
     weights = [source.weight for source in sources]
     length = settings.sequence_length
-    by_split = {split: shares(block_count(settings, split) * length, weights) for split in SPLITS}
+    by_split = {split: shares(settings.blocks(split) * length, weights) for split in SPLITS}
     quotas = [{split: by_split[split][i] for split in SPLITS} for i in range(len(streams))]
     dealt = [_deal(stream, quota, length) for stream, quota in zip(streams, quotas, strict=True)]
     for stream, pieces in zip(streams, dealt, strict=True):

@@ -111,7 +111,7 @@ class Counts:
 
     def tokens(self, split: str) -> int:
         """Of a split, in whole sequences."""
-        return math.ceil(getattr(self.recipe.data, f"{split}_tokens") / self.length) * self.length
+        return self.recipe.data.blocks(split) * self.length
 
     def variants(self, layer: int) -> list[tuple[Spec, Size]]:
         """What is made for a layer, besides its own sub-blocks in formats."""

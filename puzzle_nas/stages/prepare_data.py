@@ -20,7 +20,7 @@ from puzzle_nas.data.sources import Document, documents
 from puzzle_nas.errors import DataError
 from puzzle_nas.families import architecture_of, head_dim_of, load_parent, load_tokenizer, parent_checkpoint
 from puzzle_nas.progress import console, progress
-from puzzle_nas.recipe import PARENT_SAMPLES, Recipe
+from puzzle_nas.recipe import PARENT_SAMPLES, SPLITS, Recipe
 from puzzle_nas.training import parallel
 
 SAMPLING_ROWS = {"cpu": 128, "cuda": 4096}
@@ -51,7 +51,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
         else packing.TextSource(name, settings.weight, stream)
         for name, settings, stream in zip(names, recipe.data.sources, streams, strict=True)
     ]
-    total = sum(packing.block_count(recipe.data, split) for split in packing.SPLITS) * recipe.data.sequence_length
+    total = sum(map(recipe.data.blocks, SPLITS)) * recipe.data.sequence_length
     with progress("reading text, tokens", total) as ticker:
         splits = packing.pack(
             sources,

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from puzzle_nas.data.conversations import Conversation
-from puzzle_nas.data.packing import SMALL_SPLITS, SPLITS, Encoder, TextSource, in_blocks, pack, shares
+from puzzle_nas.data.packing import Encoder, TextSource, in_blocks, pack, shares
 from puzzle_nas.errors import DataError
 from puzzle_nas.parents.tokenizer import bos_of
-from puzzle_nas.recipe import DataSettings, SourceSettings
+from puzzle_nas.recipe import SMALL_SPLITS, SPLITS, DataSettings, SourceSettings
 
 SIZES = {
     "train_tokens": 4000,

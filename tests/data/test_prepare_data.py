@@ -7,8 +7,8 @@ import pytest
 
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.data.batches import load_tokens
-from puzzle_nas.data.packing import SPLITS
 from puzzle_nas.errors import ArtifactError, DataError
+from puzzle_nas.recipe import SPLITS
 from puzzle_nas.recipe_text import parse_recipe
 from puzzle_nas.stages import prepare_data, prepare_parent
 
