@@ -55,7 +55,8 @@ def every_kind(parent: Path, folder: Path, server: str) -> Path:
         last: (NoOp("ffn"),),
     }
     for layer, spec in ((layer, spec) for layer, of_layer in specs.items() for spec in of_layer):
-        if SERVERS[server].refusal(layer, spec) is None:
+        own = architecture.layers[layer][spec.slot]
+        if SERVERS[server].refusal(layer, spec, own, model.config.model_type) is None:
             architecture = architecture.replaced(layer, spec)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

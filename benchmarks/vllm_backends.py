@@ -71,7 +71,8 @@ def written(parent: PreTrainedModel, precision: str, work: Path) -> dict[str, Pa
     """Both models for the plugin and for vLLM's own classes, by name."""
     shape = architecture_of(parent.config)
     asked = SearchSpaceSettings(width_fractions=[0.75, 0.5, 0.25])
-    space = servable_space(build_search_space(shape, asked, (), shape.slots, {}), ["vllm-stock"])
+    space = build_search_space(shape, asked, (), shape.slots, {})
+    space = servable_space(space, ["vllm-stock"], parent.config.model_type)
     child = Child(probe_model(parent, random_child(space)), None)
     folders = {name: work / name for name in ("parent plugin", "parent own", "child plugin", "child own")}
     for folder in folders.values():

@@ -17,15 +17,20 @@ class Server:
     label: str
     """As messages call it."""
     kinds: frozenset[type[Spec]] = frozenset(KINDS.values())
+    own_layers: tuple[str, ...] = ()
+    """Families of which it serves the parent's own layers only, in any of `formats`."""
     first_layer_needs_attention: bool = False
     formats: tuple[str, ...] = ()
     """In which it serves matrices besides the model's precision, the widest first."""
     kv_formats: Mapping[str, float] = field(default_factory=dict)
     """In which it can keep the KV cache, by its own names, with bytes a number."""
 
-    def refusal(self, layer: int, spec: Spec) -> str | None:
-        """Why `spec` cannot stand in `layer`, or None where it can."""
-        if type(spec) not in self.kinds and not isinstance(spec, Head):
+    def refusal(self, layer: int, spec: Spec, own: Spec, family: str) -> str | None:
+        """Why `spec` cannot stand in `layer` of a child of `family` in place of the parent's `own`; None: it can."""
+        if family in self.own_layers:
+            if spec.plain != own:
+                return f"{self.label} has layers of {family} in the parent's sizes only, and no {spec.plain.id}"
+        elif type(spec) not in self.kinds and not isinstance(spec, Head):
             return f"{self.label} has no {spec.plain.id}"
         if self.first_layer_needs_attention and layer == 0 and spec == NoOp("attention"):
             return f"{self.label} needs attention in the first layer"
@@ -48,6 +53,7 @@ SERVERS = {
     "llama.cpp": Server(
         "llama.cpp",
         frozenset({GroupedAttention, GatedFFN, Linear, NoOp}),
+        own_layers=("qwen3", "gemma2", "gemma3_text", "phi3"),
         formats=("f16", "q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "q4_1", "q4_0"),
         kv_formats={
             **dict(f32=4, f16=2, bf16=2),
@@ -59,11 +65,16 @@ SERVERS = {
 SERVERS["vllm-eager"] = SERVERS["vllm"]
 
 
-def servable_space(space: SearchSpace, servers: Sequence[str]) -> SearchSpace:
-    """The variants that every one of `servers` (keys of `SERVERS`) can hold; the parent's own stay."""
+def servable_space(space: SearchSpace, servers: Sequence[str], family: str) -> SearchSpace:
+    """The variants that every one of `servers` (keys of `SERVERS`) can hold; the parent's own stay.
+
+    Args:
+        family: the parent's, by transformers' name.
+    """
 
     def fits(layer: int, spec: Spec) -> bool:
-        return space.is_parents((layer, (spec,))) or all(SERVERS[name].refusal(layer, spec) is None for name in servers)
+        own = space.own(layer, spec.slot)
+        return spec == own or all(SERVERS[name].refusal(layer, spec, own, family) is None for name in servers)
 
     return SearchSpace(
         tuple(

@@ -83,7 +83,8 @@ class ArchitectureSearch:
                 block has those of the main library.
             by: `kl` or `lm_loss` instead of the recipe's metric; scores by either hold both.
         """
-        space = servable_space(search_space_of(recipe, parent_of(run)), recipe.search.servable_by)
+        family = read_json(run.parent, "prepare-parent")["family"]
+        space = servable_space(search_space_of(recipe, parent_of(run)), recipe.search.servable_by, family)
         metric, library = recipe.scoring.metric, library or recipe.final_library
         field = {"kl": "kl_nats", "lm_loss": "lm_loss_increase_nats"}.get(by or metric, "task_loss")
         by_block = recipe.scoring.unit == "block"

@@ -168,6 +168,11 @@ class ServingEngine(Engine[Worker]):
         """See `Engine.weights_dtype`: 16 bits, as people serve models, also where torch computes faster in 32."""
         return torch.bfloat16 if computed == torch.float32 else computed
 
+    def tolerance(self, child: Child, dtype: str) -> Tolerance:
+        """For the first verification of a child written in `dtype`."""
+        in_formats = self.rounds_activations if child.architecture.formats else None
+        return self.tolerances[in_formats or dtype]
+
     def install(self) -> Path:
         """Make the engine's environment, or see that it is there, and return its folder.
 

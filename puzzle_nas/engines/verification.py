@@ -119,8 +119,7 @@ def verify(
         ExportError: it differs; names the first layer that does where that can be found.
         EngineError: the engine is not installed or fails.
     """
-    in_formats = engine.rounds_activations if child.architecture.formats else None
-    tolerance = engine.tolerances[in_formats or dtype]
+    tolerance = engine.tolerance(child, dtype)
     rounded = child.rounded(DTYPES[dtype], as_served=True)
     with engine.load(exported, dtype, exact=True) as loaded:
         found = difference(engine, loaded, rounded, prompts)

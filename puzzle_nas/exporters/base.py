@@ -16,6 +16,7 @@ from puzzle_nas.architecture import Architecture
 from puzzle_nas.errors import ExportError
 from puzzle_nas.families import FAMILIES, Anatomy, architecture_of, build, child_config, load_model, load_tokenizer
 from puzzle_nas.families.anatomy import parent_type
+from puzzle_nas.families.loading import parents_architecture
 from puzzle_nas.formats.registry import format_of
 from puzzle_nas.formats.stored import FILE, Matrix, put, read_matrices
 from puzzle_nas.machine import Machine
@@ -149,16 +150,19 @@ class Exporter(ABC):
 
     def reasons(self, child: Child) -> list[str]:
         """Why the format cannot hold a model, each a clause that names the layers; none where it can."""
-        server = SERVERS[self.server]
+        server, own = SERVERS[self.server], parents_architecture(child.config)
         reasons: dict[str, dict[int, None]] = {}
-        for layer, _, spec in child.architecture:
-            reason = server.refusal(layer, spec)
+        for layer, slot, spec in child.architecture:
+            is_removed = all(other.empty for other in child.architecture.layers[layer].values())
+            if child.family in server.own_layers and is_removed:
+                continue
+            reason = server.refusal(layer, spec, own.layers[layer][slot], child.family)
             if reason is None and type(spec) not in self.writers:
                 reason = f"{self.name} has no {spec.id}"
             if reason:
                 reasons.setdefault(reason, {})[layer] = None
         texts = [f"{reason} (layer {', '.join(map(str, layers))})" for reason, layers in reasons.items()]
-        if reason := server.refusal(len(child.architecture.layers), child.architecture.head):
+        if reason := server.refusal(len(child.architecture.layers), child.architecture.head, own.head, child.family):
             texts.append(f"{reason} (embeddings and LM head)")
         if child.family in self.families:
             return texts + self.family_problems(child)

@@ -1,149 +1,28 @@
-"""GGUF for llama.cpp, architecture `deci`.
-
-llama.cpp's `deci` layer is a norm and a mixer (attention or one matrix), then a norm and a gated FFN. It loads other
-layers too but then leaves out the attention (one without FFN) or stops (a first layer without mixer, a last one
-without FFN, a model without any attention). So a child is taken apart into its sub-blocks, and these are packed into
-full layers again: a linear FFN is a mixer of one matrix, what has no FFN behind it gets a tiny one of zeros, a first
-layer without mixer a matrix of zeros, a model without attention one head of zeros, and empty layers vanish. The number
-of layers in the file is therefore not the child's.
-
-Source: llama.cpp, src/models/deci.cpp, and its convert_hf_to_gguf.py.
-"""
+"""GGUF for llama.cpp: children of Llama's relatives as `deci`, those of others as their parent's own architecture."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
-from transformers import PreTrainedConfig
 
 from puzzle_nas.exporters.base import DTYPES, Child, Exporter
+from puzzle_nas.exporters.gguf_contents import Contents
+from puzzle_nas.exporters.gguf_deci import WRITERS, deci_contents, deci_problems
+from puzzle_nas.exporters.gguf_own import own_contents, own_problems
 from puzzle_nas.exporters.gguf_tokenizer import tokenizer_notes, tokenizer_problems, write_tokenizer
-from puzzle_nas.exporters.llama_like import FAMILIES, problems
-from puzzle_nas.families import head_dim_of
+from puzzle_nas.exporters.llama_like import FAMILIES
 from puzzle_nas.formats.registry import format_of
-from puzzle_nas.specs import GatedFFN, GroupedAttention, Linear, NoOp, Spec
+from puzzle_nas.servable import SERVERS
 
 FILE_NAME = "model.gguf"
-SMALLEST_WIDTH = 32
-"""Channels of an FFN that does nothing: one block of llama.cpp's quantised types."""
-
-Weights = dict[str, torch.Tensor]
 FILE_TYPES = {
     "float32": gguf.LlamaFileType.ALL_F32,
     "float16": gguf.LlamaFileType.MOSTLY_F16,
     "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
 }
-
-
-@dataclass(frozen=True)
-class Mixer:
-    """The first half of a `deci` layer. Without KV heads it is the matrix `attn_output`."""
-
-    num_heads: int
-    num_key_value_heads: int
-    tensors: Weights
-    format: str | None = None
-    """Of its matrices, besides the file's precision."""
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """The second half of a `deci` layer."""
-
-    width: int
-    tensors: Weights
-    format: str | None = None
-
-
-def _grouped_attention(spec: GroupedAttention, weights: Weights, config: PreTrainedConfig) -> list[Mixer]:
-    tensors = {"attn_norm.weight": weights["input_layernorm.weight"]}
-    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
-    heads = {"q_proj": config.num_attention_heads, "k_proj": spec.num_key_value_heads}
-    for ours, theirs in names.items():
-        for part in ("weight", "bias"):
-            if (w := weights.get(f"self_attn.{ours}.{part}")) is not None:
-                tensors[f"{theirs}.{part}"] = neighbouring_pairs(w, heads[ours]) if ours in heads else w
-    return [Mixer(config.num_attention_heads, spec.num_key_value_heads, tensors)]
-
-
-def _matrix(norm: torch.Tensor, matrix: torch.Tensor, config: PreTrainedConfig) -> Mixer:
-    return Mixer(config.num_attention_heads, 0, {"attn_norm.weight": norm, "attn_output.weight": matrix})
-
-
-def _linear(spec: Linear, weights: Weights, config: PreTrainedConfig) -> list[Mixer]:
-    of_attention = spec.slot == "attention"
-    norm, mixer = ("input_layernorm", "self_attn") if of_attention else ("post_attention_layernorm", "mlp")
-    return [_matrix(weights[f"{norm}.weight"], weights[f"{mixer}.linear.weight"], config)]
-
-
-def _gated_ffn(spec: GatedFFN, weights: Weights, _: PreTrainedConfig) -> list[FeedForward]:
-    tensors = {"ffn_norm.weight": weights["post_attention_layernorm.weight"]}
-    for ours, theirs in {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}.items():
-        for part in ("weight", "bias"):
-            if (w := weights.get(f"mlp.{ours}.{part}")) is not None:
-                tensors[f"{theirs}.{part}"] = w
-    return [FeedForward(spec.intermediate_size, tensors)]
-
-
-def _nothing(*_) -> list:
-    return []
-
-
-def _idle_attention(config: PreTrainedConfig) -> Mixer:
-    """One head of zeros."""
-    hidden, head = config.hidden_size, head_dim_of(config)
-    matrices = {f"attn_{name}.weight": torch.zeros(head, hidden) for name in "qkv"}
-    tensors = {"attn_norm.weight": torch.ones(hidden), **matrices, "attn_output.weight": torch.zeros(hidden, head)}
-    return Mixer(1, 1, tensors)
-
-
-def idle_ffn(config: PreTrainedConfig) -> FeedForward:
-    """One of zeros, as narrow as it can be."""
-    hidden = config.hidden_size
-    tensors = {
-        "ffn_norm.weight": torch.ones(hidden),
-        "ffn_gate.weight": torch.zeros(SMALLEST_WIDTH, hidden),
-        "ffn_up.weight": torch.zeros(SMALLEST_WIDTH, hidden),
-        "ffn_down.weight": torch.zeros(hidden, SMALLEST_WIDTH),
-    }
-    return FeedForward(SMALLEST_WIDTH, tensors)
-
-
-def idle_ffns(spec: Spec) -> int:
-    """FFNs of zeros that an FFN of that kind takes, at most: behind the attention, and behind a matrix in its place."""
-    return 0 if spec.slot != "ffn" or isinstance(spec, GatedFFN) else 1 if spec.empty else 2
-
-
-def neighbouring_pairs(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows of queries or keys in the order in which llama.cpp rotates them: neighbours instead of halves."""
-    halves = weight.reshape(num_heads, 2, -1, *weight.shape[1:])
-    return halves.transpose(1, 2).reshape(weight.shape)
-
-
-def packed(parts: Iterable[Mixer | FeedForward], config: PreTrainedConfig) -> list[tuple[Mixer | None, FeedForward]]:
-    """Sub-blocks in order as `deci` layers that llama.cpp computes rightly."""
-    hidden = config.hidden_size
-    layers: list[tuple[Mixer | None, FeedForward | None]] = []
-    for part in parts:
-        if isinstance(part, Mixer):
-            layers.append((part, None))
-        elif layers and layers[-1][1] is None:
-            layers[-1] = (layers[-1][0], part)
-        else:
-            layers.append((None, part))
-    if not any(mixer and mixer.num_key_value_heads for mixer, _ in layers):
-        if not layers or layers[0][0] is not None:
-            layers.insert(0, (None, None))
-        layers[0] = (_idle_attention(config), layers[0][1])
-    elif layers[0][0] is None:
-        layers[0] = (_matrix(torch.ones(hidden), torch.zeros(hidden, hidden), config), layers[0][1])
-    return [(mixer, ffn or idle_ffn(config)) for mixer, ffn in layers]
 
 
 class GGUFExporter(Exporter):
@@ -152,45 +31,26 @@ class GGUFExporter(Exporter):
     name = "gguf"
     server = "llama.cpp"
     engine = "llama.cpp"
-    families = FAMILIES
-    writers: dict[type[Spec], Callable[..., list]] = {
-        GroupedAttention: _grouped_attention,
-        GatedFFN: _gated_ffn,
-        Linear: _linear,
-        NoOp: _nothing,
-    }
+    families = (*FAMILIES, *SERVERS["llama.cpp"].own_layers)
+    writers = WRITERS
 
     def family_problems(self, child: Child) -> list[str]:
         """See `Exporter.family_problems`."""
-        found = problems(child, "deci") + tokenizer_problems(child.tokenizer)
-        config, rope_type = child.config, (child.config.rope_parameters or {}).get("rope_type")
-        if config.hidden_act != "silu":
-            found.append(f"it has the activation {config.hidden_act}, where deci has silu")
-        if rope_type not in ("default", "llama3", "linear"):
-            found.append(f"it has rotary positions of type {rope_type}, which are not written yet")
-        return found
+        found = deci_problems(child) if child.family in FAMILIES else own_problems(child)
+        return found + tokenizer_problems(child.tokenizer)
 
     def notes(self, child: Child) -> list[str]:
         """See `Exporter.notes`."""
         return tokenizer_notes(child.tokenizer, end_tokens(child))
 
-    def parts(self, child: Child) -> list[Mixer | FeedForward]:
-        """The child's sub-blocks in order; those that do nothing are left out."""
-        return [
-            replace(part, format=spec.format)
-            for layer, _, spec in child.architecture
-            for part in self.writers[type(spec)](spec, child.layer_weights(layer), child.config)
-        ]
-
     def write(self, child: Child, folder: Path, dtype: str) -> None:
         """See `Exporter.write`."""
-        config = child.config
-        layers = packed(self.parts(child), config)
-        writer = gguf.GGUFWriter(folder / FILE_NAME, "deci")
-        self._write_sizes(writer, config, layers)
+        contents = contents_of(child)
+        writer = gguf.GGUFWriter(folder / FILE_NAME, contents.architecture)
+        contents.write_sizes(writer)
         writer.add_file_type(FILE_TYPES[dtype])
-        write_tokenizer(writer, child.tokenizer, config.vocab_size, end_tokens(child))
-        for name, (weight, form) in _tensors(child, layers).items():
+        write_tokenizer(writer, child.tokenizer, child.config.vocab_size, end_tokens(child))
+        for name, (weight, form) in contents.tensors.items():
             _add(writer, name, weight, dtype, form)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -199,9 +59,8 @@ class GGUFExporter(Exporter):
 
     def differing(self, child: Child, folder: Path, dtype: str) -> list[str]:
         """See `Exporter.differing`. Vectors are in float32, whatever `dtype`."""
-        rounded = child.rounded(DTYPES[dtype])
-        expected = _tensors(rounded, packed(self.parts(rounded), rounded.config))
-        for name, tensor in _tensors(child, packed(self.parts(child), child.config)).items():
+        expected = contents_of(child.rounded(DTYPES[dtype])).tensors
+        for name, tensor in contents_of(child).tensors.items():
             if tensor[0].ndim < 2:
                 expected[name] = tensor
         found = gguf.GGUFReader(folder / FILE_NAME).tensors
@@ -212,50 +71,16 @@ class GGUFExporter(Exporter):
                 names.add(tensor.name)
         return sorted(names)
 
-    @staticmethod
-    def _write_sizes(writer: gguf.GGUFWriter, config: PreTrainedConfig, layers) -> None:
-        rope = config.rope_parameters or {}
-        writer.add_block_count(len(layers))
-        writer.add_context_length(config.max_position_embeddings)
-        writer.add_embedding_length(config.hidden_size)
-        writer.add_vocab_size(config.vocab_size)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_key_length(head_dim_of(config))
-        writer.add_value_length(head_dim_of(config))
-        writer.add_rope_dimension_count(head_dim_of(config))
-        writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
-        if rope.get("rope_type") == "linear":
-            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(rope["factor"])
-        writer.add_head_count([mixer.num_heads if mixer else 0 for mixer, _ in layers])
-        writer.add_head_count_kv([mixer.num_key_value_heads if mixer else 0 for mixer, _ in layers])
-        writer.add_feed_forward_length([ffn.width for _, ffn in layers])
+
+def contents_of(child: Child) -> Contents:
+    """What the file of a child holds, besides the tokenizer."""
+    return deci_contents(child) if child.family in FAMILIES else own_contents(child)
 
 
 def end_tokens(child: Child) -> list[int]:
     """The tokens at which answers end, by the model's generation settings."""
     ends = child.model.generation_config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-
-def _tensors(child: Child, layers) -> dict[str, tuple[torch.Tensor, str | None]]:
-    """All weights of a file, and the format of those that have one."""
-    config, head = child.config, child.architecture.head.format
-    ends = {name: child.model.get_parameter(name).detach() for name in ("model.embed_tokens.weight", "lm_head.weight")}
-    ends = {name: child.matrices[name].parts["weight"] if name in child.matrices else w for name, w in ends.items()}
-    tensors = {
-        "token_embd.weight": (ends["model.embed_tokens.weight"], head),
-        "output_norm.weight": (child.model.get_parameter("model.norm.weight").detach(), None),
-    }
-    if not config.tie_word_embeddings:
-        tensors["output.weight"] = (ends["lm_head.weight"], head)
-    if config.rope_parameters and config.rope_parameters["rope_type"] == "llama3":
-        tensors["rope_freqs.weight"] = (_llama3_factors(config), None)
-    for number, (mixer, ffn) in enumerate(layers):
-        for part in (mixer, ffn):
-            if part is not None:
-                tensors |= {f"blk.{number}.{name}": (w, part.format) for name, w in part.tensors.items()}
-    return tensors
 
 
 def _add(writer: gguf.GGUFWriter, name: str, weight: torch.Tensor, dtype: str, form: str | None = None) -> None:
@@ -272,13 +97,3 @@ def _add(writer: gguf.GGUFWriter, name: str, weight: torch.Tensor, dtype: str, f
     else:
         raw = weight.to(DTYPES[dtype]).contiguous().view(torch.uint8).numpy()
         writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
-
-
-def _llama3_factors(config: PreTrainedConfig) -> torch.Tensor:
-    """What Llama 3 divides each rotary frequency by, [head_dim / 2]."""
-    rope = config.rope_parameters or {}
-    old, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
-    head_dim = head_dim_of(config)
-    frequencies = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    smooth = ((old * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / rope["factor"] + smooth)).float()

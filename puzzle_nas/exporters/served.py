@@ -11,6 +11,7 @@ from puzzle_nas.families import FAMILIES, architecture_of
 from puzzle_nas.parents import Examined
 from puzzle_nas.recipe import SearchSpaceSettings
 from puzzle_nas.search_space import build_search_space
+from puzzle_nas.servable import SERVERS
 
 
 def may_become(examined: Examined) -> dict[str, Any]:
@@ -42,16 +43,18 @@ def kinds_by_slot(parent: Architecture) -> dict[str, list[str]]:
 
 
 def engines_of(family: str, kinds: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Engines that serve children of a family, each with those of `kinds` that it lacks."""
+    """Engines that serve children of a family, each with what it lacks: some of `kinds`, or all other sizes."""
     found = {}
     for exporter in EXPORTERS.values():
         if family in exporter.families:
             written = {spec.kind for spec in exporter.writers}
             offered = dict.fromkeys(kind for of_slot in kinds.values() for kind in of_slot)
             found[exporter.engine] = [kind for kind in offered if kind not in written]
+            if family in SERVERS[exporter.server].own_layers:
+                found[exporter.engine] = ["sizes but the parent's"]
     return found
 
 
 def lacking(kinds: list[str]) -> str:
-    """Kinds that an engine lacks, in brackets after its name."""
+    """What an engine lacks, in brackets after its name."""
     return f" ({', '.join(f'no {kind}' for kind in kinds)})" if kinds else ""

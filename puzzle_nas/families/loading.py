@@ -222,7 +222,12 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
             ),
             Head(**(config.puzzle_head or {})),
         )
-    family = family_of(config.model_type)
+    return parents_architecture(config)
+
+
+def parents_architecture(config: PreTrainedConfig) -> Architecture:
+    """What stands in every layer of a parent, or of the parent of a child."""
+    family = family_of(parent_type(config))
     return Architecture(
         tuple(
             {slot: found.own for slot, found in family.slots(config, layer).items()}

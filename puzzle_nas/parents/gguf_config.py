@@ -165,9 +165,23 @@ def _gemma(file: GGUFFile, every: Fields) -> Fields:
     return every | {"head_dim": head_dim, "query_pre_attn_scalar": scalar}
 
 
+def _layer_types(file: GGUFFile, layers: int) -> Fields:
+    """Which layers have windows, where the file says so: one truth for each, or that every n-th has none."""
+    pattern = file.get("attention.sliding_window_pattern")
+    if pattern is None:
+        return {}
+    windows = (
+        [pattern == 0 or n % pattern < pattern - 1 for n in range(layers)]
+        if isinstance(pattern, int)
+        else list(pattern)
+    )
+    return {"layer_types": ["sliding_attention" if window else "full_attention" for window in windows]}
+
+
 def _gemma2(file: GGUFFile, every: Fields) -> Fields:
     fields = _gemma(file, every)
     return fields | {
+        **_layer_types(file, every["num_hidden_layers"]),
         "rope_parameters": rope_parameters(file, _theta(file), fields["head_dim"]),
         # Files from before there were such fields mean these.
         "sliding_window": file.get("attention.sliding_window", 4096),
@@ -183,7 +197,7 @@ def _gemma3(file: GGUFFile, every: Fields) -> Fields:
     fields["rope_parameters"] = {"sliding_attention": local, "full_attention": whole}
     fields["final_logit_softcapping"] = file.get("final_logit_softcapping")
     if window := file.get("attention.sliding_window"):
-        return fields | {"sliding_window": window}
+        return fields | {"sliding_window": window} | _layer_types(file, every["num_hidden_layers"])
     return fields | {"layer_types": ["full_attention"] * every["num_hidden_layers"]}
 
 
@@ -231,6 +245,7 @@ def _refuse_stretching(file: GGUFFile) -> None:
         raise problem("GGUF rope", file=file.path, what=f"{file.architecture}.rope.scaling.type: {kind}")
 
 
+WINDOWS = frozenset({"attention.sliding_window", "attention.sliding_window_pattern"})
 ARCHITECTURES = {
     "llama": Architecture("llama", _llama_like),
     "mistral": Architecture("mistral", _llama_like),
@@ -242,11 +257,9 @@ ARCHITECTURES = {
     "gemma2": Architecture(
         "gemma2",
         _gemma2,
-        frozenset({"attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}),
+        WINDOWS | {"attn_logit_softcapping", "final_logit_softcapping"},
     ),
-    "gemma3": Architecture(
-        "gemma3_text", _gemma3, frozenset({"attention.sliding_window", "final_logit_softcapping", "rope.freq_base_swa"})
-    ),
+    "gemma3": Architecture("gemma3_text", _gemma3, WINDOWS | {"final_logit_softcapping", "rope.freq_base_swa"}),
     "phi3": Architecture("phi3", _phi3, frozenset({"attention.sliding_window"})),
     "lfm2": Architecture("lfm2", _transformers_own, frozenset({"shortconv.l_cache"})),
     "qwen35": Architecture(

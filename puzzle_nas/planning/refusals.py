@@ -14,7 +14,17 @@ from puzzle_nas.formats.layout import layout_of
 from puzzle_nas.planning.shapes import part_weights
 from puzzle_nas.recipe import PARENT_SAMPLES, PYTHON_STDLIB, Recipe, search_space_of
 from puzzle_nas.servable import SERVERS
+from puzzle_nas.specs import GatedFFN, GroupedAttention, Linear, Mixture, NoOp, Spec, WindowAttention
 
+SETTINGS: dict[type[Spec], tuple[str, ...]] = {
+    GroupedAttention: ("kv_heads",),
+    WindowAttention: ("windows",),
+    GatedFFN: ("width_fractions",),
+    Mixture: ("expert_counts", "experts_per_token", "width_fractions"),
+    Linear: ("linear",),
+    NoOp: ("no_op",),
+}
+"""By kind of variant, the settings of search_space that ask for it."""
 KV_BLOCK = 32
 """Numbers of a head that llama.cpp stores together in each of its quantised caches (ggml-common.h)."""
 
@@ -69,6 +79,21 @@ def _check_engine(recipe: Recipe, model: PreTrainedModel) -> None:
             f"The engine {engine.name} does not serve this parent: {'; '.join(reasons)}. Set another engine "
             "(`puzzle inspect PARENT` lists those that do), or engine: torch and no search_space.formats."
         )
+    family, server = model.config.model_type, SERVERS[recipe.engine]
+    space = search_space_of(recipe, architecture_of(model.config))
+    refused: dict[str, None] = {}
+    settings: dict[str, None] = {}
+    for layer, slot, spec in space:
+        reason = server.refusal(layer, spec.plain, space.own(layer, slot), family)
+        if reason is not None:
+            refused[reason] = None
+            settings |= dict.fromkeys(SETTINGS[type(spec)])
+    if refused:
+        first, *more = refused
+        others = f", and so on ({len(more)} more)" if more else ""
+        asked = [name for name in settings if getattr(recipe.search_space, name) != []]
+        way_out = " ".join(f"search_space.{name}=[]" for name in asked)
+        raise RecipeError(f"The recipe searches what the engine does not serve: {first}{others}. Set {way_out}.")
 
 
 def _check_kv_format(recipe: Recipe, config: PreTrainedConfig) -> None:

@@ -19,7 +19,7 @@ from puzzle_nas.engines.verification import (
     verify_quantised,
 )
 from puzzle_nas.errors import EngineError, ExportError
-from puzzle_nas.exporters import EXPORTERS, Child, gguf_format
+from puzzle_nas.exporters import EXPORTERS, Child, gguf_deci
 from puzzle_nas.exporters.gguf_format import GGUFExporter
 from puzzle_nas.exporters.transformers_format import TransformersExporter
 from puzzle_nas.families import build
@@ -28,10 +28,14 @@ from puzzle_nas.scenario import Scenario
 from puzzle_nas.specs import GroupedAttention, WindowAttention
 from tests.exporters.children import (
     CHILDREN,
+    EMPTY,
     EVERY_KIND,
     FAMILIES,
     NO_FFN,
+    OWN_LAYERS,
     child_of,
+    in_formats,
+    own_layers_of,
     sentencepiece_tokenizer,
     tokenizer,
 )
@@ -70,6 +74,28 @@ def test_llama_cpp_computes_every_child(name, tmp_path, prompts):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_llama_cpp_computes_every_family_that_is_not_refused(name, tmp_path, prompts):
     assert check(GGUFExporter(), child_of(EVERY_KIND, **FAMILIES[name]), tmp_path, prompts)["max_nats"] < 1e-4
+
+
+@pytest.mark.parametrize("name", OWN_LAYERS)
+def test_llama_cpp_computes_parents_own_layers(name, tmp_path, prompts):
+    """Windows of 8 tokens, scales, norms and positions as each family has them; and without some of the layers."""
+    for folder, per_layer in ("whole", {}), ("without layers", {0: EMPTY, 3: EMPTY, 7: EMPTY}):
+        (tmp_path / folder).mkdir()
+        child = own_layers_of(name, per_layer)
+        found = check(GGUFExporter(), child, tmp_path / folder, prompts)
+        # llama.cpp has Gemma's GELU from a table in 16 bits.
+        assert found["max_nats"] < (2e-3 if name.startswith("gemma") else 1e-4)
+
+
+@pytest.mark.parametrize("name", OWN_LAYERS)
+def test_llama_cpp_computes_parents_own_layers_in_formats(name, tmp_path, prompts):
+    child = in_formats(own_layers_of(name), ["q8_0", None, "q5_0"])
+    exporter = GGUFExporter()
+    found = check(exporter, child, tmp_path, prompts)
+    assert found["max_nats"] < LlamaCppEngine.tolerances["q8_0"].max_nats
+    assert exporter.differing(child, tmp_path, "float32") == []
+    types = SERVING_ENGINES["llama.cpp"].tensor_types(tmp_path)
+    assert set(types) == {"Q8_0", "F32", "Q5_0"}
 
 
 def test_llama_cpp_reads_digits_apart_where_the_child_does(tmp_path, prompts):
@@ -141,6 +167,16 @@ def test_windows_that_no_prompt_reaches_are_said(tmp_path, prompts, capsys):
     [(GGUFExporter, EVERY_KIND, 8, 0), (GGUFExporter, EVERY_KIND, 8, 4), (TransformersExporter, {}, 2, 1)],
 )
 def test_one_permuted_weight_is_caught_and_its_layer_named(exporter, per_layer, num_layers, layer, tmp_path, prompts):
+    child = child_of(per_layer, num_hidden_layers=num_layers)
+    assert_a_permuted_weight_is_caught(exporter, child, layer, tmp_path, prompts)
+
+
+def test_one_permuted_weight_of_a_parents_own_layers_is_caught(tmp_path, prompts):
+    child = own_layers_of("gemma3_text", {0: EMPTY})
+    assert_a_permuted_weight_is_caught(GGUFExporter, child, 5, tmp_path, prompts)
+
+
+def assert_a_permuted_weight_is_caught(exporter, child, layer, folder, prompts):
     class Broken(exporter):
         def write(self, child, folder, dtype):
             if any(name.startswith(f"model.layers.{layer}.") for name in child.model.state_dict()):
@@ -152,19 +188,19 @@ def test_one_permuted_weight_is_caught_and_its_layer_named(exporter, per_layer, 
             super().write(child, folder, dtype)
 
     with pytest.raises(ExportError, match=rf"does not compute this child.*the first layer that differs is {layer}\b"):
-        check(Broken(), child_of(per_layer, num_hidden_layers=num_layers), tmp_path, prompts)
+        check(Broken(), child, folder, prompts)
 
 
 def test_a_dropped_residual_is_caught_in_llama_cpp(tmp_path, prompts, monkeypatch):
-    packed = gguf_format.packed
+    packed = gguf_deci.packed
 
     def without_idle_ffns(parts, config):
         # llama.cpp leaves out an attention that has no FFN behind it, and says nothing.
         layers = packed(parts, config)
-        nothing = gguf_format.FeedForward(0, {})
-        return [(m, nothing if f.width == gguf_format.SMALLEST_WIDTH else f) for m, f in layers[:-1]] + layers[-1:]
+        nothing = gguf_deci.FeedForward(0, {})
+        return [(m, nothing if f.width == gguf_deci.SMALLEST_WIDTH else f) for m, f in layers[:-1]] + layers[-1:]
 
-    monkeypatch.setattr(gguf_format, "packed", without_idle_ffns)
+    monkeypatch.setattr(gguf_deci, "packed", without_idle_ffns)
     child = child_of({4: [NO_FFN]})
     with pytest.raises(ExportError, match=r"the first layer that differs is 5\b"):
         check(GGUFExporter(), child, tmp_path, prompts)

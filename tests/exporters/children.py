@@ -80,6 +80,24 @@ FAMILIES = {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     },
 }
+MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 4, "query_pre_attn_scalar": 16}
+TWO_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+HALF_ROTATED = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+CAPS = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}
+OWN_LAYERS = {
+    "qwen3": {},
+    "qwen3, tied, wide heads": {"tie_word_embeddings": True, "head_dim": 32},
+    "qwen3, YaRN": {"rope_parameters": YARN},
+    "gemma2": {**MIXED, **CAPS},
+    "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 16, "rope_parameters": TWO_ROPES},
+    "gemma3_text, other layers, cap": {**MIXED, "rope_parameters": TWO_ROPES, "final_logit_softcapping": 3.0},
+    "phi3": {"rope_parameters": HALF_ROTATED, "sliding_window": None},
+}
+"""Parents, by family up to a comma, of whose layers llama.cpp serves the parent's own only."""
 
 
 @functools.cache
@@ -131,8 +149,8 @@ def child_of(per_layer=None, family="llama", **changes):
     """A random child in which no weight is left at a value that hides its absence; `per_layer` holds specs."""
     torch.manual_seed(0)
     sizes = {**SIZES, **changes}
-    if family == "qwen2":
-        # Its heads have no size of their own.
+    if family in ("qwen2", "phi3"):
+        # Their heads have no size of their own.
         sizes.pop("head_dim")
     parent = AutoConfig.for_model(family, **sizes)
     architecture = architecture_of(parent)
@@ -146,6 +164,11 @@ def child_of(per_layer=None, family="llama", **changes):
         if name.endswith("bias") or "norm" in name:
             parameter.add_(0.3 * torch.randn_like(parameter))
     return Child(model, tokenizer())
+
+
+def own_layers_of(name, per_layer=None, **changes):
+    """A child of one of the parents of `OWN_LAYERS`."""
+    return child_of(per_layer, name.split(",")[0], **OWN_LAYERS[name] | changes)
 
 
 def in_formats(child, forms):

@@ -38,7 +38,7 @@ def test_decilm_names_every_layer_that_it_cannot_hold():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"family": "qwen3"}, "no layers of qwen3"),
+        ({"family": "granite"}, "no layers of granite"),
         ({"family": "mistral", "sliding_window": 8}, "a sliding window"),
         ({"hidden_act": "gelu"}, "the activation gelu"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "of type yarn"),
@@ -96,11 +96,11 @@ def test_a_servable_space_holds_only_what_every_server_holds():
     parent = Architecture(({"attention": GroupedAttention(4), "ffn": GatedFFN(96)},) * 3)
     asked = SearchSpaceSettings(width_fractions=[0.5])
     space = build_search_space(parent, asked, parent.slots, parent.slots, {})
-    stock = servable_space(space, ["llama.cpp", "vllm-stock"])
+    stock = servable_space(space, ["llama.cpp", "vllm-stock"], "llama")
     assert Linear("attention") in space.options[1]["attention"]
     first, second = (stock.options[layer]["attention"] for layer in (0, 1))
     assert first == (GroupedAttention(4), GroupedAttention(2), GroupedAttention(1))
     assert second == (*first, NoOp("attention"))
     assert [spec.id for spec in stock.options[0]["ffn"]] == ["ffn.w96", "ffn.w48", "ffn.no_op"]
-    assert servable_space(space, ["llama.cpp", "vllm", "transformers"]) == space
-    assert GatedFFN(96) in servable_space(space, ["vllm-stock"]).options[2]["ffn"]
+    assert servable_space(space, ["llama.cpp", "vllm", "transformers"], "llama") == space
+    assert GatedFFN(96) in servable_space(space, ["vllm-stock"], "llama").options[2]["ffn"]

@@ -106,14 +106,15 @@ def test_inspect_says_what_slots_may_become_and_what_serves_them(tmp_path, capsy
         found[family] = json.loads(capsys.readouterr().out)
     assert found["llama"]["slots"]["attention"] == {"layers": 2, "may_become": ["grouped", "window", "linear", "no_op"]}
     assert found["llama"]["not_served_by"] == {} and found["llama"]["served_by"]["llama.cpp"] == ["window"]
-    assert found["qwen3"]["not_served_by"]["llama.cpp"] == ["it has no layers of qwen3"]
+    assert found["qwen3"]["served_by"]["llama.cpp"] == ["sizes but the parent's"]
+    assert found["qwen3"]["not_served_by"]["vllm-stock"] == ["it has no layers of qwen3"]
     assert "vllm" in found["qwen3"]["served_by"] and found["lfm2"]["slots"]["attention"]["layers"] == 1
     assert found["lfm2"]["not_served_by"]["vllm"][-1] == "it has no layers of lfm2"
     assert found["stablelm"]["slots"] == found["stablelm"]["served_by"] == {}
     inspect_command(str(tmp_path / "qwen3"))
     lines = capsys.readouterr().out.splitlines()
     assert "slots may become    attention of 2 layers: grouped, window, linear, no_op" in lines
-    assert "served by           transformers, vllm" in lines
+    assert "served by           transformers, vllm, llama.cpp (no sizes but the parent's)" in lines
     inspect_command(str(tmp_path / "stablelm"))
     assert "unknown: stablelm has no adapter (docs/new-family.md)" in capsys.readouterr().out
 

@@ -138,11 +138,17 @@ class LlamaCpp:
     def memory(self):
         """See engines/base.py."""
         fields = gguf.GGUFReader(self._path).fields
-        key_length = fields["deci.attention.key_length"].contents()
-        heads = np.sum(fields["deci.attention.head_count_kv"].contents())
-        peak = peak_bytes()
+        architecture = fields["general.architecture"].contents()
+        if f"{architecture}.attention.sliding_window" in fields:
+            return {"peak_bytes": peak_bytes(), "kv_cache_bytes_per_token": None}
+        layers, heads, key_length = (
+            fields[f"{architecture}.{name}"].contents()
+            for name in ("block_count", "attention.head_count_kv", "attention.key_length")
+        )
+        # One number of heads for all layers, or one for each.
+        heads = heads * layers if isinstance(heads, int) else sum(heads)
         numbers, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self._kv_format.upper()]]
-        return {"peak_bytes": peak, "kv_cache_bytes_per_token": int(2 * heads * key_length * size / numbers)}
+        return {"peak_bytes": peak_bytes(), "kv_cache_bytes_per_token": int(2 * heads * key_length * size / numbers)}
 
     def quantise(self, source, target, kind):
         """Write `target`, the file `source` in llama.cpp's type `kind` (q8_0, q4_k_m, ...)."""

@@ -1,0 +1,86 @@
+"""GGUF files of a family's own architecture: what they say is read again, what they cannot say is refused by name."""
+
+import pytest
+import torch
+
+from puzzle_nas.errors import ExportError
+from puzzle_nas.exporters import EXPORTERS, Child
+from puzzle_nas.families import build
+from puzzle_nas.families.loading import load_with_tokenizer
+from puzzle_nas.machine import Machine
+from puzzle_nas.specs import GatedFFN, GroupedAttention, NoOp
+from tests.exporters.children import EMPTY, OWN_LAYERS, in_formats, own_layers_of
+
+MACHINE = Machine(torch.device("cpu"), torch.float32)
+TOKENS_BT = torch.randint(3, 300, (2, 48), generator=torch.Generator().manual_seed(0))
+
+
+def written(child, folder):
+    exporter = EXPORTERS["gguf"]
+    exporter.refuse(child)
+    exporter.write(child, folder, "float32")
+    assert exporter.differing(child, folder, "float32") == []
+    return folder / "model.gguf"
+
+
+@pytest.mark.parametrize("name", OWN_LAYERS)
+@pytest.mark.parametrize("removed", [(), (0, 3, 7)], ids=["whole", "without layers"])
+def test_files_read_again_are_the_child(name, removed, tmp_path):
+    child = own_layers_of(name, dict.fromkeys(removed, EMPTY))
+    read, _ = load_with_tokenizer(written(child, tmp_path), MACHINE)
+    assert read.config.num_hidden_layers == 8 - len(removed)
+    with torch.no_grad():
+        torch.testing.assert_close(read(TOKENS_BT).logits, child.model(TOKENS_BT).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OWN_LAYERS)
+def test_files_in_formats_hold_the_childs_codes(name, tmp_path):
+    child = in_formats(own_layers_of(name), ["q8_0", None, "q5_0"])
+    read, _ = load_with_tokenizer(written(child, tmp_path), MACHINE)
+    with torch.no_grad():
+        torch.testing.assert_close(read(TOKENS_BT).logits, child.model(TOKENS_BT).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("phi3", {"sliding_window": 8}, "a sliding window, which llama.cpp leaves out of phi3"),
+        ("phi3", {"sliding_window": 256}, None),
+        ("gemma2", {"tie_word_embeddings": False}, "an LM head of its own, which gemma2 lacks"),
+        ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping = None, where .* would take 50"),
+        ("gemma3_text", {"query_pre_attn_scalar": 9}, "query_pre_attn_scalar = 9, where .*gemma3 would take 16"),
+        ("gemma3_text", {"hidden_activation": "silu"}, "hidden_activation = silu, where .* would take gelu"),
+        ("qwen3", {"attention_bias": True}, "attention_bias = True, where .*qwen3 would take False"),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+            "use_sliding_window = True",
+        ),
+        (
+            "qwen3",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_parameters = ",
+        ),
+    ],
+)
+def test_what_the_architecture_cannot_say_is_refused(name, changes, reason, tmp_path):
+    child = own_layers_of(name, **changes)
+    if reason is None:
+        EXPORTERS["gguf"].refuse(child)
+        return
+    with pytest.raises(ExportError, match=reason):
+        EXPORTERS["gguf"].refuse(child)
+
+
+@pytest.mark.parametrize("spec", [GatedFFN(48), GroupedAttention(2), NoOp("ffn")])
+def test_other_sizes_are_refused(spec):
+    with pytest.raises(ExportError, match=rf"in the parent's sizes only, and no {spec.id} \(layer 2\)"):
+        EXPORTERS["gguf"].refuse(own_layers_of("qwen3", {2: [spec]}))
+
+
+def test_norms_are_as_llama_cpp_multiplies_by_them(tmp_path):
+    """Gemma's at zero change nothing: in the file they are ones."""
+    child = own_layers_of("gemma3_text")
+    weights = {n: torch.zeros_like(w) if "norm" in n else w for n, w in child.model.state_dict().items()}
+    read, _ = load_with_tokenizer(written(Child(build(child.config, weights), child.tokenizer), tmp_path), MACHINE)
+    assert not any(w.any() for n, w in read.state_dict().items() if "norm" in n)
