@@ -54,7 +54,7 @@ SERVERS = {
         "llama.cpp",
         frozenset({GroupedAttention, GatedFFN, Linear, NoOp}),
         own_layers=("qwen3", "gemma2", "gemma3_text", "phi3"),
-        formats=("f16", "q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "q4_1", "q4_0"),
+        formats=("f16", "q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "q4_1", "q4_0", "mxfp4"),
         kv_formats={
             **dict(f32=4, f16=2, bf16=2),
             **dict(q8_0=34 / 32, q5_1=24 / 32, q5_0=22 / 32, q4_1=20 / 32, q4_0=18 / 32),

@@ -160,13 +160,21 @@ class GridFormat(Format):
             FormatError: they are too large to be stored.
         """
 
+    def storable(self, step: torch.Tensor) -> torch.Tensor:
+        """Steps as they can be stored, where that changes them by more than rounding to 16 bits does."""
+        return step
+
+    def snap_(self, scaled: torch.Tensor) -> torch.Tensor:
+        """The nearest code to each weight that is given in steps, in place."""
+        return scaled.round_().clamp_(self.lowest, self.highest)
+
     def codes(self, weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The code nearest to each weight, int16 [O, I]."""
         groups = weight_OI.float().unflatten(1, (grid.step_OG.shape[1], -1))
         if grid.offset_OG is not None:
             groups = groups - grid.offset_OG.unsqueeze(-1)
-        codes = (groups * inverse(grid.step_OG).unsqueeze(-1)).round()
-        return codes.clamp(self.lowest, self.highest).to(torch.int16).flatten(1)
+        codes = self.snap_(groups * inverse(grid.step_OG).unsqueeze(-1))
+        return codes.to(torch.int16).flatten(1)
 
 
 def inverse(step: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from puzzle_nas.formats.base import Grid, GridFormat, Rounded, as_bytes, half, inverse
+from puzzle_nas.formats.base import Grid, GridFormat, Rounded, as_bytes, finite, half, inverse
 
 HALF_BLOCK = 16
 """The first half of a block lies in the low four bits of its bytes, the second in the high ones."""
@@ -88,6 +88,55 @@ class Q4_0(LongerNegative):
         """See `Format.pack`."""
         codes = self.groups(rounded.codes_OI).to(torch.int32) - self.lowest
         return {"weight": as_bytes(rounded.grid.stored["scale"].unsqueeze(2), nibbles(codes))}
+
+
+class MXFP4(GridFormat):
+    """4 bits: a sign and one of 0, 1, 2, 3, 4, 6, 8, 12 steps; steps are powers of two.
+
+    Source: Open Compute Project, Microscaling Formats (MX) 1.0; codes are twice its numbers, as in llama.cpp.
+    """
+
+    name = "mxfp4"
+    group = 32
+    lowest, highest = -12, 12
+    sizes = (0, 1, 2, 3, 4, 6, 8, 12)
+    smallest = 2.0**-126
+    """Step; what is stored below is not read as a power of two."""
+
+    def storable(self, step):
+        """The nearest power of two."""
+        exponent = step.clamp_min(self.smallest).log2().round()
+        return torch.where(step > 0, exponent.exp2(), 0.0)
+
+    def grid(self, step_OG, offset_OG=None):
+        """See `GridFormat.grid`."""
+        step = finite(self.storable(step_OG), self.name)
+        # 2^(e - 128) is stored as e, and frexp says e - 127 of it.
+        exponent = torch.where(step > 0, torch.frexp(step).exponent + 127, 0)
+        return Grid(step, None, {"exponent": exponent.to(torch.uint8)})
+
+    def snap_(self, scaled):
+        """Half is rounded towards zero."""
+        size = scaled.abs()
+        code = (size - 0.5).ceil_().clamp_(0, 4)
+        for border, gap in ((5, 2), (7, 2), (10, 4)):
+            code += gap * (size > border)
+        return torch.mul(code, scaled.sign(), out=scaled)
+
+    def nearest(self, weight_OI):
+        """The largest weight of a block is 8 to 16 steps, and what lies beyond 12 becomes 12."""
+        peak = finite(self.groups(weight_OI).abs().amax(2), self.name)
+        step = torch.ldexp(torch.ones_like(peak), torch.frexp(peak).exponent - 4)
+        grid = self.grid(torch.where(peak > 0, step, 0.0))
+        return Rounded(self.codes(weight_OI, grid), grid)
+
+    def pack(self, rounded):
+        """See `Format.pack`."""
+        codes = self.groups(rounded.codes_OI).to(torch.int32)
+        places = torch.zeros(self.highest + 1, dtype=torch.int32, device=codes.device)
+        places[list(self.sizes)] = torch.arange(len(self.sizes), dtype=torch.int32, device=codes.device)
+        signed = places[codes.abs()] + len(self.sizes) * (codes < 0)
+        return {"weight": as_bytes(rounded.grid.stored["exponent"].unsqueeze(2), nibbles(signed))}
 
 
 class Q4_1(GridFormat):

@@ -64,6 +64,7 @@ LAYOUTS = {
         Layout("q4_k", 256, 4 + 12 + 128),
         Layout("q4_1", 32, 4 + 16),
         Layout("q4_0", 32, 2 + 16),
+        Layout("mxfp4", 32, 1 + 16),
         # compressed-tensors: one float32 scale a row, one bfloat16 scale a group; vLLM keeps heads wide.
         Layout("int8", 1, 1, row_bytes=4, heads=False),
         Layout("int4", 128, 2 + 64, heads=False),

@@ -16,6 +16,7 @@ FORMATS: dict[str, Format] = {
         k_quants.Q4_K,
         blocks.Q4_1,
         blocks.Q4_0,
+        blocks.MXFP4,
         compressed.Int8,
         compressed.Int4,
     )

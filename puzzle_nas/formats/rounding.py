@@ -110,7 +110,7 @@ def _candidates(form: GridFormat, w: torch.Tensor):
 
 
 def _codes(form: GridFormat, w, step, offset):
-    return ((w - offset.unsqueeze(2)) * inverse(step).unsqueeze(2)).round_().clamp_(form.lowest, form.highest)
+    return form.snap_((w - offset.unsqueeze(2)) * inverse(step).unsqueeze(2))
 
 
 def _unit_errors(form: GridFormat, weight_OI, rounded: Rounded, importance_I) -> torch.Tensor:
@@ -159,6 +159,7 @@ def _searched(form: GridFormat, weight_OI: torch.Tensor, importance_I: torch.Ten
     best_step, best_offset = torch.zeros_like(best_error), torch.zeros_like(best_error)
     for step, offset in _candidates(form, w):
         step, offset = _least_squares(form, w, _codes(form, w, step, offset), importance)
+        step = form.storable(step)
         values = _codes(form, w, step, offset).mul_(step.unsqueeze(2)).add_(offset.unsqueeze(2))
         error = ((values - w).square_() * importance).sum(2)
         better = error < best_error
@@ -209,7 +210,7 @@ def _fed_back(form: GridFormat, w_IO, steps_IO, factor) -> torch.Tensor:
         errors = torch.empty_like(w_IO[start:stop])
         for j, error in zip(range(start, stop), errors, strict=True):
             w, codes, step, one_over_step = next(rows)
-            torch.mul(w, one_over_step, out=codes).round_().clamp_(form.lowest, form.highest)
+            form.snap_(torch.mul(w, one_over_step, out=codes))
             torch.addcmul(w, codes, step, value=-1, out=error)
             w_IO[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
         w_IO[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
@@ -255,7 +256,7 @@ def _descend_codes(form: GridFormat, weight_OI, gram, rounded: Rounded) -> Round
         by_this = scaled[:, block].T.contiguous()
         for j, wanted in enumerate(wanted_IO):
             values, codes, step, one_over_step = next(rows)
-            torch.mul(wanted, one_over_step, out=codes).round_().clamp_(form.lowest, form.highest)
+            form.snap_(torch.mul(wanted, one_over_step, out=codes))
             before = values.clone()
             change = torch.mul(codes, step, out=values) - before
             wanted_IO[j + 1 :].addr_(by_this[j, j + 1 :], change, alpha=-1)
