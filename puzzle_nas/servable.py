@@ -65,6 +65,11 @@ SERVERS = {
 SERVERS["vllm-eager"] = SERVERS["vllm"]
 
 
+def removes_whole_layers(engine: str, family: str) -> bool:
+    """Whether nothing smaller can be removed from a parent of `family` on an engine."""
+    return engine in SERVERS and family in SERVERS[engine].own_layers
+
+
 def servable_space(space: SearchSpace, servers: Sequence[str], family: str) -> SearchSpace:
     """The variants that every one of `servers` (keys of `SERVERS`) can hold; the parent's own stay.
 

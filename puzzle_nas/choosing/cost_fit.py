@@ -11,6 +11,7 @@ a narrower variant has a share of. So not every variant has to be timed in every
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from puzzle_nas.specs import Head, NoOp, Spec
 
 EMPTY = "empty"
 """Name of the model without sub-blocks: embeddings, final norm and LM head."""
+KEPT_LAYERS = (2, 4)
+"""Where engines remove nothing but whole layers, and not all: every so-many-th layer of the parent is left."""
 PARENT = "parent"
 PARENT_WEIGHT = 4.0
 """The parent's time counts this much more than another model's: every speed-up is relative to it."""
@@ -47,14 +50,21 @@ def parts_of(space: SearchSpace) -> list[Part]:
     return list(dict.fromkeys(parts))
 
 
-def uniform_models(space: SearchSpace) -> dict[str, Architecture]:
+def uniform_models(space: SearchSpace, whole_layers: bool = False) -> dict[str, Architecture]:
     """The parent, in each format too, `EMPTY`, and by part the parent with that variant in every layer of its group.
 
     Formats are those of the parent's own sub-blocks only.
+
+    Args:
+        whole_layers: nothing smaller can be removed: the parent with fewer layers instead of `EMPTY`.
     """
     parent = space.parent
-    models = {EMPTY: parent.without(range(len(parent.layers))), PARENT: parent}
+    layers = range(len(parent.layers))
+    fewer = {f"1 layer of {n}": parent.without(set(layers) - set(layers[::n])) for n in KEPT_LAYERS}
+    models = {**(fewer if whole_layers else {EMPTY: parent.without(layers)}), PARENT: parent}
     for part in parts_of(space):
+        if whole_layers and part.spec.empty:
+            continue
         if part.spec.format and part.spec.plain != space.own(part.group, part.spec.slot):
             continue
         architecture = parent.replaced(part.group, part.spec) if isinstance(part.spec, Head) else parent
@@ -74,8 +84,12 @@ def _members(parent: Architecture, group: int) -> list[int]:
     return [layer for layer, first in enumerate(parent.groups) if first == group]
 
 
-def random_mixtures(space: SearchSpace, count: int, seed: int) -> dict[str, Architecture]:
-    """Architectures between the parent and one that kept nothing of it: each keeps a random share of its sub-blocks."""
+def random_mixtures(space: SearchSpace, count: int, seed: int, whole_layers: bool = False) -> dict[str, Architecture]:
+    """Architectures between the parent and one that kept nothing of it: each keeps a random share of its sub-blocks.
+
+    Args:
+        whole_layers: nothing smaller can be removed: no layer is.
+    """
     draw = random.Random(seed)
     groups = space.parent.groups
     others: dict[tuple[int, str], list[Spec]] = {}
@@ -84,7 +98,9 @@ def random_mixtures(space: SearchSpace, count: int, seed: int) -> dict[str, Arch
 
     def chosen(layer: int, own: Spec, kept_share: float) -> Spec:
         every = others[groups[layer], own.slot]
-        alternatives = [spec for spec in every if spec not in (own, own.plain) and spec.format is None]
+        alternatives = [spec for spec in every if spec != own and spec.format is None]
+        if whole_layers:
+            alternatives = [spec for spec in alternatives if not spec.empty] or [own]
         plain = own if draw.random() < kept_share else draw.choice(alternatives)
         stored = [spec for spec in every if spec.plain == plain]
         return draw.choice(stored) if len(stored) > 1 else plain
@@ -125,15 +141,18 @@ class CostFit:
 def fit(
     architectures: Mapping[str, Architecture],
     times: Mapping[str, float],
-    shares: Mapping[Part, float] | None = None,
+    sizes: Mapping[Part, float] | None = None,
 ) -> CostFit:
     """The additive costs that explain the models' times with the least squared relative error; none is negative.
 
+    What no two models tell apart, such as attention and FFN where neither is left out alone, is divided by size.
+
     Args:
-        architectures: among them `PARENT`, and `EMPTY`, whose time is the fixed part.
-        shares: for each part that has a cost, its weights relative to those of the parent's own sub-block. None means
-            that there are no formats, and all that the models have.
+        architectures: among them `PARENT`; and `EMPTY`, whose time is the fixed part, which is fitted too without it.
+        sizes: for each part that has a cost, the weights in its matrices. None means that there are no formats, that
+            all are of one size, and that all have a cost that the models have.
     """
+    shares = None if sizes is None else _shares(architectures[PARENT], sizes)
     names = [name for name in architectures if name != EMPTY]
     groups = architectures[PARENT].groups
     counted = {name: _counts(architectures[name], groups, shares or {}) for name in names}
@@ -141,25 +160,40 @@ def fit(
     asked = shares or {term: 1.0 for term in every if isinstance(term, Part)}
     measured = np.array([times[name] for name in names])
     if not measured.all():
-        return CostFit(times[EMPTY], dict.fromkeys(asked, 0.0), dict.fromkeys(names, 0.0))
+        return CostFit(times.get(EMPTY, 0.0), dict.fromkeys(asked, 0.0), dict.fromkeys(names, 0.0))
     weights = np.where(np.array(names) == PARENT, PARENT_WEIGHT, 1.0) / measured
     present = [term for term in every if isinstance(term, Saving) or not term.spec.empty]
+    fixed = [] if EMPTY in times else [1.0]
     while True:
-        counts = np.array([[counted[name][term] for term in present] for name in names])
-        inverse = np.linalg.pinv(counts * weights[:, None])
-        values = inverse @ ((measured - times[EMPTY]) * weights)
-        negative = [t for t, value in zip(present, values, strict=True) if value < 0 and isinstance(t, Part)]
+        counts = np.array([[counted[name][term] for term in present] + fixed for name in names])
+        # The pseudo-inverse gives what is not told apart the smallest values; in these units, in proportion to size.
+        units = np.array([_unit(term, sizes) for term in present] + fixed)
+        inverse = units[:, None] * np.linalg.pinv(counts * weights[:, None] * units)
+        values = inverse @ ((measured - times.get(EMPTY, 0.0)) * weights)
+        negative = [t for t, value in zip(present, values, strict=False) if value < 0 and isinstance(t, Part)]
         if not negative:
             break
         present = [term for term in present if term not in negative]
     leverage = np.einsum("ij,ji->i", counts * weights[:, None], inverse)
-    errors = ((times[EMPTY] + counts @ values) / measured - 1) / np.maximum(1 - leverage, 1e-9)
-    found = dict.fromkeys(every, 0.0) | dict(zip(present, map(float, values), strict=True))
+    outside = values[-1] if fixed else times[EMPTY]
+    errors = ((times.get(EMPTY, 0.0) + counts @ values) / measured - 1) / np.maximum(1 - leverage, 1e-9)
+    found = dict.fromkeys(every, 0.0) | dict(zip(present, map(float, values), strict=False))
     parts = {part: _cost(part, found, share) for part, share in asked.items()}
     heads = [part for part in parts if isinstance(part.spec, Head)]
     fastest = min((parts[part] for part in heads), default=0.0)
     parts |= {part: parts[part] - fastest for part in heads}
-    return CostFit(times[EMPTY] + fastest, parts, dict(zip(names, map(float, errors), strict=True)))
+    return CostFit(float(outside) + fastest, parts, dict(zip(names, map(float, errors), strict=True)))
+
+
+def _shares(parent: Architecture, sizes: Mapping[Part, float]) -> dict[Part, float]:
+    """By part, its size relative to that of the parent's own sub-block."""
+    own = {part: sizes[Part(part.group, parent.at(part.group, part.spec.slot))] for part in sizes}
+    return {part: size / own[part] if own[part] else 1.0 for part, size in sizes.items()}
+
+
+def _unit(term: Part | Saving, sizes: Mapping[Part, float] | None) -> float:
+    """Of a cost, so that costs of equally many such units are in proportion to the size of their parts."""
+    return math.sqrt(sizes[term] or 1.0) if sizes is not None and isinstance(term, Part) else 1.0
 
 
 def _counts(

@@ -31,8 +31,7 @@ from puzzle_nas.planning.shapes import part_weights
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.scenario import Scenario
-from puzzle_nas.search_space import SearchSpace
-from puzzle_nas.servable import SERVERS
+from puzzle_nas.servable import SERVERS, removes_whole_layers
 from puzzle_nas.specs import Head, Spec
 
 NAME = __name__.rpartition(".")[2]
@@ -81,8 +80,11 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
     engine, steps = ENGINES[recipe.engine], timed_steps(recipe.engine)
     itemsize = engine.weights_dtype(parent.dtype).itemsize
     kv_itemsize = itemsize if recipe.kv_format is None else SERVERS[recipe.engine].kv_formats[recipe.kv_format]
-    counted_bytes, shares = _bytes(parent, weights, engine, itemsize, kv_itemsize), _shares(weights, space)
-    models = uniform_models(space) | random_mixtures(space, recipe.costs.mixtures, recipe.seed)
+    counted_bytes = _bytes(parent, weights, engine, itemsize, kv_itemsize)
+    sizes = {part: sum(w.numel() for w in tensors.values() if w.ndim > 1) for part, tensors in weights.items()}
+    whole_layers = removes_whole_layers(recipe.engine, parent.config.model_type)
+    models = uniform_models(space, whole_layers)
+    models |= random_mixtures(space, recipe.costs.mixtures, recipe.seed, whole_layers)
     placeholders: dict[tuple, torch.Tensor] = {}
     others = {name: architecture for name, architecture in models.items() if name != PARENT}
     probes = {PARENT: parent} | {name: probe_model(parent, a, placeholders) for name, a in others.items()}
@@ -110,7 +112,7 @@ def _measured_table(recipe: Recipe, run: RunFolder) -> dict:
         "bytes": counted_bytes,
         "scenarios": {
             name: {
-                **_fitted(models, {model: times[model][name] for model in models}, scenario, shares),
+                **_fitted(models, {model: times[model][name] for model in models}, scenario, sizes),
                 "parent_measured": asdict(whole[PARENT][name]),
                 "working_bytes": TorchEngine().working_bytes(parent, scenario),
             }
@@ -148,30 +150,23 @@ def _measurable(recipe: Recipe, parent: PreTrainedModel, itemsize: float) -> dic
     return fitting
 
 
-def _shares(weights: Mapping[Part, Mapping[str, torch.Tensor]], space: SearchSpace) -> dict[Part, float]:
-    """By part, the weights in its matrices relative to those of the parent's own sub-block."""
-    counts = {part: sum(w.numel() for w in tensors.values() if w.ndim > 1) for part, tensors in weights.items()}
-    own = {part: counts[Part(part.group, space.own(part.group, part.spec.slot))] for part in weights}
-    return {part: count / own[part] if own[part] else 1.0 for part, count in counts.items()}
-
-
 def _fitted(
     models: Mapping[str, Architecture],
     times: Mapping[str, RequestTime],
     scenario: Scenario,
-    shares: Mapping[Part, float],
+    sizes: Mapping[Part, int],
 ) -> dict[str, Any]:
     """The additive costs of one scenario, and how far off they are on models that the fit has not seen."""
     times_ms = {
-        "prefill_ms": fit(models, {name: time.prefill_ms for name, time in times.items()}, shares),
-        "decode_step_ms": fit(models, {name: time.decode_step_ms for name, time in times.items()}, shares),
+        "prefill_ms": fit(models, {name: time.prefill_ms for name, time in times.items()}, sizes),
+        "decode_step_ms": fit(models, {name: time.decode_step_ms for name, time in times.items()}, sizes),
     }
-    whole = fit(models, {name: time.total_ms(scenario) for name, time in times.items()}, shares)
+    whole = fit(models, {name: time.total_ms(scenario) for name, time in times.items()}, sizes)
     groups = models[PARENT].groups
     return {
         "fixed": {time: found.fixed for time, found in times_ms.items()},
         "variants": by_group(
-            {part: {time: found.parts[part] for time, found in times_ms.items()} for part in shares}, groups
+            {part: {time: found.parts[part] for time, found in times_ms.items()} for part in sizes}, groups
         ),
         "measured": {
             model: {**asdict(time), "prediction_error": whole.relative_errors.get(model)}

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from puzzle_nas.choosing.cost_fit import fit, parts_of, random_mixtures, uniform_models
+from puzzle_nas.choosing.cost_fit import Part, fit, parts_of, random_mixtures, uniform_models
 from puzzle_nas.search_space import SearchSpace, in_formats
 from puzzle_nas.specs import GatedFFN, GroupedAttention, Head, Linear, NoOp
 
@@ -103,4 +103,30 @@ def test_what_a_format_saves_goes_with_the_weights_it_stores():
     for part, value in found.parts.items():
         is_head = isinstance(part.spec, Head)
         assert value == pytest.approx(heads[part.spec.id] + 3.0 if is_head else cost(part.spec), abs=1e-9)
+    assert max(map(abs, found.relative_errors.values())) < 1e-9
+
+
+def test_where_only_whole_layers_can_be_removed_formats_have_their_costs_all_the_same():
+    """Attention and FFN are in all models together: what they cost is divided by their sizes."""
+    slots = {"attention": [GroupedAttention(2)], "ffn": [GatedFFN(256)]}
+    formats = ["q8_0", "q4_0"]
+    options = {slot: tuple(in_formats(specs, formats)) for slot, specs in slots.items()}
+    space = SearchSpace((options,) * 6, tuple(in_formats([Head()], formats)))
+    architectures = uniform_models(space, whole_layers=True) | random_mixtures(space, 8, seed=1, whole_layers=True)
+    for architecture in architectures.values():
+        assert all(len({spec.empty for spec in block.values()}) == 1 for block in architecture.layers)
+    sizes = {part: {"attention": 1.0, "ffn": 3.0, "head": 2.0}[part.spec.slot] for part in parts_of(space)}
+    sizes |= {part: 0.0 for part in sizes if part.spec.empty}
+    per_weight = {None: 2.0, "q8_0": 1.2, "q4_0": 0.7}
+
+    def time(architecture):
+        every = [Part(0, spec) for _, _, spec in architecture] + [Part(6, architecture.head)]
+        return 7 + sum(sizes[part] * per_weight[part.spec.format] for part in every)
+
+    found = fit(architectures, {name: time(a) for name, a in architectures.items()}, sizes)
+    head = 2 * per_weight["q4_0"]
+    assert found.fixed == pytest.approx(7 + head)
+    for part, cost in found.parts.items():
+        expected = sizes[part] * per_weight[part.spec.format] - head * isinstance(part.spec, Head)
+        assert cost == pytest.approx(expected, abs=1e-9), part
     assert max(map(abs, found.relative_errors.values())) < 1e-9
