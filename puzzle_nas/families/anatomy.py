@@ -88,9 +88,10 @@ class SubBlock:
             return wanted
         mixed = mixed.float()
         slope = added.float() / torch.where(mixed.abs() < 1e-6, torch.full_like(mixed, 1e-6), mixed)
-        # Where almost nothing gets through the norm, nothing can be mended.
-        smallest = 1e-2 * slope.abs().mean(-1, keepdim=True)
-        return torch.where(slope.abs() < smallest, torch.zeros_like(wanted), wanted / slope)
+        # Where little gets through the norm, much more would have to be given, which would make all else smaller: what
+        # one channel gives costs the others about the mean square of their slopes, divided by their number.
+        cost = slope.square().mean(-1, keepdim=True) / slope.shape[-1]
+        return wanted * slope / (slope.square() + cost)
 
     @property
     def last(self) -> nn.Linear | None:

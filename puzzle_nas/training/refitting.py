@@ -273,7 +273,11 @@ class Correction:
         gram, cross = 0.0, 0.0
         for h, (mixed, context), now, wanted in zip(hidden, found, added, goal, strict=True):
             x = context.flatten(0, 1).float()
-            weighted = (x * inverse_norm(wanted.flatten(0, 1), 2)[:, None]).T
+            importance_N = inverse_norm(wanted.flatten(0, 1), 2)
+            if subblock.place.output_norm is not None:
+                # It divides what the mixer gives by its norm, and the error with it.
+                importance_N = importance_N * inverse_norm(mixed.flatten(0, 1), 2)
+            weighted = (x * importance_N[:, None]).T
             with fast_products(context):
                 gram = gram + (weighted @ x).double()
                 if self.ridge is not None:

@@ -1,5 +1,6 @@
 """The closed-form correction, against the least-squares problem solved by torch."""
 
+import copy
 import math
 
 import pytest
@@ -7,13 +8,14 @@ import torch
 
 from puzzle_nas.artifacts import RunFolder
 from puzzle_nas.data.batches import load_tokens
-from puzzle_nas.families import architecture_of, load_parent
+from puzzle_nas.families import FAMILIES, Anatomy, architecture_of, load_parent
 from puzzle_nas.library import assemble
 from puzzle_nas.pipeline import open_run
 from puzzle_nas.scoring.comparison import ParentReference
 from puzzle_nas.specs import GatedFFN
 from puzzle_nas.training import refitting
 from puzzle_nas.training.refitting import RIDGE_TOKENS, RefitKL, refit, refit_if_better
+from tests.families.parents import PARENTS, config_of, random_parent
 
 CHANGED = 1
 
@@ -88,3 +90,30 @@ def test_what_is_not_finite_is_never_better():
     assert RefitKL(None, 0.1).kept and RefitKL(None, 0.1).best == 0.1
     assert not RefitKL(0.1, None).kept and RefitKL(0.1, None).best == 0.1
     assert not RefitKL(None, None).kept and math.isnan(RefitKL(None, None).best)
+
+
+@pytest.mark.parametrize("name", [name for name in PARENTS if FAMILIES[name.split(",")[0]].places["ffn"].output_norm])
+@torch.no_grad()
+def test_channels_that_an_output_norm_lets_little_of_through_are_not_blown_up(name):
+    """What they lack below cannot be made up there: much more of it would make all other channels smaller."""
+    tokens = torch.randint(3, 199, (32, 48), generator=torch.Generator().manual_seed(1))
+
+    def refitted(gain):
+        parent = random_parent(config_of(name))
+        for subblock in Anatomy(parent).subblocks(1).values():
+            # Gemma's gain is 1 more.
+            getattr(subblock.layer, subblock.place.output_norm).weight[::4] = gain - name.startswith("gemma")
+        child = copy.deepcopy(parent)
+        matrix = Anatomy(child).subblocks(0)["ffn"].last.weight
+        matrix += matrix.std() * torch.randn(matrix.shape, generator=torch.Generator().manual_seed(2))
+        before = stream_distance(parent, child, tokens)
+        refit(parent, child, tokens)
+        return stream_distance(parent, child, tokens) / before
+
+    assert refitted(0.02) < 1.1 * refitted(1e-4) < 0.8
+
+
+def stream_distance(parent, child, tokens):
+    """Relative squared error of what the last layer hands on."""
+    theirs, mine = (list(Anatomy(m).states(tokens, Anatomy(m).inputs(tokens.shape[1])))[-2] for m in (parent, child))
+    return ((mine - theirs).square().sum(-1) / theirs.square().sum(-1)).mean().item()
