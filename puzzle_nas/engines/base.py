@@ -373,7 +373,10 @@ class ServingEngine(Engine[Worker]):
         return RequestTime(**model.ask("time_parts", **_sizes(scenario), measured_steps=steps))
 
     def memory(self, model: Worker) -> dict[str, int | None]:
-        """`peak_bytes` of the worker so far and `kv_cache_bytes_per_token` of one sequence; None where unknown."""
+        """`peak_bytes` of the worker so far and `kv_cache_bytes_per_token` of one sequence; None where unknown.
+
+        With windows there is no one number of bytes for a token.
+        """
         return model.ask("memory")
 
     def version(self, model: Worker) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def render_bench(result: Mapping[str, Any]) -> str:
             f"{facts['tokens_per_second_per_device']:,.1f}",
             f"{facts['time_to_first_token_ms']:,.1f}",
             f"{facts['decode_step_ms']:,.2f}",
-            f"{facts['kv_cache_bytes'] / 1e6:,.1f}",
+            "unknown" if facts["kv_cache_bytes"] is None else f"{facts['kv_cache_bytes'] / 1e6:,.1f}",
             f"{row['speedup']:.3f}x" if model == "child" else "",
         )
         for name, row in scenarios.items()

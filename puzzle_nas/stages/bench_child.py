@@ -81,7 +81,8 @@ def bench(
         for model in MODELS:
             facts, per_token = row[model], memory[model]["kv_cache_bytes_per_token"]
             facts["tokens_per_second_per_device"] = facts["tokens_per_second"] / loading.tensor_parallel
-            facts["kv_cache_bytes"] = per_token * facts["batch_size"] * row["tokens_per_request"]
+            tokens = facts["batch_size"] * row["tokens_per_request"]
+            facts["kv_cache_bytes"] = None if per_token is None else per_token * tokens
     result["load_average_1_min_after"] = os.getloadavg()[0]
     return result
 

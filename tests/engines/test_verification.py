@@ -287,3 +287,12 @@ def test_times_and_memory_come_from_the_engine(name, exporter, itemsize, tmp_pat
     assert memory["kv_cache_bytes_per_token"] == 7 * 16 * 2 * itemsize
     assert memory["peak_bytes"] > 1e6
     assert json.dumps(memory)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("qwen3", 8 * 4 * 16 * 2 * 2), ("gemma3_text", None)])
+def test_caches_of_parents_own_layers_have_a_size_unless_there_are_windows(name, expected, tmp_path):
+    EXPORTERS["gguf"].write(own_layers_of(name), tmp_path, "float32")
+    engine = SERVING_ENGINES["llama.cpp"]
+    with engine.load(tmp_path, "float32", threads=1) as loaded:
+        engine.prepare(loaded)
+        assert engine.memory(loaded)["kv_cache_bytes_per_token"] == expected
