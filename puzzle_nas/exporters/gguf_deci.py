@@ -12,7 +12,6 @@ Source: llama.cpp, src/models/deci.cpp, and its convert_hf_to_gguf.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +25,7 @@ from puzzle_nas.exporters.base import Child
 from puzzle_nas.exporters.gguf_contents import Contents, Tensors
 from puzzle_nas.exporters.llama_like import problems
 from puzzle_nas.families import head_dim_of
+from puzzle_nas.parents.gguf_config import llama3_factors
 from puzzle_nas.specs import GatedFFN, GroupedAttention, Linear, NoOp, Spec
 
 SMALLEST_WIDTH = 32
@@ -215,5 +215,4 @@ def _llama3_factors(config: PreTrainedConfig) -> torch.Tensor:
     old, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
     head_dim = head_dim_of(config)
     frequencies = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    smooth = ((old * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / rope["factor"] + smooth)).float()
+    return llama3_factors(frequencies, rope["factor"], low, high, old).float()

@@ -32,6 +32,8 @@ BLOCK_COLUMNS = 64
 """Columns that are rounded before what they did reaches the columns behind them."""
 WEIGHTS_AT_ONCE = 1 << 17
 """Weights whose scales are searched together: what is computed on the way stays in a core's cache."""
+LARGEST = 1 << 25
+"""Weights of one matrix that are rounded together: what is computed on the way takes forty bytes for each."""
 
 
 def round_matrix(form: Format, weight_OI: torch.Tensor, gram_II: torch.Tensor | None = None) -> Rounded:
@@ -49,6 +51,10 @@ def round_matrix(form: Format, weight_OI: torch.Tensor, gram_II: torch.Tensor | 
     """
     if not isinstance(form, GridFormat):
         return form.nearest(weight_OI)
+    if weight_OI.numel() > LARGEST:
+        # Heads, mostly. Rows do not depend on each other.
+        rows = weight_OI.split(max(1, LARGEST // weight_OI.shape[1]))
+        return Rounded.joined([round_matrix(form, part, gram_II) for part in rows])
     if gram_II is None:
         return scale_search(form, weight_OI, torch.ones_like(weight_OI[0]))
     gram = damped(gram_II, RIDGE)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from puzzle_nas.formats import rounding
 from puzzle_nas.formats.registry import FORMATS
 from puzzle_nas.formats.rounding import (
     damped,
@@ -146,3 +147,13 @@ def test_without_a_gram_matrix_scales_are_searched_and_floats_are_rounded_to_nea
     searched = round_matrix(FORMATS["q4_0"], w).dequantised()
     assert (searched - w).square().sum() < (FORMATS["q4_0"].nearest(w).dequantised() - w).square().sum()
     assert torch.equal(round_matrix(FORMATS["bf16"], w).dequantised(), w.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q4_0", "mxfp4", "int8"])
+def test_large_matrices_are_rounded_some_rows_at_a_time_to_the_same(name, monkeypatch):
+    w, gram = problem(3, outputs=11)
+    whole = round_matrix(FORMATS[name], w, gram)
+    monkeypatch.setattr(rounding, "LARGEST", 4 * 256)
+    parts = round_matrix(FORMATS[name], w, gram)
+    assert torch.equal(parts.codes_OI, whole.codes_OI)
+    torch.testing.assert_close(parts.dequantised(), whole.dequantised())
