@@ -315,7 +315,7 @@ class RunFolder:
         )
 
     def add_seconds(self, stage: str, seconds: float, peak_memory_bytes: int = 0) -> None:
-        """Add wall time to a stage's account (sums over interrupted tries), and the process's peak memory by then."""
+        """Add wall time to a stage's account (sums over interrupted tries), and note its process's peak memory."""
         path = self / "seconds" / f"{stage}.json"
         before = read_json(path) if path.exists() else {"seconds": 0.0}
         peak = max(peak_memory_bytes, before.get("peak_memory_bytes", 0))

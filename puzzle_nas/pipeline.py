@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,6 +149,7 @@ def run_stage(
     if source is None:
         return
     begin = time.perf_counter()
+    _forget_peak_memory()
     try:
         if stage.shared or parallel.is_first():
             stage.run(recipe, run)
@@ -190,8 +192,14 @@ def _require_runnable(stage: Stage, recipe: Recipe) -> None:
         raise RecipeError(why)
 
 
+def _forget_peak_memory() -> None:
+    """Let a stage's peak be its own on Linux; on other systems it is that of the process so far."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak_memory_bytes() -> int:
-    """Of this process so far, main memory."""
+    """Of this process, main memory."""
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -7,7 +7,7 @@ import pytest
 
 import puzzle_nas.stages
 from puzzle_nas import pipeline
-from puzzle_nas.artifacts import RunFolder
+from puzzle_nas.artifacts import RunFolder, read_json
 from puzzle_nas.recipe import Recipe, Settings
 from puzzle_nas.recipe_text import parse_recipe
 from puzzle_nas.stages import EVERYTHING, STAGES, WITHOUT_EFFECT, Stage
@@ -132,3 +132,18 @@ def test_every_stage_is_the_file_of_its_name_and_comes_after_what_it_needs():
     for number, stage in enumerate(STAGES):
         assert set(stage.needs) <= set(names[:number])
         assert callable(importlib.import_module(f"puzzle_nas.stages.{stage.name}").run)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's way to forget a peak")
+def test_a_stage_is_not_charged_for_the_memory_of_those_before(tiny_settings, tmp_path, monkeypatch):
+    run, folder = Stage.run, RunFolder(tmp_path / "run")
+
+    def first_takes_more(stage, recipe, folder):
+        filled = b"1" * (512 << 20 if stage.name == "prepare_parent" else 0)
+        run(stage, recipe, folder)
+        del filled
+
+    monkeypatch.setattr(Stage, "run", first_takes_more)
+    pipeline.run_stages(Recipe.model_validate(tiny_settings), folder, last="prepare-data")
+    first, second = (read_json(folder / f"seconds/{n}.json") for n in ("prepare_parent", "prepare_data"))
+    assert first["peak_memory_bytes"] - second["peak_memory_bytes"] > 256 << 20
