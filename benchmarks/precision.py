@@ -54,7 +54,7 @@ from puzzle_nas.engines import LlamaCppEngine
 from puzzle_nas.errors import InfeasibleError
 from puzzle_nas.families import find_checkpoint, load_model, load_tokenizer, parent_checkpoint, save_model
 from puzzle_nas.formats.stored import FILE, read_matrices, write_matrices
-from puzzle_nas.library import assemble
+from puzzle_nas.library import assemble, rounded_ends_of
 from puzzle_nas.machine import describe, machine_of, usable_cores
 from puzzle_nas.scoring.comparison import ParentReference
 from puzzle_nas.specs import GatedFFN
@@ -146,7 +146,8 @@ class Children:
         folder = self.folder(architecture)
         if not (folder / "made.json").exists():
             child = assemble(self.run, self.parent, architecture)
-            matrices = refit(self.parent, child, self.calibration, goals=self.goals)
+            ends = rounded_ends_of(self.run, self.parent, architecture)
+            matrices = refit(self.parent, child, self.calibration, goals=self.goals, already=ends)
             with complete_folder(folder / "start") as partial:
                 save_model(child, None, partial)
                 write_matrices(matrices, partial / FILE)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,21 @@ def explained_disk_errors(path: Path):
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that its final name only ever names the whole of it."""
+    write_whole(path, lambda partial: partial.write_bytes(data))
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have a file written under another name, and give it its own once it is whole and on the disk."""
     with explained_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
+            partial.touch()
+            mode = partial.stat().st_mode
+            write(partial)
+            # See `complete_folder`.
+            partial.chmod(mode)
+            with open(partial, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
         except BaseException:
@@ -127,6 +135,11 @@ def complete_folder(path: Path):
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        # As those of any program: safetensors' own are for their owner alone, and engines may run as somebody else.
+        mode = partial.stat().st_mode & 0o666
+        for file in partial.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                file.chmod(mode)
         if path.exists():
             shutil.rmtree(path)
         os.replace(partial, path)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import safetensors.torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from puzzle_nas.architecture import Architecture, choice_id
-from puzzle_nas.artifacts import RunFolder, file_checksum, read_json, write_bytes, write_json
+from puzzle_nas.artifacts import RunFolder, file_checksum, read_json, write_json, write_whole
 from puzzle_nas.errors import ArtifactError
 from puzzle_nas.families import Anatomy, SubBlock, architecture_of, build, child_config
 from puzzle_nas.families.loading import aligned
@@ -52,12 +54,12 @@ def write_variant(
         matrices: what the variant stores in a format, by the names of `weights`.
     """
     tensors = {name: w.detach().cpu().contiguous().clone() for name, w in weights.items()}
-    write_bytes(path, safetensors.torch.save(tensors))
-    write_matrices(matrices or {}, matrices_path(path))
+    write_whole(path, partial(save_file, tensors))
     parameters = sum(w.numel() for w in tensors.values())
     what = {"spec": specs[0].to_dict()} if len(specs) == 1 else {"specs": [spec.to_dict() for spec in specs]}
     made = {"parameters": parameters, "checksum": file_checksum(path)}
     if matrices:
+        write_whole(matrices_path(path), partial(write_matrices, matrices))
         made["matrices_checksum"] = file_checksum(matrices_path(path))
     write_json(facts_path(path), {**what, **made, **facts})
 
@@ -163,10 +165,23 @@ def rounded_already(run: RunFolder, parent: PreTrainedModel, architecture: Archi
         if spec.format and spec.plain == own.layers[layer][slot]:
             matrices = _read_matrices(run.initial_variant(layer, spec.id))
             found[layer, slot] = {f"{prefix}{layer}.{name}": matrix for name, matrix in matrices.items()}
-    if architecture.head.format:
-        behind = len(architecture.layers)
-        path = run.initial_variant(behind, architecture.head.id)
-        found[behind, architecture.head.slot] = _read_matrices(path)
+    return _there(found, parent) | rounded_ends_of(run, parent, architecture)
+
+
+def rounded_ends_of(run: RunFolder, parent: PreTrainedModel, architecture: Architecture) -> dict[Place, Matrices]:
+    """Of `rounded_already` the embeddings and the LM head, which no refitting changes.
+
+    Raises:
+        ArtifactError: a file of the library is missing or corrupted.
+    """
+    head, behind = architecture.head, len(architecture.layers)
+    if not head.format:
+        return {}
+    return _there({(behind, head.slot): _read_matrices(run.initial_variant(behind, head.id))}, parent)
+
+
+def _there(found: Mapping[Place, Matrices], parent: PreTrainedModel) -> dict[Place, Matrices]:
+    """On the parent's device, without what is empty."""
     return {
         place: {n: m.to(parent.device) for n, m in matrices.items()} for place, matrices in found.items() if matrices
     }

@@ -24,7 +24,7 @@ from puzzle_nas.effort import MIN_DIFFERENT, Effort
 from puzzle_nas.errors import InfeasibleError
 from puzzle_nas.estimates import finite
 from puzzle_nas.families import architecture_of
-from puzzle_nas.library import assemble, block_subblocks, rounded_already
+from puzzle_nas.library import assemble, block_subblocks, rounded_already, rounded_ends_of
 from puzzle_nas.progress import console, progress
 from puzzle_nas.recipe import Recipe
 from puzzle_nas.scoring.comparison import ParentReference
@@ -81,7 +81,10 @@ class Trials:
                     already = rounded_already(self.run, self.parent, architecture)
                     rounded(self.parent, child, self._calibration, already, self._goals)
                 return {"selection_kl_nats": {"assembled": finite(self._selection.compare(child).kl_nats)}}
-            kl = refit_if_better(self.parent, child, self._selection, self._calibration, goals=self._goals)[2]
+            ends = rounded_ends_of(self.run, self.parent, architecture)
+            kl = refit_if_better(
+                self.parent, child, self._selection, self._calibration, goals=self._goals, already=ends
+            )[2]
             return {"selection_kl_nats": {"assembled": kl.before, "refitted": kl.after}}
 
         found = self._kept(architecture, "KL", measure)["selection_kl_nats"]

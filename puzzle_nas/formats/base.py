@@ -83,10 +83,11 @@ class Rounded:
         """The matrix as an engine reads it, float32 [O, I], bit for bit."""
         if self.grid is None:
             return self.codes_OI.float()
-        groups = self.codes_OI.float().unflatten(1, (self.grid.step_OG.shape[1], -1))
-        values = groups * self.grid.step_OG.unsqueeze(-1)
+        # A copy, since float32 codes do not exist: in place, for heads are large.
+        values = self.codes_OI.float().unflatten(1, (self.grid.step_OG.shape[1], -1))
+        values.mul_(self.grid.step_OG.unsqueeze(-1))
         if self.grid.offset_OG is not None:
-            values = values + self.grid.offset_OG.unsqueeze(-1)
+            values.add_(self.grid.offset_OG.unsqueeze(-1))
         return values.flatten(1)
 
 

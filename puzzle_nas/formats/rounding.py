@@ -32,7 +32,7 @@ BLOCK_COLUMNS = 64
 """Columns that are rounded before what they did reaches the columns behind them."""
 WEIGHTS_AT_ONCE = 1 << 17
 """Weights whose scales are searched together: what is computed on the way stays in a core's cache."""
-LARGEST = 1 << 25
+LARGEST = 1 << 24
 """Weights of one matrix that are rounded together: what is computed on the way takes forty bytes for each."""
 
 

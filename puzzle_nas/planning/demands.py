@@ -40,6 +40,8 @@ HELD_BACK_TOKENS, REFITTED_TOKENS, ROUNDED_TOKENS = 1024, 8192, 8192
 """To choose between initialisations, to refit the candidates of a search with, and to round own sub-blocks with."""
 ROUNDING_PASSES = {True: 5, False: 21}
 """Products of a matrix's errors with its Gram matrix while it is rounded: to eight bits, and to fewer."""
+ROUNDED_AT_ONCE, ROUNDING_BYTES, ROUNDED_BYTES = 1 << 24, 40, 8
+"""Weights that are rounded together, what each takes, and its codes and what engines read of them."""
 TIMING_REPEATS = 5
 """Of parent and child, at the end."""
 SPEED_CHECKS, SPEED_REPEATS = 2, 14
@@ -142,9 +144,16 @@ def build_library(counts: Counts) -> Demand:
                     work += counts.replacement(held_back, layer, (spec,)) * tried
     for form in counts.formats:
         work += sum((_rounded(counts, min(tokens, ROUNDED_TOKENS), *own, form) for own in parent), Work())
+    ends, hidden = counts.size.hidden * counts.size.vocabulary, counts.size.hidden
+    forms = [head.format for head in counts.space.heads if head.format]
+    for form in forms:
+        work += counts.gram(tokens, hidden) + _passes(form, 2.0 * ends * hidden)
+    during = max(_statistics_bytes(counts, layer) for layer in counts.layers) + counts.logit_bytes(2)
+    if forms:
+        during = max(during, ends * (ROUNDED_BYTES + 2 * counts.itemsize) + ROUNDING_BYTES * min(ends, ROUNDED_AT_ONCE))
     held = counts.walked_bytes + counts.stream_bytes(tokens + 2 * held_back) + counts.running_bytes(BATCH_TOKENS)
-    held += max(_statistics_bytes(counts, layer) for layer in counts.layers) + counts.logit_bytes(2)
-    return Demand("build_library", work, held, counts.walked_bytes, counts.library_bytes)
+    disk = counts.library_bytes + len(forms) * ends * (1 + counts.itemsize)
+    return Demand("build_library", work, held + during, counts.walked_bytes, disk)
 
 
 def _candidates(spec: Spec, own: Spec) -> int:
@@ -165,9 +174,14 @@ def _rounded(counts: Counts, tokens: float, layer: int, slot: str, own: Spec, fo
     inside = max(0, size.multiplied - last * hidden)
     work = counts.passed(2 * tokens, size, 2) + counts.gram(tokens, hidden) + counts.gram(tokens, last, hidden)
     products = 2.0 * (inside * hidden + last * hidden * last)
+    return work + counts.solved(last, hidden) + _passes(form, products)
+
+
+def _passes(form: str, products: float) -> Work:
+    """Of the FLOPs of one product of the errors with the Gram matrix, all that rounding takes."""
     # In float32, which is twice as fast as float64.
     has_eight_bits = LAYOUTS[form].block_bytes >= LAYOUTS[form].block
-    return work + counts.solved(last, hidden) + Work(float64_flops=ROUNDING_PASSES[has_eight_bits] * products / 2)
+    return Work(float64_flops=ROUNDING_PASSES[has_eight_bits] * products / 2)
 
 
 def _closed_form(counts: Counts, layer: int, spec: Spec, tokens: float) -> Work:

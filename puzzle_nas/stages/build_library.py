@@ -18,7 +18,7 @@ from puzzle_nas.library import variant_is_stored, write_variant
 from puzzle_nas.progress import progress
 from puzzle_nas.recipe import Recipe, search_space_of
 from puzzle_nas.scoring.replacement import ReplacementWalk
-from puzzle_nas.specs import Spec
+from puzzle_nas.specs import Head, Spec
 from puzzle_nas.subblocks import (
     Context,
     LayerStatistics,
@@ -79,12 +79,7 @@ def run(recipe: Recipe, run: RunFolder) -> None:
                 walk.advance()
         final = [parts.norm(batch) for batch in batches] if len(space.heads) > 1 else []
         for head in space.heads[1:]:
-            assert head.format is not None
-            path = run.initial_variant(len(parts.layers), head.id)
-            if not variant_is_stored(path):
-                ends = rounded_ends(parent, head.format, final)
-                weights = {name: matrix.weight_OI.to(parent.dtype) for name, matrix in ends.items()}
-                write_variant(path, [head], weights, ROUNDED, ends)
+            _round_head(run, parent, head, final)
 
 
 ROUNDED = {"initialisation": "rounded", "chosen": "rounded"}
@@ -107,6 +102,16 @@ def _round_own(
                 weights, matrices = rounded_alone(parent, index, spec, hidden, goal, inputs)
                 write_variant(run.initial_variant(index, spec.id), [spec], weights, ROUNDED, matrices)
         hidden = goal
+
+
+def _round_head(run: RunFolder, parent: PreTrainedModel, head: Head, final: Sequence[torch.Tensor]) -> None:
+    """Embeddings and LM head in a format; `final` are the parent's final hidden states, each [B, T, D]."""
+    assert head.format is not None
+    path = run.initial_variant(len(Anatomy(parent).layers), head.id)
+    if not variant_is_stored(path):
+        ends = rounded_ends(parent, head.format, final)
+        weights = {name: matrix.weight_OI.to(parent.dtype) for name, matrix in ends.items()}
+        write_variant(path, [head], weights, ROUNDED, ends)
 
 
 def _initialise(

@@ -11,7 +11,7 @@ from puzzle_nas.data.batches import load_tokens
 from puzzle_nas.families import load_parent, load_tokenizer, save_model
 from puzzle_nas.families.loading import parent_checkpoint
 from puzzle_nas.formats.stored import FILE, write_matrices
-from puzzle_nas.library import assemble
+from puzzle_nas.library import assemble, rounded_ends_of
 from puzzle_nas.progress import progress
 from puzzle_nas.recipe import Recipe
 from puzzle_nas.report.model_card import model_card
@@ -30,8 +30,9 @@ def run(recipe: Recipe, run: RunFolder) -> None:
     found = read_json(run.architecture())
     architecture = Architecture.from_list(found["architecture"])
     child, calibration = assemble(run, parent, architecture, found["library"]), load_tokens(run, "calibration")
+    ends = rounded_ends_of(run, parent, architecture)
     with progress("refit, layer", parent.config.num_hidden_layers) as ticker:
-        better, stored, kl = refit_if_better(parent, child, reference, calibration, ticker.advance)
+        better, stored, kl = refit_if_better(parent, child, reference, calibration, ticker.advance, already=ends)
     if kl.kept:
         with complete_folder(run / "child-refit") as partial:
             save_model(better, load_tokenizer(parent_checkpoint(run)), partial)

@@ -15,14 +15,15 @@ import safetensors
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from puzzle_nas.artifacts import (
     complete_folder,
     explained_disk_errors,
     file_checksum,
     read_json,
-    write_bytes,
     write_json,
+    write_whole,
 )
 from puzzle_nas.errors import ArtifactError
 from puzzle_nas.progress import console
@@ -34,7 +35,8 @@ CHECKSUMS = "checksums.json"
 def write_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], step: int) -> None:
     """Write tensors, from any device, and the step to continue with."""
     kept = {name: w.detach().cpu().contiguous().clone() for name, w in tensors.items()}
-    write_bytes(path, safetensors.torch.save(kept, {"step": str(step), "checksum": _checksum(kept, step)}))
+    facts = {"step": str(step), "checksum": _checksum(kept, step)}
+    write_whole(path, lambda partial: save_file(kept, partial, facts))
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], int] | None:

@@ -6,16 +6,18 @@ Shapes: S sequences in the split, B of them in a batch, T tokens, N = B * T, D h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import safetensors
 import safetensors.torch
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from puzzle_nas.artifacts import write_bytes
+from puzzle_nas.artifacts import write_whole
 from puzzle_nas.families import Anatomy, Head
 from puzzle_nas.progress import progress
 from puzzle_nas.scoring.comparison import ParentReference
@@ -119,7 +121,7 @@ class StoredParent:
             for path, tokens in mine:
                 rows = [likeliest(parent, row.unsqueeze(0).to(parent.device), top_k) for row in tokens]
                 tensors = {name: torch.stack([row[name] for row in rows]) for name in STORED}
-                write_bytes(path, safetensors.torch.save(tensors))
+                write_whole(path, partial(save_file, tensors))
                 ticker.advance()
         if parallel.is_first():
             reference = ParentReference(parent, selection_ST)
@@ -127,7 +129,7 @@ class StoredParent:
             head = Anatomy(parent).head
             shape = torch.tensor([head.divisor, head.cap or 0.0], dtype=torch.float64)
             weight = head.weight.detach().cpu().contiguous()
-            write_bytes(measured, safetensors.torch.save({"head": weight, "head_shape": shape, **finals}))
+            write_whole(measured, partial(save_file, {"head": weight, "head_shape": shape, **finals}))
         parallel.gathered(())
 
     def outputs(

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import TypeAlias
 
 import torch
@@ -29,6 +30,7 @@ from puzzle_nas.families import Anatomy, LayerInputs, SubBlock, architecture_of
 from puzzle_nas.formats.registry import format_of
 from puzzle_nas.formats.rounding import damped, round_matrix
 from puzzle_nas.formats.stored import Matrices, Matrix, parameter_of, put
+from puzzle_nas.library import Place
 from puzzle_nas.machine import free_bytes
 from puzzle_nas.scoring.comparison import ParentReference
 from puzzle_nas.scoring.replacement import final_states
@@ -40,7 +42,8 @@ from puzzle_nas.subblocks.statistics import fast_products, inverse_norm
 BATCH_TOKENS = 4096
 RIDGE_TOKENS = 6144.0
 """The pull towards the present weights is as strong as so many tokens of the calibration text are on the mean."""
-Goals: TypeAlias = dict[tuple[int, str], list[torch.Tensor]]
+NOTHING: Mapping[Place, Matrices] = MappingProxyType({})
+Goals: TypeAlias = dict[Place, list[torch.Tensor]]
 """The parent's residual stream after each sub-block, by layer and slot, each [B, T, D]."""
 
 
@@ -57,11 +60,13 @@ def refit(
     tokens_ST: torch.Tensor,
     on_layer: Callable[[], None] = lambda: None,
     goals: Goals | None = None,
+    already: Mapping[Place, Matrices] = NOTHING,
 ) -> Matrices:
     """Correct the child in place, bottom to top. Weights that it shares with the parent are replaced, not changed.
 
     Args:
         goals: what is in it is not computed again, and what is not is put there.
+        already: what is rounded and stays as it is, as for `rounded`.
 
     Returns:
         What is stored in formats, by the names of the weights.
@@ -69,14 +74,14 @@ def refit(
     Raises:
         FormatError: a format does not hold a matrix.
     """
-    return _walked(parent, child, tokens_ST, goals, RIDGE_TOKENS / tokens_ST.numel(), {}, on_layer)
+    return _walked(parent, child, tokens_ST, goals, RIDGE_TOKENS / tokens_ST.numel(), already, on_layer)
 
 
 def rounded(
     parent: PreTrainedModel,
     child: PreTrainedModel,
     tokens_ST: torch.Tensor,
-    already: Mapping[tuple[int, str], Matrices],
+    already: Mapping[Place, Matrices],
     goals: Goals | None = None,
 ) -> Matrices:
     """Round what the child stores in formats, in place, and correct nothing.
@@ -92,13 +97,15 @@ def rounded(
         FormatError: a format does not hold a matrix.
     """
     architecture = architecture_of(child.config)
-    stored = {name: matrix for matrices in already.values() for name, matrix in matrices.items()}
-    put(child, stored)
     missing = {(layer, slot) for layer, slot, spec in architecture if spec.format and not spec.empty} - set(already)
     if architecture.head.format:
         missing |= {(len(architecture.layers), architecture.head.slot)} - set(already)
-    if missing:
-        stored |= _walked(parent, child, tokens_ST, goals, None, already)
+    return _walked(parent, child, tokens_ST, goals, None, already) if missing else _taken(child, already)
+
+
+def _taken(child: PreTrainedModel, already: Mapping[Place, Matrices]) -> Matrices:
+    stored = {name: matrix for matrices in already.values() for name, matrix in matrices.items()}
+    put(child, stored)
     return stored
 
 
@@ -108,11 +115,11 @@ def _walked(
     tokens_ST: torch.Tensor,
     goals: Goals | None,
     ridge: float | None,
-    already: Container[tuple[int, str]],
+    already: Mapping[Place, Matrices],
     on_layer: Callable[[], None] = lambda: None,
 ) -> Matrices:
     """Every sub-block but those that are rounded `already`, from the bottom to the top."""
-    architecture, stored = architecture_of(child.config), dict[str, Matrix]()
+    architecture, stored = architecture_of(child.config), _taken(child, already)
     batches = tokens_ST.split(max(1, BATCH_TOKENS // tokens_ST.shape[1]))
     theirs, mine = Anatomy(parent), Anatomy(child)
     their_inputs, my_inputs = (parts.inputs(tokens_ST.shape[1]) for parts in (theirs, mine))
@@ -171,14 +178,18 @@ def refit_if_better(
     tokens_ST: torch.Tensor,
     on_layer: Callable[[], None] = lambda: None,
     goals: Goals | None = None,
+    already: Mapping[Place, Matrices] = NOTHING,
 ) -> tuple[PreTrainedModel, Matrices, RefitKL]:
     """The better of a child and its refitted copy on the reference's text, and what it stores in formats.
 
     The child stays as it is. One in formats, which is not rounded yet, is only measured refitted.
+
+    Args:
+        goals, already: as for `refit`.
     """
     # Tensors are shared: refitting replaces those that it changes.
     refitted = copy.deepcopy(child, {id(tensor): tensor for tensor in (*child.parameters(), *child.buffers())})
-    stored = refit(parent, refitted, tokens_ST, on_layer, goals)
+    stored = refit(parent, refitted, tokens_ST, on_layer, goals, already)
     before = None if stored else finite(reference.compare(child).kl_nats)
     found = RefitKL(before, finite(reference.compare(refitted).kl_nats))
     return (refitted, stored, found) if found.kept else (child, {}, found)

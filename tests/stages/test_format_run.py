@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -22,12 +23,15 @@ from puzzle_nas.evaluation.evaluate import Asked, evaluate
 from puzzle_nas.exporters import EXPORTERS, Child
 from puzzle_nas.families import architecture_of, load_model, load_parent
 from puzzle_nas.formats.stored import FILE, read_matrices
-from puzzle_nas.library import matrices_path, read_variant, rounded_already
+from puzzle_nas.library import assemble, matrices_path, read_variant, rounded_already, rounded_ends_of
 from puzzle_nas.machine import machine_of
 from puzzle_nas.pipeline import open_run
+from puzzle_nas.scoring.comparison import ParentReference
+from puzzle_nas.scoring.replacement import final_states
 from puzzle_nas.specs import Head
 from puzzle_nas.stages import distill_child
 from puzzle_nas.training import parallel
+from puzzle_nas.training.refitting import refit_if_better, rounded_ends
 from tests.conftest import puzzle
 from tests.stages.test_bad_input import check_refused
 
@@ -130,6 +134,22 @@ def test_assembled_it_is_what_was_scored(run):
                 assert torch.equal(weights[prefix + name], weight), (folder, layer, name)
                 number += 1
     assert number
+
+
+def test_refitting_keeps_the_ends_that_the_library_rounded(run):
+    parent = load_parent(open_run(run), run)
+    own = architecture_of(parent.config)
+    child = dataclasses.replace(own, head=own.head.stored("q4_0"))
+    (ends,) = rounded_ends_of(run, parent, child).values()
+    tokens = load_tokens(run, "calibration")[:4]
+    reference = ParentReference(parent, load_tokens(run, "selection"))
+    place = (len(own.layers), own.head.slot)
+    _, stored, _ = refit_if_better(parent, assemble(run, parent, child), reference, tokens, already={place: ends})
+    assert stored.keys() == ends.keys() == {"model.embed_tokens.weight"}
+    assert all(torch.equal(stored[name].rounded.codes_OI, matrix.rounded.codes_OI) for name, matrix in ends.items())
+    # On other text they would be others.
+    again = rounded_ends(parent, "q4_0", final_states(parent, tokens, 4))
+    assert not all(torch.equal(again[name].rounded.codes_OI, m.rounded.codes_OI) for name, m in ends.items())
 
 
 def test_a_damaged_file_of_codes_is_refused(run, tmp_path):

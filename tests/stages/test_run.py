@@ -218,3 +218,8 @@ def test_global_distillation_lowers_kl_on_text_it_has_not_seen(tiny_run):
         gkd_loss(LiveParent(parent), child, train[blocks], blocks, settings, inputs).backward()
         optimiser.step(step)
     assert independent_kl(parent, child, unseen) < 0.95 * before
+
+
+def test_who_may_read_one_file_of_a_run_may_read_all(tiny_run):
+    modes = {oct(path.stat().st_mode): path for path in tiny_run.rglob("*") if path.is_file()}
+    assert len(modes) == 1, modes
