@@ -2,13 +2,11 @@
 
 Makes the run, or goes on with it, in one thread. Seconds are of that thread's processor time, and so are the rates that
 the plan is made from: what else the machine does counts for little. With --wall they are of the clock, in as many
-threads as the recipe says: that wants a quiet machine. Peaks are of a whole process, so those planned are of the stage
-and all before it.
+threads as the recipe says: that wants a quiet machine.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,14 +32,13 @@ def compared(recipe: Recipe, run: RunFolder) -> Iterator[tuple[str, float]]:
     config = read_config(parent_checkpoint(run))
     size = model_size(meta_model(config), search_space_of(recipe, architecture_of(config)))
     plan = make_plan(recipe, size, measuring.this_machine(recipe, size, run.path))
-    peaks = itertools.accumulate((stage.main_bytes for stage in plan.stages), max)
     planned = recorded = 0.0
-    for stage, peak in zip(plan.stages, peaks, strict=True):
+    for stage in plan.stages:
         found = read_json(run / "seconds" / f"{stage.stage}.json")
         planned, recorded = planned + stage.seconds, recorded + found["seconds"]
         yield f"seconds_planned.{stage.stage}", stage.seconds
         yield f"seconds_recorded.{stage.stage}", found["seconds"]
-        yield f"peak_gigabytes_planned.{stage.stage}", peak / 1e9
+        yield f"peak_gigabytes_planned.{stage.stage}", stage.main_bytes / 1e9
         yield f"peak_gigabytes_recorded.{stage.stage}", found["peak_memory_bytes"] / 1e9
     yield "seconds_planned.all", planned
     yield "seconds_recorded.all", recorded

@@ -184,6 +184,11 @@ class Counts:
     # Bytes
 
     @property
+    def ends(self) -> int:
+        """Weights of the LM head, and as many of the embeddings, which may be the same."""
+        return self.size.hidden * self.size.vocabulary
+
+    @property
     def parent_bytes(self) -> int:
         """All weights."""
         return self.itemsize * self.size.parameters

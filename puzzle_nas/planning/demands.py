@@ -83,8 +83,9 @@ def prepare_parent(counts: Counts) -> Demand:
     parent, parameters = counts.recipe.parent, counts.size.parameters
     if parent.endswith(".gguf") or parent.startswith("package:"):
         seconds = GGUF_SECONDS + GGUF_SECONDS_PER_PARAMETER * parameters
-        # In float32, as read.
-        return Demand("prepare_parent", Work(seconds=seconds), 0, 4 * parameters, counts.parent_bytes)
+        # Twice, as read and in a model; the largest matrix three times in float32 while it is dequantised.
+        held = 2 * counts.parent_bytes + 12 * counts.ends
+        return Demand("prepare_parent", Work(seconds=seconds), 0, held, counts.parent_bytes)
     work = Work(seconds=2, file_bytes=2 * counts.parent_bytes)
     # Of a mapped file, what is looked at.
     return Demand("prepare_parent", work, 0, counts.one_layer_bytes)
@@ -144,7 +145,7 @@ def build_library(counts: Counts) -> Demand:
                     work += counts.replacement(held_back, layer, (spec,)) * tried
     for form in counts.formats:
         work += sum((_rounded(counts, min(tokens, ROUNDED_TOKENS), *own, form) for own in parent), Work())
-    ends, hidden = counts.size.hidden * counts.size.vocabulary, counts.size.hidden
+    ends, hidden = counts.ends, counts.size.hidden
     forms = [head.format for head in counts.space.heads if head.format]
     for form in forms:
         work += counts.gram(tokens, hidden) + _passes(form, 2.0 * ends * hidden)

@@ -12,10 +12,11 @@ from puzzle_nas import pipeline
 from puzzle_nas.artifacts import RunFolder, write_json
 from puzzle_nas.errors import RecipeError
 from puzzle_nas.families import architecture_of
+from puzzle_nas.formats import rounding
 from puzzle_nas.planning import demands as planning_demands
 from puzzle_nas.planning import remaining
 from puzzle_nas.planning.counting import Counts, Work
-from puzzle_nas.planning.demands import SCORED_TOKENS, demands
+from puzzle_nas.planning.demands import ROUNDED_AT_ONCE, SCORED_TOKENS, demands
 from puzzle_nas.planning.machines import GPUS, Machine, named_gpus
 from puzzle_nas.planning.plan import REMEDIES, make_plan
 from puzzle_nas.planning.remaining import Remaining, corrected
@@ -115,6 +116,7 @@ def test_settings_that_save_memory_do(stage, less):
 
 def test_plans_know_what_scoring_holds():
     assert SCORED_TOKENS == {False: BATCH_TOKENS, True: BATCH_TOKENS_ON_GPU}
+    assert ROUNDED_AT_ONCE == rounding.LARGEST
 
 
 def test_memory_is_at_least_what_must_be_there():
@@ -130,6 +132,17 @@ def test_memory_is_at_least_what_must_be_there():
     assert step < asked(is_on_gpu=True)["distill_child"].device_bytes < 1.5 * step
     saved = found["score_blocks"].device_bytes - asked("memory=stream")["score_blocks"].device_bytes
     assert 0.5 * weights < saved < weights
+
+
+def test_a_head_in_a_format_takes_time_memory_and_disk():
+    """Gemma 3 270M: 168 of its 268 M parameters are embeddings. Recorded in float32: 6.5 GB with the process itself."""
+    large = LlamaConfig(vocab_size=262_144, hidden_size=640, intermediate_size=2_048, num_hidden_layers=18)
+    form = ("engine=llama.cpp", "search_space.formats=[q4_0]")
+    plain, found = (asked(*more, config=large)["build_library"] for more in (form[:1], form))
+    ends = 262_144 * 640
+    assert found.work.float64_flops > plain.work.float64_flops + 20 * ends * 640
+    assert found.disk_bytes == plain.disk_bytes + 5 * ends
+    assert found.device_bytes == pytest.approx(5.9e9, rel=0.3)
 
 
 def test_processes_divide_shared_stages_and_shards():
