@@ -66,6 +66,12 @@ def int8_sums_saturate() -> bool:
     return as_told or not (capabilities["avx_vnni"] or capabilities["avx512_vnni"])
 
 
+def has_wide_registers() -> bool:
+    """Whether the processor has AVX-512 or AMX."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_f", "amx_tile"))
+
+
 @functools.cache
 def keep_freed_memory() -> None:
     """Tell glibc to keep what tensors free for the next ones, instead of giving it back page by page.

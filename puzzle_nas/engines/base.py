@@ -221,8 +221,9 @@ class ServingEngine(Engine[Worker]):
         """Why a server ended, from what it wrote."""
         return " / ".join(lines[-3:])[-500:] or "it said nothing"
 
-    def refuse_formats(self, formats: Iterable[str]) -> None:
-        """Refuse formats in which this engine computes something else on this machine.
+    def refuse_here(self, formats: Iterable[str], kv_format: str | None) -> None:
+        """Refuse formats, of weights or of the KV cache, with which this engine computes something else on this
+        machine, or nothing.
 
         Raises:
             ExportError: names the format, and why.
@@ -237,7 +238,7 @@ class ServingEngine(Engine[Worker]):
         """The precision of a finished export.
 
         Raises:
-            ExportError: there is no finished export, or one for another engine, or `refuse_formats`.
+            ExportError: there is no finished export, or one for another engine, or `refuse_here`.
         """
         if not (exported / EXPORT_RECORD).is_file():
             raise ExportError(f"{exported} is not an export. Make one with: puzzle export CHILD --to {self.formats[0]}")
@@ -245,7 +246,7 @@ class ServingEngine(Engine[Worker]):
         if record["format"] not in self.formats:
             formats = " or ".join(self.formats)
             raise ExportError(f"{exported} holds {record['format']}, and {self.name} loads {formats}.")
-        self.refuse_formats(record.get("formats", ()))
+        self.refuse_here(record.get("formats", ()), record.get("kv_format"))
         return record["precision"]
 
     def refuse(self, loading: Loading) -> None:
@@ -262,6 +263,7 @@ class ServingEngine(Engine[Worker]):
         if loading.kv_format is not None and loading.kv_format not in self.kv_formats:
             way_out = f"choose one of {', '.join(self.kv_formats)}" if self.kv_formats else "leave out --kv-format"
             raise ExportError(f"{self.name} has no KV cache in {loading.kv_format}; {way_out}.")
+        self.refuse_here((), loading.kv_format)
 
     @contextmanager
     def load(

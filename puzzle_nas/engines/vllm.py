@@ -14,7 +14,7 @@ from safetensors import safe_open
 import puzzle_nas
 from puzzle_nas.engines.base import LOOPBACK, ServingEngine, Tolerance
 from puzzle_nas.errors import ExportError
-from puzzle_nas.machine import int8_sums_saturate
+from puzzle_nas.machine import has_wide_registers, int8_sums_saturate
 from puzzle_nas.servable import SERVERS
 
 SERVED_KV_CACHE_BYTES = 2 << 30
@@ -61,9 +61,16 @@ class _Vllm(ServingEngine):
         """See `ServingEngine.made_from`; our own package too."""
         return {**super().made_from(), "puzzle_nas": " ".join(_our_package())}
 
-    def refuse_formats(self, formats: Iterable[str]) -> None:
-        """See `ServingEngine.refuse_formats`."""
-        if "int8" in formats and not HAS_GPU and int8_sums_saturate():
+    def refuse_here(self, formats: Iterable[str], kv_format: str | None) -> None:
+        """See `ServingEngine.refuse_here`."""
+        if HAS_GPU:
+            return
+        if kv_format in SERVERS["vllm"].kv_formats and not has_wide_registers():
+            raise ExportError(
+                f"vLLM keeps KV caches in {kv_format} on processors with AVX-512 or AMX only; this one has "
+                "neither: leave kv_format out here, or go to a machine that has it."
+            )
+        if "int8" in formats and int8_sums_saturate():
             raise ExportError(
                 "This processor has no VNNI, and without it vLLM's int8 products overflow and are wrong; "
                 "leave out int8 here, or go to a machine that has it."

@@ -100,9 +100,11 @@ def _check_kv_format(recipe: Recipe, config: PreTrainedConfig) -> None:
     if recipe.kv_format is None:
         return
     number, head_dim = SERVERS[recipe.engine].kv_formats[recipe.kv_format], head_dim_of(config)
-    # Only formats in blocks take parts of bytes.
-    if number % 1 and head_dim % KV_BLOCK:
+    # Formats in blocks take parts of bytes; vLLM's products on CPUs take 32 numbers of fp8 at once.
+    in_blocks = number % 1 or (recipe.engine.startswith("vllm") and ENGINES[recipe.engine].device == "cpu")
+    if in_blocks and head_dim % KV_BLOCK:
+        other = "" if recipe.engine.startswith("vllm") else "set kv_format to f16, or "
         raise RecipeError(
             f"The parent's heads of {head_dim} numbers do not divide into {recipe.kv_format}'s blocks of {KV_BLOCK}; "
-            "set kv_format to f16, or leave it out."
+            f"{other}leave kv_format out."
         )

@@ -54,7 +54,7 @@ def export_child(
         kinds = ", ".join(engine.quantised) or "none"
         raise ExportError(f"{engine.name} does not quantise {to} to {quantise}; types: {kinds}.")
     formats = child.architecture.formats
-    engine.refuse_formats(formats)
+    engine.refuse_here(formats, kv_format)
     if formats and quantise is not None:
         raise ExportError(f"The child is stored in {', '.join(formats)} already; leave out --quantize {quantise}.")
     folder = exports / f"{to}-{quantise or '+'.join(formats) or dtype}"

@@ -59,13 +59,13 @@ def _refuse(recipe: Recipe, examined: Examined) -> None:
     """Refuse what cannot go on, and say where the engine cannot serve the tokenizer: children are then only timed.
 
     Raises:
-        RecipeError, FormatError, ExportError: see `check_shapes`; or this machine computes one of the formats wrongly.
+        RecipeError, FormatError, ExportError: see `check_shapes`; or a format is not computed rightly here.
     """
     check_shapes(recipe, examined.model)
     engine = ENGINES[recipe.engine]
     if not isinstance(engine, ServingEngine):
         return
-    engine.refuse_formats(recipe.search_space.formats)
+    engine.refuse_here(recipe.search_space.formats, recipe.kv_format)
     exporter = EXPORTERS[engine.formats[0]]
     for reason in exporter.reasons(Child(examined.model, examined.tokenizer)):
         console.print(f"  The child will run on {engine.name} but not be exported to {exporter.name}: {reason}.")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 from safetensors.torch import load_file, save_file
 
+import puzzle_nas.engines.vllm
 from puzzle_nas.data.sources import documents
 from puzzle_nas.engines import SERVING_ENGINES, Loading
 from puzzle_nas.engines.server import served
@@ -18,7 +19,7 @@ from puzzle_nas.exporters import EXPORTERS, Child
 from puzzle_nas.exporters.decilm_format import DeciLMExporter
 from puzzle_nas.exporters.vllm_format import VllmExporter
 from puzzle_nas.families import build
-from puzzle_nas.machine import int8_sums_saturate
+from puzzle_nas.machine import has_wide_registers, int8_sums_saturate
 from puzzle_nas.recipe import SourceSettings
 from puzzle_nas.scenario import Scenario
 from puzzle_nas.servable import SERVERS
@@ -221,6 +222,7 @@ def test_times_and_memory_of_a_model_without_tokenizer(vllm, tmp_path):
     assert memory["peak_bytes"] > 1e8
 
 
+@pytest.mark.skipif(not has_wide_registers(), reason="vLLM keeps no such caches without AVX-512 or AMX")
 @pytest.mark.parametrize("kv_format", SERVERS["vllm"].kv_formats)
 def test_a_kv_cache_of_eight_bits(kv_format, vllm, tmp_path, prompts):
     VllmExporter().write(child_of(EVERY_KIND, **HEADS), tmp_path, "bfloat16")
@@ -230,6 +232,16 @@ def test_a_kv_cache_of_eight_bits(kv_format, vllm, tmp_path, prompts):
             found[form] = vllm.log_probabilities(loaded, prompts[1:2])[0]
             assert vllm.memory(loaded)["kv_cache_bytes_per_token"] == 7 * 32 * 2 * (1 if form else 2)
     assert 0 < max(abs(a - b) for a, b in zip(*found.values(), strict=True)) < 1
+
+
+def test_a_processor_without_such_caches(monkeypatch):
+    monkeypatch.setattr(puzzle_nas.engines.vllm, "has_wide_registers", lambda: False)
+    for kind in (VllmEngine, StockVllmEngine):
+        kind().refuse(Loading(kv_format="auto"))
+        with pytest.raises(
+            ExportError, match=r"caches in fp8 on processors with AVX-512 or AMX only.*leave kv_format out"
+        ):
+            kind().refuse(Loading(kv_format="fp8"))
 
 
 def test_tensor_parallelism_that_does_not_fit_is_named():
