@@ -43,8 +43,11 @@ PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 """torch's types by GGML's number."""
 
 
-# transformers reads the tensors of these too, once it knows the number of heads.
-_HEADS = {"attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads"}
+# transformers reads the tensors of these too once it knows of them, and of the fields that undo the pairing.
+_HEADS: dict[str, Any] = {
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+}
 for _name in (*NEIGHBOURS, "olmo2"):
     GGUF_SUPPORTED_ARCHITECTURES.append(_name)
     GGUF_TO_TRANSFORMERS_MAPPING["config"][_name] = _HEADS
