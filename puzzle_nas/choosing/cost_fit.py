@@ -26,7 +26,8 @@ from puzzle_nas.specs import Head, NoOp, Spec
 EMPTY = "empty"
 """Name of the model without sub-blocks: embeddings, final norm and LM head."""
 KEPT_LAYERS = (2, 4)
-"""Where engines remove nothing but whole layers, and not all: every so-many-th layer of the parent is left."""
+"""Where engines remove nothing but whole layers, and not all: the first of so many parts of the parent is left, as
+what some compute in a layer follows from its number."""
 PARENT = "parent"
 PARENT_WEIGHT = 4.0
 """The parent's time counts this much more than another model's: every speed-up is relative to it."""
@@ -60,7 +61,7 @@ def uniform_models(space: SearchSpace, whole_layers: bool = False) -> dict[str, 
     """
     parent = space.parent
     layers = range(len(parent.layers))
-    fewer = {f"1 layer of {n}": parent.without(set(layers) - set(layers[::n])) for n in KEPT_LAYERS}
+    fewer = {f"1 layer of {n}": parent.without(layers[math.ceil(len(layers) / n) :]) for n in KEPT_LAYERS}
     models = {**(fewer if whole_layers else {EMPTY: parent.without(layers)}), PARENT: parent}
     for part in parts_of(space):
         if whole_layers and part.spec.empty:

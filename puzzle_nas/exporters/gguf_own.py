@@ -21,17 +21,18 @@ from transformers import PreTrainedConfig
 from puzzle_nas.errors import CheckpointError
 from puzzle_nas.exporters.base import Child
 from puzzle_nas.exporters.gguf_contents import Contents, Tensors
+from puzzle_nas.exporters.gguf_deci import neighbouring_pairs
 from puzzle_nas.families import head_dim_of
-from puzzle_nas.parents.gguf_config import ARCHITECTURES, gguf_config
-from puzzle_nas.parents.gguf_file import GGUFFile
+from puzzle_nas.parents.gguf_config import ARCHITECTURES, as_written, gguf_config
+from puzzle_nas.parents.gguf_file import NEIGHBOURS, GGUFFile
 
 NAMES = {known.model_type: name for name, known in ARCHITECTURES.items()}
 """llama.cpp's names of architectures, by transformers' names of families."""
 NOT_COMPUTED = re.compile(
     r"_token_id$|dropout|initializer_range|^(model_type|parent_type|architectures|dtype|transformers_version|use_cache"
-    r"|_name_or_path|max_window_layers)$"
+    r"|_name_or_path|max_window_layers|no_rope_layer_interval)$"
 )
-"""Fields of a configuration that change no logits."""
+"""Fields of a configuration that change no logits, or say by rule what another says layer by layer."""
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -42,8 +43,8 @@ def own_problems(child: Child) -> list[str]:
     found, config = [], child.config
     if child.family == "phi3" and config.max_position_embeddings > (config.sliding_window or math.inf):
         found.append("it has a sliding window, which llama.cpp leaves out of phi3")
-    if child.family == "gemma2" and not config.tie_word_embeddings:
-        found.append("it has an LM head of its own, which gemma2 lacks")
+    if child.family == "olmo2" and config.tie_word_embeddings:
+        found.append("its LM head is its embeddings, where olmo2 has one of its own")
     return found + _misread(child)
 
 
@@ -53,7 +54,7 @@ def _misread(child: Child) -> list[str]:
     writer = gguf.GGUFWriter(None, architecture)
     _write_sizes(config, kept, writer)
     metadata = {key: value.value for key, value in writer.kv_data[0].items()}
-    tensors = {} if config.tie_word_embeddings else {"output.weight": ((), 0)}
+    tensors = {name: ((), 0) for name in _names(child, kept).values() if name}
     try:
         read = gguf_config(GGUFFile(Path("model.gguf"), metadata, tensors, {})).to_dict()
     except CheckpointError as error:
@@ -63,8 +64,15 @@ def _misread(child: Child) -> list[str]:
     return [
         f"it has {name} = {own[name]}, where llama.cpp's {architecture} would take {read[name]}"
         for name in sorted(computed)
-        if own[name] != read[name]
+        if _in_float32(own[name]) != _in_float32(read[name])
     ]
+
+
+def _in_float32(value: Any) -> Any:
+    """A field of a configuration as GGUF keeps numbers."""
+    if isinstance(value, dict):
+        return {name: _in_float32(part) for name, part in value.items()}
+    return as_written(value) if isinstance(value, float) else value
 
 
 def own_contents(child: Child) -> Contents:
@@ -80,8 +88,10 @@ def kept_layers(child: Child) -> list[int]:
 
 def _of_kept_layers(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
     """The configuration of the parent without the other layers."""
-    types = getattr(config, "layer_types", None)
-    fields = {"num_hidden_layers": len(kept)} | ({} if types is None else {"layer_types": [types[n] for n in kept]})
+    fields: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    for name in ("layer_types", "no_rope_layers"):
+        if (by_layer := getattr(config, name, None)) is not None:
+            fields[name] = [by_layer[n] for n in kept]
     return config.to_dict() | fields
 
 
@@ -111,6 +121,11 @@ def _write_sizes(config: PreTrainedConfig, kept: Sequence[int], writer: gguf.GGU
     if writer.arch.startswith("gemma") and any(sliding):
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern(sliding)
+    if writer.arch == "granite":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     if writer.arch == "phi3":
         writer.add_sliding_window(config.sliding_window or 0)
 
@@ -128,21 +143,32 @@ def _write_rope(rope: dict[str, Any], head_dim: int, writer: gguf.GGUFWriter) ->
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
-def _tensors(child: Child, kept: Sequence[int]) -> Tensors:
-    config, head = child.config, child.architecture.head.format
+def _names(child: Child, kept: Sequence[int]) -> dict[str, str | None]:
+    """llama.cpp's name of every weight, by ours; None for what the architecture has no word for."""
     numbers = {layer: number for number, layer in enumerate(kept)}
     names = gguf.get_tensor_name_map(_number(NAMES[child.family]), len(kept))
-    found: Tensors = {}
-    for name, weight in child.model.state_dict().items():
-        if name == HEAD and config.tie_word_embeddings:
+    found = {}
+    for name in child.model.state_dict():
+        if name == HEAD and child.config.tie_word_embeddings:
             continue
-        form = head if name in (EMBEDDINGS, HEAD) else child.forms.get(name)
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         new = name if layer is None else f"model.layers.{numbers[int(layer[1])]}.{name[layer.end() :]}"
-        written = names.get_name(new, try_suffixes=(".weight", ".bias"))
+        found[name] = names.get_name(new, try_suffixes=(".weight", ".bias"))
+    return found
+
+
+def _tensors(child: Child, kept: Sequence[int]) -> Tensors:
+    config, head = child.config, child.architecture.head.format
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    weights = child.model.state_dict()
+    found: Tensors = {}
+    for name, written in _names(child, kept).items():
         assert written is not None, f"llama.cpp's {NAMES[child.family]} has no {name}"
+        form = head if name in (EMBEDDINGS, HEAD) else child.forms.get(name)
         stored = child.matrices.get(name)
-        weight = weight.detach() if stored is None else stored.parts["weight"]
+        weight = weights[name].detach() if stored is None else stored.parts["weight"]
+        if (matrix := name.split(".")[-2]) in heads and NAMES[child.family] in NEIGHBOURS:
+            weight = neighbouring_pairs(weight, heads[matrix])
         # Gemma's norms multiply by 1 + weight, llama.cpp's by the weight.
         is_shifted = child.family.startswith("gemma") and name.endswith("norm.weight")
         found[written] = (weight + 1 if is_shifted else weight, form)

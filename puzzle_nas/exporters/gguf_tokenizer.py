@@ -210,7 +210,8 @@ def _pre_tokenizer_name(data: dict) -> str:
     if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1]["use_regex"]:
         return "smollm"
     if kinds == ["Split", "ByteLevel"] and pattern == _LLAMA3_SPLIT:
-        return "llama-bpe"
+        # Both cut alike; the former takes a piece that is a token without merging.
+        return "llama-bpe" if data["model"].get("ignore_merges") else "dbrx"
     if kinds == ["Split", "ByteLevel"] and pattern == _QWEN2_SPLIT:
         return "qwen2"
     raise _Unsayable(f"its tokenizer splits text in a way that has no name in GGUF ({', '.join(kinds) or 'none'})")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.integrations.gguf import get_gguf_config
@@ -105,13 +106,13 @@ def _every(file: GGUFFile) -> Fields:
         if (index := file.metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             fields[f"{name.removesuffix('ding')}_token_id"] = index
     if "rms_norm_eps" in fields:
-        fields["rms_norm_eps"] = _as_written(fields["rms_norm_eps"])
+        fields["rms_norm_eps"] = as_written(fields["rms_norm_eps"])
     return fields
 
 
-def _as_written(value: float) -> float:
-    """A number that GGUF keeps as a float32: 1e-5 comes back as 9.99e-06."""
-    return float(f"{value:.6g}")
+def as_written(value: float) -> float:
+    """A number that GGUF keeps as a float32, in the fewest digits: 1e-5 comes back as 9.99e-06."""
+    return float(str(np.float32(value)))
 
 
 def _head_dim(file: GGUFFile, part: float = 1.0) -> int:
@@ -132,16 +133,47 @@ def _head_dim(file: GGUFFile, part: float = 1.0) -> int:
 
 
 def _theta(file: GGUFFile) -> float:
-    return _as_written(file.get("rope.freq_base", 10000.0))
+    return as_written(file.get("rope.freq_base", 10000.0))
 
 
 def _llama_like(file: GGUFFile, every: Fields) -> Fields:
     head_dim = _head_dim(file)
     fields = every | {"head_dim": head_dim, "rope_parameters": rope_parameters(file, _theta(file), head_dim)}
-    if file.architecture == "llama":
+    if file.architecture in ("llama", "granite"):
         fields["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
         fields["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
     return fields
+
+
+def _olmo2(file: GGUFFile, every: Fields) -> Fields:
+    """Raises: CheckpointError: heads are not the width's parts, as llama.cpp has them there."""
+    fields = _llama_like(file, every)
+    if fields["head_dim"] * every["num_attention_heads"] != every["hidden_size"]:
+        raise problem("GGUF field", file=file.path, key="olmo2.attention.key_length", value=fields["head_dim"])
+    return fields
+
+
+GRANITE_SCALES = frozenset({"embedding_scale", "attention.scale", "residual_scale", "logit_scale"})
+"""Granite's multipliers, by GGUF's names."""
+
+
+def _granite(file: GGUFFile, every: Fields) -> Fields:
+    """With the multipliers, or what llama.cpp takes where the file leaves them out.
+
+    Raises:
+        CheckpointError: there are no rotary positions, or nothing that divides the logits.
+    """
+    fields = _llama_like(file, every)
+    for name, default in {"rope.scaling.finetuned": True, "logit_scale": 0.0}.items():
+        if not file.get(name, default):
+            raise problem("GGUF field", file=file.path, key=f"granite.{name}", value=file.get(name))
+    scales = {name: as_written(file.get(name, 0.0)) for name in GRANITE_SCALES}
+    return fields | {
+        "embedding_multiplier": scales["embedding_scale"] or 1.0,
+        "attention_multiplier": scales["attention.scale"] or fields["head_dim"] ** -0.5,
+        "residual_multiplier": scales["residual_scale"] or 1.0,
+        "logits_scaling": scales["logit_scale"],
+    }
 
 
 def _qwen3_moe(file: GGUFFile, every: Fields) -> Fields:
@@ -192,8 +224,8 @@ def _gemma2(file: GGUFFile, every: Fields) -> Fields:
 
 def _gemma3(file: GGUFFile, every: Fields) -> Fields:
     fields = _gemma(file, every)
-    local = {"rope_type": "default", "rope_theta": _as_written(file.get("rope.freq_base_swa", 10000.0))}
-    whole = rope_parameters(file, _as_written(file.get("rope.freq_base", 1e6)), fields["head_dim"])
+    local = {"rope_type": "default", "rope_theta": as_written(file.get("rope.freq_base_swa", 10000.0))}
+    whole = rope_parameters(file, as_written(file.get("rope.freq_base", 1e6)), fields["head_dim"])
     fields["rope_parameters"] = {"sliding_attention": local, "full_attention": whole}
     fields["final_logit_softcapping"] = file.get("final_logit_softcapping")
     if window := file.get("attention.sliding_window"):
@@ -232,10 +264,10 @@ def _transformers_own(file: GGUFFile, every: Fields) -> Fields:
     fields = {name: value for name, value in fields.items() if name not in ("model_type", "architectures")}
     for name in ("rms_norm_eps", "norm_eps"):
         if name in fields:
-            fields[name] = _as_written(fields[name])
+            fields[name] = as_written(fields[name])
     rope = dict(fields["rope_parameters"])
     _refuse_stretching(file)
-    return fields | {"rope_parameters": rope | {"rope_theta": _as_written(rope["rope_theta"])}}
+    return fields | {"rope_parameters": rope | {"rope_theta": as_written(rope["rope_theta"])}}
 
 
 def _refuse_stretching(file: GGUFFile) -> None:
@@ -261,6 +293,10 @@ ARCHITECTURES = {
     ),
     "gemma3": Architecture("gemma3_text", _gemma3, WINDOWS | {"final_logit_softcapping", "rope.freq_base_swa"}),
     "phi3": Architecture("phi3", _phi3, frozenset({"attention.sliding_window"})),
+    # Which layers have no rotary positions follows from their number: every fourth, in transformers too.
+    "smollm3": Architecture("smollm3", _llama_like),
+    "olmo2": Architecture("olmo2", _olmo2),
+    "granite": Architecture("granite", _granite, GRANITE_SCALES),
     "lfm2": Architecture("lfm2", _transformers_own, frozenset({"shortconv.l_cache"})),
     "qwen35": Architecture(
         "qwen3_5_text",

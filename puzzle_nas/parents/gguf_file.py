@@ -18,7 +18,14 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations.gguf import get_gguf_conversion_mapping, is_gguf_arch_supported, reader
 from transformers.integrations.gguf.dequant import GGML_BLOCK
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_gguf_pytorch_utils import (
+    GGUF_SUPPORTED_ARCHITECTURES,
+    GGUF_TO_TRANSFORMERS_MAPPING,
+    TENSOR_PROCESSORS,
+    LlamaTensorProcessor,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+)
 
 from puzzle_nas.parents.fit import META, quiet
 from puzzle_nas.parents.problems import LIBRARY_ERRORS, counted, first_line, problem, some_names
@@ -30,8 +37,22 @@ ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS = (
 )
 NO_WEIGHTS = r"rot_embd|attn_rot|rope_freqs|rope_factors"
 """In names of tables of rotary frequencies: of Llama 3's and of long rope's, and what old converters wrote for all."""
+NEIGHBOURS = ("smollm3", "granite")
+"""Architectures besides Llama's in which the two rows of queries or keys that are rotated together are neighbours."""
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 """torch's types by GGML's number."""
+
+
+# transformers reads the tensors of these too once it knows of them, and of the fields that undo the pairing.
+_HEADS: dict[str, Any] = {
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+}
+for _name in (*NEIGHBOURS, "olmo2"):
+    GGUF_SUPPORTED_ARCHITECTURES.append(_name)
+    GGUF_TO_TRANSFORMERS_MAPPING["config"][_name] = _HEADS
+for _name in NEIGHBOURS:
+    TENSOR_PROCESSORS[_name] = LlamaTensorProcessor
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,6 @@ def test_the_first_model_stays_and_the_others_take_turns(tmp_path):
 
 
 def test_a_model_that_the_format_cannot_hold_is_refused(tmp_path):
-    models = {"parent": child_of(family="olmo2").model}
-    with pytest.raises(ExportError, match="no layers of olmo2"), LlamaCppEngine().loaded(models, tmp_path):
+    models = {"parent": child_of(family="olmo3").model}
+    with pytest.raises(ExportError, match="no layers of olmo3"), LlamaCppEngine().loaded(models, tmp_path):
         pass

@@ -5,6 +5,8 @@ import json
 import gguf
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from puzzle_nas.data.sources import documents
 from puzzle_nas.engines import SERVING_ENGINES
@@ -21,6 +23,7 @@ from puzzle_nas.engines.verification import (
 from puzzle_nas.errors import EngineError, ExportError
 from puzzle_nas.exporters import EXPORTERS, Child, gguf_deci
 from puzzle_nas.exporters.gguf_format import GGUFExporter
+from puzzle_nas.exporters.gguf_tokenizer import _LLAMA3_SPLIT
 from puzzle_nas.exporters.transformers_format import TransformersExporter
 from puzzle_nas.families import build
 from puzzle_nas.recipe import SourceSettings
@@ -28,7 +31,6 @@ from puzzle_nas.scenario import Scenario
 from puzzle_nas.specs import GroupedAttention, WindowAttention
 from tests.exporters.children import (
     CHILDREN,
-    EMPTY,
     EVERY_KIND,
     FAMILIES,
     NO_FFN,
@@ -38,6 +40,7 @@ from tests.exporters.children import (
     own_layers_of,
     sentencepiece_tokenizer,
     tokenizer,
+    without_layers,
 )
 
 
@@ -79,10 +82,9 @@ def test_llama_cpp_computes_every_family_that_is_not_refused(name, tmp_path, pro
 @pytest.mark.parametrize("name", OWN_LAYERS)
 def test_llama_cpp_computes_parents_own_layers(name, tmp_path, prompts):
     """Windows of 8 tokens, scales, norms and positions as each family has them; and without some of the layers."""
-    for folder, per_layer in ("whole", {}), ("without layers", {0: EMPTY, 3: EMPTY, 7: EMPTY}):
+    for folder, made in ("whole", own_layers_of), ("without layers", without_layers):
         (tmp_path / folder).mkdir()
-        child = own_layers_of(name, per_layer)
-        found = check(GGUFExporter(), child, tmp_path / folder, prompts)
+        found = check(GGUFExporter(), made(name), tmp_path / folder, prompts)
         # llama.cpp has Gemma's GELU from a table in 16 bits.
         assert found["max_nats"] < (2e-3 if name.startswith("gemma") else 1e-4)
 
@@ -101,6 +103,20 @@ def test_llama_cpp_computes_parents_own_layers_in_formats(name, tmp_path, prompt
 def test_llama_cpp_reads_digits_apart_where_the_child_does(tmp_path, prompts):
     child = Child(child_of().model, tokenizer(individual_digits=True))
     check(GGUFExporter(), child, tmp_path, prompts)
+
+
+@pytest.mark.parametrize("whole_first", [True, False])
+def test_llama_cpp_takes_whole_tokens_first_where_the_child_does(whole_first, tmp_path, prompts):
+    """Cut as Llama 3 does, with a token that no merge leads to."""
+    data = json.loads(tokenizer().backend_tokenizer.to_str())
+    split = {"type": "Split", "pattern": {"Regex": _LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False}
+    byte_level = data["pre_tokenizer"] | {"use_regex": False}
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    data["model"]["ignore_merges"] = whole_first
+    data["model"]["merges"].remove(["Ġ", "f"])
+    theirs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), eos_token="</s>")
+    assert theirs.tokenize("def f") == ["de", "f", *(["Ġf"] if whole_first else ["Ġ", "f"])]
+    check(GGUFExporter(), Child(child_of().model, theirs), tmp_path, prompts)
 
 
 @pytest.mark.parametrize("as_normaliser", [True, False])
@@ -171,9 +187,9 @@ def test_one_permuted_weight_is_caught_and_its_layer_named(exporter, per_layer, 
     assert_a_permuted_weight_is_caught(exporter, child, layer, tmp_path, prompts)
 
 
-def test_one_permuted_weight_of_a_parents_own_layers_is_caught(tmp_path, prompts):
-    child = own_layers_of("gemma3_text", {0: EMPTY})
-    assert_a_permuted_weight_is_caught(GGUFExporter, child, 5, tmp_path, prompts)
+@pytest.mark.parametrize("name", ["gemma3_text", "smollm3", "olmo2", "granite"])
+def test_one_permuted_weight_of_a_parents_own_layers_is_caught(name, tmp_path, prompts):
+    assert_a_permuted_weight_is_caught(GGUFExporter, without_layers(name), 4, tmp_path, prompts)
 
 
 def assert_a_permuted_weight_is_caught(exporter, child, layer, folder, prompts):

@@ -87,6 +87,12 @@ TWO_ROPES = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 HALF_ROTATED = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.11180339887498949,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 2.0,
+}
 CAPS = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}
 OWN_LAYERS = {
     "qwen3": {},
@@ -96,8 +102,16 @@ OWN_LAYERS = {
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 16, "rope_parameters": TWO_ROPES},
     "gemma3_text, other layers, cap": {**MIXED, "rope_parameters": TWO_ROPES, "final_logit_softcapping": 3.0},
     "phi3": {"rope_parameters": HALF_ROTATED, "sliding_window": None},
+    "smollm3": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "smollm3, wide heads, YaRN": {"head_dim": 32, "rope_parameters": YARN, "tie_word_embeddings": False},
+    "olmo2": {"num_key_value_heads": 2},
+    "olmo2, YaRN": {"rope_parameters": YARN},
+    "granite": {**MULTIPLIERS, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "granite, biases, wide heads": {**MULTIPLIERS, "attention_bias": True, "mlp_bias": True, "head_dim": 32},
 }
 """Parents, by family up to a comma, of whose layers llama.cpp serves the parent's own only."""
+WITHOUT = {"smollm3": (2, 3, 5, 6)}
+"""Layers that can be missing, by family: those left have rotary positions where llama.cpp gives them some."""
 
 
 @functools.cache
@@ -169,6 +183,11 @@ def child_of(per_layer=None, family="llama", **changes):
 def own_layers_of(name, per_layer=None, **changes):
     """A child of one of the parents of `OWN_LAYERS`."""
     return child_of(per_layer, name.split(",")[0], **OWN_LAYERS[name] | changes)
+
+
+def without_layers(name):
+    """A child of one of `OWN_LAYERS` that lacks some of the layers."""
+    return own_layers_of(name, dict.fromkeys(WITHOUT.get(name.split(",")[0], (0, 3, 7)), EMPTY))
 
 
 def in_formats(child, forms):

@@ -9,7 +9,7 @@ from puzzle_nas.families import build
 from puzzle_nas.families.loading import load_with_tokenizer
 from puzzle_nas.machine import Machine
 from puzzle_nas.specs import GatedFFN, GroupedAttention, NoOp
-from tests.exporters.children import EMPTY, OWN_LAYERS, in_formats, own_layers_of
+from tests.exporters.children import EMPTY, OWN_LAYERS, in_formats, own_layers_of, without_layers
 
 MACHINE = Machine(torch.device("cpu"), torch.float32)
 TOKENS_BT = torch.randint(3, 300, (2, 48), generator=torch.Generator().manual_seed(0))
@@ -24,11 +24,12 @@ def written(child, folder):
 
 
 @pytest.mark.parametrize("name", OWN_LAYERS)
-@pytest.mark.parametrize("removed", [(), (0, 3, 7)], ids=["whole", "without layers"])
-def test_files_read_again_are_the_child(name, removed, tmp_path):
-    child = own_layers_of(name, dict.fromkeys(removed, EMPTY))
+@pytest.mark.parametrize("made", [own_layers_of, without_layers], ids=["whole", "without layers"])
+def test_files_read_again_are_the_child(name, made, tmp_path):
+    child = made(name)
     read, _ = load_with_tokenizer(written(child, tmp_path), MACHINE)
-    assert read.config.num_hidden_layers == 8 - len(removed)
+    kept = [block for block in child.architecture.layers if not all(spec.empty for spec in block.values())]
+    assert read.config.num_hidden_layers == len(kept)
     with torch.no_grad():
         torch.testing.assert_close(read(TOKENS_BT).logits, child.model(TOKENS_BT).logits, rtol=1e-4, atol=1e-4)
 
@@ -46,7 +47,7 @@ def test_files_in_formats_hold_the_childs_codes(name, tmp_path):
     [
         ("phi3", {"sliding_window": 8}, "a sliding window, which llama.cpp leaves out of phi3"),
         ("phi3", {"sliding_window": 256}, None),
-        ("gemma2", {"tie_word_embeddings": False}, "an LM head of its own, which gemma2 lacks"),
+        ("gemma2", {"tie_word_embeddings": False}, "tie_word_embeddings = False, where .*gemma2 would take True"),
         ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping = None, where .* would take 50"),
         ("gemma3_text", {"query_pre_attn_scalar": 9}, "query_pre_attn_scalar = 9, where .*gemma3 would take 16"),
         ("gemma3_text", {"hidden_activation": "silu"}, "hidden_activation = silu, where .* would take gelu"),
@@ -61,6 +62,21 @@ def test_files_in_formats_hold_the_childs_codes(name, tmp_path):
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "rope_parameters = ",
         ),
+        (
+            "smollm3",
+            {"no_rope_layers": [1, 0] * 4},
+            r"no_rope_layers = \[1, 0, .*smollm3 would take \[1, 1, 1, 0, 1, 1, 1, 0\]",
+        ),
+        ("smollm3", {"no_rope_layer_interval": 2, "no_rope_layers": [1, 1, 1, 0] * 2}, None),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window = 8, where .* would take None"),
+        ("smollm3", {"attention_bias": True}, "attention_bias = True, where .*smollm3 would take False"),
+        ("smollm3", {"mlp_bias": True}, "mlp_bias = True, where .*smollm3 would take False"),
+        ("olmo2", {"attention_bias": True}, "attention_bias = True, where .*olmo2 would take False"),
+        ("olmo2", {"tie_word_embeddings": True}, "its LM head is its embeddings, where olmo2 has one of its own"),
+        ("olmo2", {"head_dim": 32}, "olmo2 does not say all of it .*olmo2.attention.key_length: 32"),
+        ("granite", {"attention_multiplier": 0.0}, "attention_multiplier = 0.0, where .*granite would take 0.25"),
+        ("granite", {"residual_multiplier": 0.0}, "residual_multiplier = 0.0, where .*granite would take 1.0"),
+        ("granite", {"embedding_multiplier": 0.0}, "embedding_multiplier = 0.0, where .*granite would take 1.0"),
     ],
 )
 def test_what_the_architecture_cannot_say_is_refused(name, changes, reason, tmp_path):
@@ -70,6 +86,14 @@ def test_what_the_architecture_cannot_say_is_refused(name, changes, reason, tmp_
         return
     with pytest.raises(ExportError, match=reason):
         EXPORTERS["gguf"].refuse(child)
+
+
+@pytest.mark.parametrize(("removed", "left"), [((0,), "1, 1, 0, 1, 1, 1, 0"), ((3,), "1, 1, 1, 1, 1, 1, 0")])
+def test_layers_whose_number_would_give_them_other_positions_are_refused(removed, left):
+    """llama.cpp gives SmolLM3's every fourth layer none; where none or every fourth goes with them, they fit."""
+    with pytest.raises(ExportError, match=rf"no_rope_layers = \[{left}\], where .* would take \[1, 1, 1, 0, 1, 1, 1\]"):
+        EXPORTERS["gguf"].refuse(own_layers_of("smollm3", dict.fromkeys(removed, EMPTY)))
+    EXPORTERS["gguf"].refuse(own_layers_of("smollm3", dict.fromkeys((4, 5, 6, 7), EMPTY)))
 
 
 @pytest.mark.parametrize("spec", [GatedFFN(48), GroupedAttention(2), NoOp("ffn")])

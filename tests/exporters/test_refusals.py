@@ -38,7 +38,7 @@ def test_decilm_names_every_layer_that_it_cannot_hold():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"family": "granite"}, "no layers of granite"),
+        ({"family": "olmo3"}, "no layers of olmo3"),
         ({"family": "mistral", "sliding_window": 8}, "a sliding window"),
         ({"hidden_act": "gelu"}, "the activation gelu"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "of type yarn"),

@@ -159,6 +159,11 @@ def _write_fields(writer, config):
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if family == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     if family == "phi3" and rope["rope_type"] == "longrope":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if family == "qwen3_5_text":
@@ -182,7 +187,7 @@ def _as_stored(name, weight, config, names):
         return {f"blk.{name.split('.')[2]}.ssm_dt.bias": _tiled(weight, config)}
     new = names.get_name(name, try_suffixes=(".weight", ".bias"))
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-    if heads and family == "llama":
+    if heads and family in ("llama", "smollm3", "granite"):
         weight = weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
     if family == "qwen3_5_text":
         weight = _of_qwen35(name, weight, config)

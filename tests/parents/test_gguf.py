@@ -89,6 +89,16 @@ FAMILIES = {
     "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "final_logit_softcapping": 3.0},
     "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 7},
     "phi3": {"rope_parameters": THETA | {"rope_type": "default", "partial_rotary_factor": 0.5}},
+    "smollm3": {"num_hidden_layers": 5, "tie_word_embeddings": False},
+    "olmo2": {},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.11180339887498949,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 2.0,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
     "qwen3_moe": {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -140,6 +150,35 @@ def test_gemma_files_that_lack_caps_or_windows(tmp_path):
     config = without_fields("gemma2")
     assert (config.attn_logit_softcapping, config.final_logit_softcapping, config.sliding_window) == (50.0, 30.0, 4096)
     assert set(without_fields("gemma3_text").layer_types) == {"full_attention"}
+
+
+def test_granite_files_that_lack_multipliers(tmp_path):
+    """llama.cpp takes these for those left out, but needs what divides logits; and one field turns positions off."""
+    file = read_gguf(write_gguf(tiny(tmp_path / "p", "granite", **FAMILIES["granite"]), tmp_path / "p.gguf"))
+    left = {key: value for key, value in file.metadata.items() if not key.endswith("_scale")}
+    config = gguf_config(dataclasses.replace(file, metadata=left | {"granite.logit_scale": 2.0}))
+    assert (config.embedding_multiplier, config.residual_multiplier, config.logits_scaling) == (1.0, 1.0, 2.0)
+    left = {key: value for key, value in file.metadata.items() if not key.endswith("attention.scale")}
+    assert gguf_config(dataclasses.replace(file, metadata=left)).attention_multiplier == 16**-0.5
+    for name, value in ("logit_scale", 0.0), ("rope.scaling.finetuned", False):
+        spoilt = dataclasses.replace(file, metadata={**file.metadata, f"granite.{name}": value})
+        with pytest.raises(CheckpointError, match=rf"says granite.{name}: {value}, which is not read here"):
+            gguf_config(spoilt)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "name"),
+    [
+        # OLMo 3 is of the same architecture.
+        ("olmo2", [("add_sliding_window", 16)], "olmo2.attention.sliding_window: 16"),
+        ("smollm3", [("add_sliding_window", 16)], "smollm3.attention.sliding_window: 16"),
+        ("smollm3", [("add_attention_scale", 0.5)], "smollm3.attention.scale: 0.5"),
+    ],
+)
+def test_fields_that_families_do_not_have_are_refused(family, fields, name, tmp_path):
+    file = write_gguf(tiny(tmp_path / "p", family), tmp_path / "p.gguf", fields=fields)
+    with pytest.raises(CheckpointError, match=name):
+        examine(file)
 
 
 LONG = {

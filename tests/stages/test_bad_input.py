@@ -65,13 +65,13 @@ def test_value_out_of_range(recipe, tmp_path):
 
 
 def test_a_parent_that_the_engine_does_not_serve(recipe, tmp_path):
-    config = config_of("olmo2")
+    config = config_of("olmo3")
     config.vocab_size = 1024
     random_parent(config).save_pretrained(tmp_path / "olmo")
     glassllm_as_llama()[1].save_pretrained(tmp_path / "olmo")
     arguments = ["run", recipe(parent=str(tmp_path / "olmo")), "engine=llama.cpp", "--run-dir", tmp_path / "r"]
     check_refused(
-        *arguments, contains=["llama.cpp does not serve this parent: ", "no layers of olmo2", "engine: torch"]
+        *arguments, contains=["llama.cpp does not serve this parent: ", "no layers of olmo3", "engine: torch"]
     )
     assert not (tmp_path / "r/parent.json").exists() and not (tmp_path / "r/data").exists()
 
