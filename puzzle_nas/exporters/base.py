@@ -17,7 +17,6 @@ from puzzle_nas.errors import ExportError
 from puzzle_nas.families import FAMILIES, Anatomy, architecture_of, build, child_config, load_model, load_tokenizer
 from puzzle_nas.families.anatomy import parent_type
 from puzzle_nas.families.loading import parents_architecture
-from puzzle_nas.formats.registry import format_of
 from puzzle_nas.formats.stored import FILE, Matrix, put, read_matrices
 from puzzle_nas.machine import Machine
 from puzzle_nas.servable import SERVERS
@@ -77,21 +76,19 @@ class Child:
     @cached_property
     def forms(self) -> dict[str, str]:
         """The format of each matrix of a layer that has one, by the name of its weight."""
-        prefix, found = Anatomy(self.model).layer_prefix, {}
+        parts, found = Anatomy(self.model), {}
         for layer, slot, spec in self.architecture:
-            if spec.format is None:
-                continue
-            mixer = f"{prefix}{layer}.{self.config.puzzle_places[slot]['mixer']}."
-            matrices = (name for name, weight in self.model.named_parameters() if weight.ndim == 2)
-            found |= {name: spec.format for name in matrices if name.startswith(mixer)}
+            if spec.format is not None:
+                matrices = parts.subblocks(layer)[slot].matrices
+                found |= {f"{parts.layer_prefix}{layer}.{name}": spec.format for name in matrices}
         return found
 
     def matrix(self, name: str) -> Matrix:
         """A matrix of `forms`: as it is stored, or rounded to nearest."""
         if (stored := self.matrices.get(name)) is not None:
             return stored
-        form = self.forms[name]
-        return Matrix(form, format_of(form).nearest(self.model.get_parameter(name).detach()))
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        return Matrix.nearest(self.forms[name], module, self.model.get_parameter(name).detach())
 
     def rounded(self, dtype: torch.dtype, as_served: bool = False) -> Child:
         """The same child with every weight rounded to `dtype`, or as its format stores it; arithmetic stays float32.

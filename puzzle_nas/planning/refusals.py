@@ -44,7 +44,7 @@ def check_shapes(recipe: Recipe, model: PreTrainedModel) -> None:
     for part in parts_of(search_space_of(recipe, architecture_of(model.config))):
         if part.spec.format is not None:
             for name, weight in part_weights(model, part).items():
-                if weight.ndim == 2:
+                if weight.ndim > 1:
                     layout_of(part.spec.format).check(weight.shape[1], f"{name} of {part.spec.id}")
 
 
