@@ -132,7 +132,8 @@ class Exporter(ABC):
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
     """Keys of `DTYPES` that it can be written in."""
     writers: ClassVar[Mapping[type[Spec], Callable[..., Any]]]
-    """What writes each kind of variant; a kind that is missing here is refused."""
+    """What writes each kind of variant; a kind that is missing here is refused, but in a parent's own layers where the
+    server takes no others of its family."""
     families: ClassVar[Collection[str]] = FAMILIES
     """Those whose parents' own layers it can hold; others are refused."""
 
@@ -154,7 +155,7 @@ class Exporter(ABC):
             if child.family in server.own_layers and is_removed:
                 continue
             reason = server.refusal(layer, spec, own.layers[layer][slot], child.family)
-            if reason is None and type(spec) not in self.writers:
+            if reason is None and child.family not in server.own_layers and type(spec) not in self.writers:
                 reason = f"{self.name} has no {spec.id}"
             if reason:
                 reasons.setdefault(reason, {})[layer] = None

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gguf
+import torch
 from transformers import PreTrainedConfig
 
 from puzzle_nas.errors import CheckpointError
@@ -29,9 +30,11 @@ NAMES = {known.model_type: name for name, known in ARCHITECTURES.items()}
 """llama.cpp's names of architectures, by transformers' names of families."""
 NOT_COMPUTED = re.compile(
     r"_token_id$|dropout|initializer_range|^(model_type|parent_type|architectures|dtype|transformers_version|use_cache"
-    r"|_name_or_path|max_window_layers)$"
+    r"|_name_or_path|max_window_layers|router_aux_loss_coef|output_router_logits)$"
 )
 """Fields of a configuration that change no logits."""
+EXPERTS = re.compile(r"(.*\.experts\.)(gate_up_proj|down_proj)")
+"""Names of the matrices of a mixture's E experts, one weight [E, outputs, inputs] each."""
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -44,6 +47,8 @@ def own_problems(child: Child) -> list[str]:
         found.append("it has a sliding window, which llama.cpp leaves out of phi3")
     if child.family == "gemma2" and not config.tie_word_embeddings:
         found.append("it has an LM head of its own, which gemma2 lacks")
+    if child.family == "qwen3_moe" and config.num_experts == 1:
+        found.append("it has a single expert, which llama.cpp takes for none")
     return found + _misread(child)
 
 
@@ -111,6 +116,10 @@ def _write_sizes(config: PreTrainedConfig, kept: Sequence[int], writer: gguf.GGU
     if writer.arch.startswith("gemma") and any(sliding):
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern(sliding)
+    if writer.arch == "qwen3moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if writer.arch == "phi3":
         writer.add_sliding_window(config.sliding_window or 0)
 
@@ -139,14 +148,28 @@ def _tensors(child: Child, kept: Sequence[int]) -> Tensors:
         form = head if name in (EMBEDDINGS, HEAD) else child.forms.get(name)
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         new = name if layer is None else f"model.layers.{numbers[int(layer[1])]}.{name[layer.end() :]}"
-        written = names.get_name(new, try_suffixes=(".weight", ".bias"))
-        assert written is not None, f"llama.cpp's {NAMES[child.family]} has no {name}"
-        stored = child.matrices.get(name)
-        weight = weight.detach() if stored is None else stored.parts["weight"]
+        stored = child.matrix(name) if name in child.forms else child.matrices.get(name)
+        # Of a matrix in a format the bytes of each row.
+        held = weight.detach() if stored is None else stored.parts["weight"].view(*weight.shape[:-1], -1)
         # Gemma's norms multiply by 1 + weight, llama.cpp's by the weight.
         is_shifted = child.family.startswith("gemma") and name.endswith("norm.weight")
-        found[written] = (weight + 1 if is_shifted else weight, form)
+        for part, tensor in _parts(new, held + 1 if is_shifted else held):
+            written = names.get_name(part, try_suffixes=(".weight", ".bias"))
+            assert written is not None, f"llama.cpp's {NAMES[child.family]} has no {part}"
+            found[written] = (tensor, form)
     return found
+
+
+def _parts(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A weight by a name that llama.cpp's table has; of experts' first matrices, [E, 2 I, D], each half."""
+    experts = EXPERTS.fullmatch(name)
+    if experts is None:
+        yield name, weight
+    elif experts[2] == "down_proj":
+        yield f"{name}.weight", weight
+    else:
+        for part, half in zip(("gate_proj", "up_proj"), weight.chunk(2, dim=1), strict=True):
+            yield f"{experts[1]}{part}.weight", half
 
 
 def _number(architecture: str) -> gguf.MODEL_ARCH:
