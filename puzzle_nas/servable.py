@@ -53,7 +53,7 @@ SERVERS = {
     "llama.cpp": Server(
         "llama.cpp",
         frozenset({GroupedAttention, GatedFFN, Linear, NoOp}),
-        own_layers=("qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite"),
+        own_layers=("qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite"),
         formats=("f16", "q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "q4_1", "q4_0", "mxfp4"),
         kv_formats={
             **dict(f32=4, f16=2, bf16=2),

@@ -13,13 +13,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from puzzle_nas.artifacts import RunFolder
+from puzzle_nas.choosing.cost_fit import Part
 from puzzle_nas.errors import ExportError, RecipeError
 from puzzle_nas.exporters import EXPORTERS, Child
 from puzzle_nas.families import Anatomy, architecture_of, build, child_config
 from puzzle_nas.families.anatomy import check_adapter
 from puzzle_nas.families.loading import stream_model
+from puzzle_nas.formats.layout import layout_of
+from puzzle_nas.formats.stored import FILE, put, read_matrices, write_matrices
 from puzzle_nas.library import assemble, variant_subblock, write_variant
 from puzzle_nas.machine import Machine
+from puzzle_nas.planning.shapes import part_weights
 from puzzle_nas.recipe import BLDSettings, SearchSpaceSettings
 from puzzle_nas.scoring.replacement import ReplacementWalk
 from puzzle_nas.search_space import build_search_space
@@ -30,7 +34,7 @@ from puzzle_nas.subblocks.linear import PAPERS_PRODUCTS
 from puzzle_nas.subblocks.statistics import inverse_norm
 from puzzle_nas.training.activations import LayerActivations
 from puzzle_nas.training.block_steps import BlockTask, Job, Trainee
-from puzzle_nas.training.refitting import refit
+from puzzle_nas.training.refitting import refit, rounded
 from tests.families.parents import PARENTS, SIZES, config_of, parent_of
 
 WINDOW = 3
@@ -274,3 +278,28 @@ def test_formats_hold_a_child_or_refuse_it_by_name(name, layer, spec, tmp_path):
             assert exporter.name in str(error) and any(reason in str(error) for reason in named)
         else:
             assert is_held
+
+
+@pytest.mark.parametrize(("name", "layer", "spec"), OWN)
+@torch.no_grad()
+def test_the_parents_own_in_a_format_is_what_is_stored_and_counted(name, layer, spec, tmp_path):
+    """Every linear map and all experts, no router; int8 holds rows of every width."""
+    parent, stored = parent_of(name), spec.stored("int8")
+    child = build(
+        child_config(parent.config, architecture_of(parent.config).replaced(layer, stored)), parent.state_dict()
+    )
+    matrices = rounded(parent, child, TOKENS_BT, {})
+    prefix = f"{Anatomy(parent).layer_prefix}{layer}."
+    assert matrices.keys() == {prefix + part for part in Anatomy(parent).subblocks(layer)[spec.slot].matrices}
+    assert Child(child, None).forms == dict.fromkeys(matrices, "int8")
+    changed = {n for n, w in child.state_dict().items() if not torch.equal(w, parent.state_dict()[n])}
+    assert changed == matrices.keys() and not any("router" in n or n.endswith("mlp.gate.weight") for n in changed)
+    write_matrices(matrices, tmp_path / FILE)
+    loaded = build(child.config, parent.state_dict())
+    put(loaded, read_matrices(tmp_path / FILE))
+    assert torch.equal(logits_of(loaded), logits_of(child))
+    counted = part_weights(parent, Part(layer, stored)).values()
+    held = sum(tensor.nbytes for matrix in matrices.values() for tensor in matrix.parts.values())
+    assert held == sum(layout_of("int8").bytes_of(*weight.shape) for weight in counted if weight.ndim > 1)
+    mine = sum(w.numel() for n, w in child.named_parameters() if n in matrices)
+    assert mine == sum(weight.numel() for weight in counted if weight.ndim > 1)

@@ -17,7 +17,6 @@ from puzzle_nas.errors import ExportError
 from puzzle_nas.families import FAMILIES, Anatomy, architecture_of, build, child_config, load_model, load_tokenizer
 from puzzle_nas.families.anatomy import parent_type
 from puzzle_nas.families.loading import parents_architecture
-from puzzle_nas.formats.registry import format_of
 from puzzle_nas.formats.stored import FILE, Matrix, put, read_matrices
 from puzzle_nas.machine import Machine
 from puzzle_nas.servable import SERVERS
@@ -77,21 +76,19 @@ class Child:
     @cached_property
     def forms(self) -> dict[str, str]:
         """The format of each matrix of a layer that has one, by the name of its weight."""
-        prefix, found = Anatomy(self.model).layer_prefix, {}
+        parts, found = Anatomy(self.model), {}
         for layer, slot, spec in self.architecture:
-            if spec.format is None:
-                continue
-            mixer = f"{prefix}{layer}.{self.config.puzzle_places[slot]['mixer']}."
-            matrices = (name for name, weight in self.model.named_parameters() if weight.ndim == 2)
-            found |= {name: spec.format for name in matrices if name.startswith(mixer)}
+            if spec.format is not None:
+                matrices = parts.subblocks(layer)[slot].matrices
+                found |= {f"{parts.layer_prefix}{layer}.{name}": spec.format for name in matrices}
         return found
 
     def matrix(self, name: str) -> Matrix:
         """A matrix of `forms`: as it is stored, or rounded to nearest."""
         if (stored := self.matrices.get(name)) is not None:
             return stored
-        form = self.forms[name]
-        return Matrix(form, format_of(form).nearest(self.model.get_parameter(name).detach()))
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        return Matrix.nearest(self.forms[name], module, self.model.get_parameter(name).detach())
 
     def rounded(self, dtype: torch.dtype, as_served: bool = False) -> Child:
         """The same child with every weight rounded to `dtype`, or as its format stores it; arithmetic stays float32.
@@ -135,7 +132,8 @@ class Exporter(ABC):
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
     """Keys of `DTYPES` that it can be written in."""
     writers: ClassVar[Mapping[type[Spec], Callable[..., Any]]]
-    """What writes each kind of variant; a kind that is missing here is refused."""
+    """What writes each kind of variant; a kind that is missing here is refused, but in a parent's own layers where the
+    server takes no others of its family."""
     families: ClassVar[Collection[str]] = FAMILIES
     """Those whose parents' own layers it can hold; others are refused."""
 
@@ -157,7 +155,7 @@ class Exporter(ABC):
             if child.family in server.own_layers and is_removed:
                 continue
             reason = server.refusal(layer, spec, own.layers[layer][slot], child.family)
-            if reason is None and type(spec) not in self.writers:
+            if reason is None and child.family not in server.own_layers and type(spec) not in self.writers:
                 reason = f"{self.name} has no {spec.id}"
             if reason:
                 reasons.setdefault(reason, {})[layer] = None

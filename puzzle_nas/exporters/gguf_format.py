@@ -58,10 +58,10 @@ class GGUFExporter(Exporter):
         writer.close()
 
     def differing(self, child: Child, folder: Path, dtype: str) -> list[str]:
-        """See `Exporter.differing`. Vectors are in float32, whatever `dtype`."""
+        """See `Exporter.differing`. Some tensors are in float32, whatever `dtype`."""
         expected = contents_of(child.rounded(DTYPES[dtype])).tensors
         for name, tensor in contents_of(child).tensors.items():
-            if tensor[0].ndim < 2:
+            if in_float32(name, tensor[0]):
                 expected[name] = tensor
         found = gguf.GGUFReader(folder / FILE_NAME).tensors
         names = {tensor.name for tensor in found} ^ set(expected)
@@ -83,14 +83,19 @@ def end_tokens(child: Child) -> list[int]:
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
+def in_float32(name: str, weight: torch.Tensor) -> bool:
+    """Whether llama.cpp's own converter writes a tensor in float32 always: vectors, and the routers of experts."""
+    return weight.ndim < 2 or name.endswith("ffn_gate_inp.weight")
+
+
 def _add(writer: gguf.GGUFWriter, name: str, weight: torch.Tensor, dtype: str, form: str | None = None) -> None:
-    """Matrices in `form`, else in `dtype`, vectors in float32, as llama.cpp's own converter does."""
+    """Matrices in `form`, else in `dtype`, and what `in_float32` says in that."""
     weight = weight.cpu()
     if form is not None and weight.ndim > 1:
         if weight.dtype != torch.uint8:
             weight = format_of(form).pack(format_of(form).nearest(weight))["weight"]
         writer.add_tensor(name, weight.contiguous().numpy(), raw_dtype=gguf.GGMLQuantizationType[form.upper()])
-    elif weight.ndim < 2 or dtype == "float32":
+    elif in_float32(name, weight) or dtype == "float32":
         writer.add_tensor(name, weight.float().contiguous().numpy())
     elif dtype == "float16":
         writer.add_tensor(name, weight.to(DTYPES[dtype]).contiguous().numpy())

@@ -30,9 +30,11 @@ NAMES = {known.model_type: name for name, known in ARCHITECTURES.items()}
 """llama.cpp's names of architectures, by transformers' names of families."""
 NOT_COMPUTED = re.compile(
     r"_token_id$|dropout|initializer_range|^(model_type|parent_type|architectures|dtype|transformers_version|use_cache"
-    r"|_name_or_path|max_window_layers|no_rope_layer_interval)$"
+    r"|_name_or_path|max_window_layers|no_rope_layer_interval|router_aux_loss_coef|output_router_logits)$"
 )
 """Fields of a configuration that change no logits, or say by rule what another says layer by layer."""
+EXPERTS = re.compile(r"(.*\.experts\.)(gate_up_proj|down_proj)")
+"""Names of the matrices of a mixture's E experts, one weight [E, outputs, inputs] each."""
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -45,6 +47,8 @@ def own_problems(child: Child) -> list[str]:
         found.append("it has a sliding window, which llama.cpp leaves out of phi3")
     if child.family == "olmo2" and config.tie_word_embeddings:
         found.append("its LM head is its embeddings, where olmo2 has one of its own")
+    if child.family == "qwen3_moe" and config.num_experts == 1:
+        found.append("it has a single expert, which llama.cpp takes for none")
     return found + _misread(child)
 
 
@@ -54,7 +58,7 @@ def _misread(child: Child) -> list[str]:
     writer = gguf.GGUFWriter(None, architecture)
     _write_sizes(config, kept, writer)
     metadata = {key: value.value for key, value in writer.kv_data[0].items()}
-    tensors = {name: ((), 0) for name in _names(child, kept).values() if name}
+    tensors = {part: ((), 0) for parts in _names(child, kept).values() for part in parts if part}
     try:
         read = gguf_config(GGUFFile(Path("model.gguf"), metadata, tensors, {})).to_dict()
     except CheckpointError as error:
@@ -126,6 +130,10 @@ def _write_sizes(config: PreTrainedConfig, kept: Sequence[int], writer: gguf.GGU
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_logit_scale(config.logits_scaling)
+    if writer.arch == "qwen3moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if writer.arch == "phi3":
         writer.add_sliding_window(config.sliding_window or 0)
 
@@ -143,17 +151,17 @@ def _write_rope(rope: dict[str, Any], head_dim: int, writer: gguf.GGUFWriter) ->
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
-def _names(child: Child, kept: Sequence[int]) -> dict[str, str | None]:
-    """llama.cpp's name of every weight, by ours; None for what the architecture has no word for."""
+def _names(child: Child, kept: Sequence[int]) -> dict[str, list[str | None]]:
+    """llama.cpp's names of every weight, by ours: of its parts, each None where the architecture has no word for it."""
     numbers = {layer: number for number, layer in enumerate(kept)}
     names = gguf.get_tensor_name_map(_number(NAMES[child.family]), len(kept))
-    found = {}
+    found: dict[str, list[str | None]] = {}
     for name in child.model.state_dict():
         if name == HEAD and child.config.tie_word_embeddings:
             continue
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         new = name if layer is None else f"model.layers.{numbers[int(layer[1])]}.{name[layer.end() :]}"
-        found[name] = names.get_name(new, try_suffixes=(".weight", ".bias"))
+        found[name] = [names.get_name(part, try_suffixes=(".weight", ".bias")) for part in _parts(new)]
     return found
 
 
@@ -163,16 +171,30 @@ def _tensors(child: Child, kept: Sequence[int]) -> Tensors:
     weights = child.model.state_dict()
     found: Tensors = {}
     for name, written in _names(child, kept).items():
-        assert written is not None, f"llama.cpp's {NAMES[child.family]} has no {name}"
         form = head if name in (EMBEDDINGS, HEAD) else child.forms.get(name)
-        stored = child.matrices.get(name)
-        weight = weights[name].detach() if stored is None else stored.parts["weight"]
+        weight = weights[name].detach()
+        if (stored := child.matrix(name) if name in child.forms else child.matrices.get(name)) is not None:
+            # The bytes of each row.
+            weight = stored.parts["weight"].view(*weight.shape[:-1], -1)
         if (matrix := name.split(".")[-2]) in heads and NAMES[child.family] in NEIGHBOURS:
             weight = neighbouring_pairs(weight, heads[matrix])
         # Gemma's norms multiply by 1 + weight, llama.cpp's by the weight.
-        is_shifted = child.family.startswith("gemma") and name.endswith("norm.weight")
-        found[written] = (weight + 1 if is_shifted else weight, form)
+        if child.family.startswith("gemma") and name.endswith("norm.weight"):
+            weight = weight + 1
+        # Experts' first matrices, [E, 2 I, D], by halves.
+        for part, tensor in zip(written, weight.chunk(len(written), dim=weight.ndim - 2), strict=True):
+            assert part is not None, f"llama.cpp's {NAMES[child.family]} has no {name}"
+            found[part] = (tensor, form)
     return found
+
+
+def _parts(name: str) -> list[str]:
+    """A weight's name as llama.cpp's table has it: of experts' first matrices, one for each half."""
+    experts = EXPERTS.fullmatch(name)
+    if experts is None:
+        return [name]
+    parts = ("down_proj",) if experts[2] == "down_proj" else ("gate_proj", "up_proj")
+    return [f"{experts[1]}{part}.weight" for part in parts]
 
 
 def _number(architecture: str) -> gguf.MODEL_ARCH:

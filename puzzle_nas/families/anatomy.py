@@ -102,6 +102,21 @@ class SubBlock:
         found: Any = None if name is None else self.mixer.get_submodule(name)
         return found
 
+    @property
+    def matrices(self) -> dict[str, nn.Module]:
+        """The weights that formats hold, by names relative to the layer, each with the module that has it.
+
+        They are those of linear maps and of experts, which transformers stacks; those of routers are not.
+        """
+        found: dict[str, nn.Module] = {}
+        for path, module in () if self.empty else self.mixer.named_modules(prefix=self.place.mixer):
+            # Only modules of stacked experts say whether these are transposed.
+            has_experts = hasattr(module, "is_transposed")
+            for name, weight in module.named_parameters(recurse=False):
+                if weight.ndim == (3 if has_experts else 2) and (has_experts or isinstance(module, nn.Linear)):
+                    found[f"{path}.{name}"] = module
+        return found
+
     def with_last_input(self, read_BTD: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The mixer's output, [B, T, D], and what its last matrix received for it, [B, T, I]."""
         received: list[torch.Tensor] = []

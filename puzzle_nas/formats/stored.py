@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,23 +20,55 @@ FILE = "formats.safetensors"
 
 
 @dataclass(frozen=True)
+class Stack:
+    """How transformers holds the matrices of a mixture's experts in one weight, [E, O, I]."""
+
+    experts: int
+    is_transposed: bool
+    """Whether it is [E, I, O] instead."""
+
+    @staticmethod
+    def of(module: nn.Module, weight: torch.Tensor) -> Stack | None:
+        """That of a weight of a module; None where the weight is one matrix."""
+        return Stack(len(weight), bool(module.is_transposed)) if weight.ndim == 3 else None
+
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """All experts' rows, one expert's below the other's, [E * O, I]."""
+        return (weight.mT if self.is_transposed else weight).flatten(0, 1)
+
+    def weight(self, rows_OI: torch.Tensor) -> torch.Tensor:
+        """The inverse of `rows`."""
+        stacked = rows_OI.unflatten(0, (self.experts, -1))
+        return stacked.mT.contiguous() if self.is_transposed else stacked
+
+
+@dataclass(frozen=True)
 class Matrix:
-    """One matrix in one format."""
+    """One matrix in one format, or those of a mixture's experts: rows do not depend on each other."""
 
     form: str
     rounded: Rounded
+    stack: Stack | None = None
+
+    @classmethod
+    def nearest(cls, form: str, module: nn.Module, weight: torch.Tensor) -> Matrix:
+        """A weight of a module, each number rounded to nearest."""
+        stack = Stack.of(module, weight)
+        return cls(form, format_of(form).nearest(weight if stack is None else stack.rows(weight)), stack)
 
     @property
-    def weight_OI(self) -> torch.Tensor:
-        """What engines read, float32."""
-        return self.rounded.dequantised()
+    def weight(self) -> torch.Tensor:
+        """What engines read, float32, in the shape that transformers gives it: [O, I], or as `stack` says."""
+        rows_OI = self.rounded.dequantised()
+        return rows_OI if self.stack is None else self.stack.weight(rows_OI)
 
-    def of(self, weight_OI: torch.Tensor) -> Matrix:
-        """Other weights on the same scales, each rounded to nearest."""
+    def of(self, weight: torch.Tensor) -> Matrix:
+        """Other weights, in the shape of `weight`, on the same scales, each rounded to nearest."""
         form, grid = format_of(self.form), self.rounded.grid
+        rows_OI = weight if self.stack is None else self.stack.rows(weight)
         if grid is None or not isinstance(form, GridFormat):
-            return Matrix(self.form, form.nearest(weight_OI))
-        return Matrix(self.form, Rounded(form.codes(weight_OI, grid), grid))
+            return replace(self, rounded=form.nearest(rows_OI))
+        return replace(self, rounded=Rounded(form.codes(rows_OI, grid), grid))
 
     def to(self, device: torch.device) -> Matrix:
         """The same on a device."""
@@ -44,7 +76,7 @@ class Matrix:
         if grid is not None:
             offset = None if grid.offset_OG is None else grid.offset_OG.to(device)
             grid = Grid(grid.step_OG.to(device), offset, {n: t.to(device) for n, t in grid.stored.items()})
-        return Matrix(self.form, Rounded(codes, grid))
+        return replace(self, rounded=Rounded(codes, grid))
 
     @property
     def parts(self) -> Tensors:
@@ -63,6 +95,8 @@ def write_matrices(matrices: Mapping[str, Matrix], path: Path) -> None:
     for name, matrix in matrices.items():
         codes, grid = matrix.rounded.codes_OI, matrix.rounded.grid
         tensors[f"{name}:codes"] = codes if grid is None else codes.to(torch.int8)
+        if (stack := matrix.stack) is not None:
+            tensors[f"{name}:stack"] = torch.tensor([stack.experts, stack.is_transposed])
         if grid is None:
             continue
         tensors[f"{name}:step"] = grid.step_OG
@@ -84,12 +118,13 @@ def read_matrices(path: Path) -> Matrices:
     for name, form in forms.items():
         parts = {key.removeprefix(f"{name}:"): t for key, t in tensors.items() if key.startswith(f"{name}:")}
         codes = parts.pop("codes")
+        stack = Stack(int(shape[0]), bool(shape[1])) if (shape := parts.pop("stack", None)) is not None else None
         if "step" not in parts:
-            found[name] = Matrix(form, Rounded(codes))
+            found[name] = Matrix(form, Rounded(codes), stack)
             continue
         step, offset = parts.pop("step"), parts.pop("offset", None)
         stored = {part.removeprefix("stored."): tensor for part, tensor in parts.items()}
-        found[name] = Matrix(form, Rounded(codes.to(torch.int16), Grid(step, offset, stored)))
+        found[name] = Matrix(form, Rounded(codes.to(torch.int16), Grid(step, offset, stored)), stack)
     return found
 
 
@@ -104,4 +139,4 @@ def put(model: PreTrainedModel, matrices: Mapping[str, Matrix]) -> None:
 
 def parameter_of(matrix: Matrix, like: torch.Tensor) -> nn.Parameter:
     """The weight that engines read, in the precision and on the device of another."""
-    return nn.Parameter(matrix.weight_OI.to(like), requires_grad=False)
+    return nn.Parameter(matrix.weight.to(like), requires_grad=False)

@@ -150,6 +150,7 @@ def build_library(counts: Counts) -> Demand:
     for form in forms:
         work += counts.gram(tokens, hidden) + _passes(form, 2.0 * ends * hidden)
     during = max(_statistics_bytes(counts, layer) for layer in counts.layers) + counts.logit_bytes(2)
+    during = max(during, _rounded_bytes(counts))
     if forms:
         during = max(during, ends * (ROUNDED_BYTES + 2 * counts.itemsize) + ROUNDING_BYTES * min(ends, ROUNDED_AT_ONCE))
     held = counts.walked_bytes + counts.stream_bytes(tokens + 2 * held_back) + counts.running_bytes(BATCH_TOKENS)
@@ -170,12 +171,23 @@ def _candidates(spec: Spec, own: Spec) -> int:
 
 
 def _rounded(counts: Counts, tokens: float, layer: int, slot: str, own: Spec, form: str) -> Work:
-    """A sub-block's matrices rounded one after another, the last one solved for."""
+    """A sub-block's matrices rounded one after another, the last one solved for; each expert's by its own tokens."""
     size, hidden, last = counts.size.of(layer, own), counts.size.hidden, counts.size.last_input(layer, own)
+    if isinstance(own, Mixture):
+        seen, width = tokens * own.num_experts_per_tok, own.moe_intermediate_size
+        work = counts.passed(2 * tokens, size, 2) + counts.gram(seen, hidden) + counts.gram(seen, width)
+        return work + _passes(form, own.num_experts * (4.0 * width * hidden**2 + 2.0 * hidden * width**2))
     inside = max(0, size.multiplied - last * hidden)
     work = counts.passed(2 * tokens, size, 2) + counts.gram(tokens, hidden) + counts.gram(tokens, last, hidden)
     products = 2.0 * (inside * hidden + last * hidden * last)
     return work + counts.solved(last, hidden) + _passes(form, products)
+
+
+def _rounded_bytes(counts: Counts) -> float:
+    """The experts of a layer in codes, and as engines read them: the largest of what is rounded at once but heads."""
+    sizes = [counts.size.of(layer, own) for layer, _, own in counts.size.architecture if isinstance(own, Mixture)]
+    most = max((size.parameters for size in sizes), default=0)
+    return most * (ROUNDED_BYTES + counts.itemsize) if counts.formats else 0.0
 
 
 def _passes(form: str, products: float) -> Work:
@@ -370,7 +382,7 @@ def _refit_bytes(counts: Counts, tokens: float) -> float:
     tokens = min(tokens, counts.tokens("calibration"))
     widest = max(counts.size.last_inputs.values())
     held = tokens * counts.itemsize * (widest + 5 * counts.size.hidden) + counts.running_bytes(BATCH_TOKENS)
-    return held + 24 * widest * (widest + counts.size.hidden)
+    return held + max(24 * widest * (widest + counts.size.hidden), _rounded_bytes(counts))
 
 
 def assemble_child(counts: Counts) -> Demand:

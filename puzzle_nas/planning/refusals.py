@@ -26,7 +26,8 @@ SETTINGS: dict[type[Spec], tuple[str, ...]] = {
 }
 """By kind of variant, the settings of search_space that ask for it."""
 KV_BLOCK = 32
-"""Numbers of a head that llama.cpp stores together in each of its quantised caches (ggml-common.h)."""
+"""Numbers of a head that llama.cpp stores together in each of its quantised caches (ggml-common.h), and that vLLM takes
+together of fp8 on CPUs."""
 
 
 def check_shapes(recipe: Recipe, model: PreTrainedModel) -> None:
@@ -44,7 +45,7 @@ def check_shapes(recipe: Recipe, model: PreTrainedModel) -> None:
     for part in parts_of(search_space_of(recipe, architecture_of(model.config))):
         if part.spec.format is not None:
             for name, weight in part_weights(model, part).items():
-                if weight.ndim == 2:
+                if weight.ndim > 1:
                     layout_of(part.spec.format).check(weight.shape[1], f"{name} of {part.spec.id}")
 
 
@@ -101,9 +102,10 @@ def _check_kv_format(recipe: Recipe, config: PreTrainedConfig) -> None:
         return
     number, head_dim = SERVERS[recipe.engine].kv_formats[recipe.kv_format], head_dim_of(config)
     # Formats in blocks take parts of bytes; vLLM's products on CPUs take 32 numbers of fp8 at once.
-    in_blocks = number % 1 or (recipe.engine.startswith("vllm") and ENGINES[recipe.engine].device == "cpu")
+    engine, is_fp8 = ENGINES[recipe.engine], recipe.kv_format.startswith("fp8")
+    in_blocks = isinstance(engine, ServingEngine) and engine.device == "cpu" if is_fp8 else number % 1
     if in_blocks and head_dim % KV_BLOCK:
-        other = "" if recipe.engine.startswith("vllm") else "set kv_format to f16, or "
+        other = "" if is_fp8 else "set kv_format to f16, or "
         raise RecipeError(
             f"The parent's heads of {head_dim} numbers do not divide into {recipe.kv_format}'s blocks of {KV_BLOCK}; "
             f"{other}leave kv_format out."

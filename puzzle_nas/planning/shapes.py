@@ -20,6 +20,7 @@ from puzzle_nas.choosing.cost_fit import Part, parts_of
 from puzzle_nas.errors import CheckpointError
 from puzzle_nas.families import Anatomy, SubBlock, architecture_of, family_of, find_checkpoint, head_dim_of
 from puzzle_nas.families.loading import LOADING_ERRORS
+from puzzle_nas.formats.stored import Stack
 from puzzle_nas.parents import examine
 from puzzle_nas.parents.config import read_config
 from puzzle_nas.parents.fit import quiet
@@ -110,9 +111,21 @@ def model_size(model: PreTrainedModel, space: SearchSpace) -> ModelSize:
 
 
 def part_weights(parent: PreTrainedModel, part: Part) -> Mapping[str, torch.Tensor]:
-    """What a variant, or embeddings with LM head, consists of; tied ones once."""
+    """What a variant, or embeddings with LM head, consists of; tied ones once.
+
+    Returns:
+        What formats hold as matrices [O, I], of all experts of a mixture one below the other; all else as vectors.
+    """
     if not isinstance(part.spec, Head):
-        return dict(made_subblock(parent, part.group, part.spec, None).layer.named_parameters())
+        subblock = made_subblock(parent, part.group, part.spec, None)
+        matrices, found = subblock.matrices, {}
+        for name, weight in subblock.layer.named_parameters():
+            if name not in matrices:
+                found[name] = weight.flatten()
+            else:
+                stack = Stack.of(matrices[name], weight)
+                found[name] = weight if stack is None else stack.rows(weight)
+        return found
     parts = Anatomy(parent)
     ends = {"LM head": parts.head.weight, "embeddings": parts.embeddings.weight}
     return {name: weight for name, weight in ends.items() if name == "embeddings" or weight is not ends["embeddings"]}

@@ -110,7 +110,7 @@ def _round_head(run: RunFolder, parent: PreTrainedModel, head: Head, final: Sequ
     path = run.initial_variant(len(Anatomy(parent).layers), head.id)
     if not variant_is_stored(path):
         ends = rounded_ends(parent, head.format, final)
-        weights = {name: matrix.weight_OI.to(parent.dtype) for name, matrix in ends.items()}
+        weights = {name: matrix.weight.to(parent.dtype) for name, matrix in ends.items()}
         write_variant(path, [head], weights, ROUNDED, ends)
 
 

@@ -250,7 +250,7 @@ def _bytes(
 def _stored_bytes(name: str, weight: torch.Tensor, spec: Spec, engine: Engine, itemsize: int) -> int:
     if weight.ndim == 1:
         return weight.numel() * (engine.vector_itemsize or itemsize)
-    if spec.format is None or weight.ndim != 2:
+    if spec.format is None:
         return weight.numel() * itemsize
     rows, columns = weight.shape
     return layout_of(spec.format).bytes_of(rows, columns, f"{name} of {spec.id}")

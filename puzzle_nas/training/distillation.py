@@ -129,7 +129,7 @@ class Training:
         self.child = copy.deepcopy(self.start)
         self.child.float().requires_grad_(True)
         for name, matrix in self.matrices.items():
-            self.child.get_parameter(name).data.copy_(matrix.weight_OI)
+            self.child.get_parameter(name).data.copy_(matrix.weight)
         if "embeddings" not in settings.also_train:
             self.child.get_input_embeddings().requires_grad_(False)
             self.child.get_output_embeddings().requires_grad_(False)
@@ -167,7 +167,7 @@ class Training:
             whole = parallel.whole_tensor(weight.detach())
             if parallel.is_first() and name in self.matrices:
                 # In float32 it still says which codes it is made of.
-                changed[name] = self.matrices[name].of(whole).weight_OI
+                changed[name] = self.matrices[name].of(whole).weight
                 weights[name].data.copy_(changed[name])
             elif parallel.is_first():
                 changed[name] = weights[name].data.copy_(whole)
@@ -229,7 +229,7 @@ class Training:
         trained = self.optimiser.parameters
         kept = {name: trained[name].data.clone() for name in self.matrices if name in trained}
         for name, weight in kept.items():
-            trained[name].data.copy_(self.matrices[name].of(weight).weight_OI)
+            trained[name].data.copy_(self.matrices[name].of(weight).weight)
         try:
             yield
         finally:

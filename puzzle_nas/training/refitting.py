@@ -7,6 +7,7 @@ weighted by 1 / |h_parent|^2. The ridge is the mean diagonal of RIDGE_TOKENS tok
 
 The same pass rounds what the child stores in formats: the matrices inside a sub-block first, each by the Gram matrix of
 what it receives in the child, then the last one by that of the least squares, so that it makes up for the others.
+Experts of mixtures are rounded too (`expert_rounding`), and not solved for.
 
 Shapes: S sequences, B of them in a batch, T tokens, D hidden, I width of a projection's input.
 """
@@ -34,10 +35,11 @@ from puzzle_nas.library import Place
 from puzzle_nas.machine import free_bytes
 from puzzle_nas.scoring.comparison import ParentReference
 from puzzle_nas.scoring.replacement import final_states
-from puzzle_nas.specs import Spec
+from puzzle_nas.specs import Mixture, Spec
 from puzzle_nas.subblocks import made_subblock, subblock_weights
 from puzzle_nas.subblocks.layers import Weights
 from puzzle_nas.subblocks.statistics import fast_products, inverse_norm
+from puzzle_nas.training.expert_rounding import round_experts
 
 BATCH_TOKENS = 4096
 RIDGE_TOKENS = 6144.0
@@ -254,12 +256,14 @@ def _note(
 class Correction:
     """One sub-block of a child, in place: its inner matrices rounded, its last one solved for and rounded.
 
+    The experts of a mixture are rounded and not solved for.
+
     Args:
         ridge: relative to the mean diagonal of the Gram matrix; None leaves the last matrix as it is but for rounding.
     """
 
     def __init__(self, subblock: SubBlock, spec: Spec, inputs: LayerInputs, ridge: float | None):
-        self.subblock, self.inputs, self.ridge = subblock, inputs, ridge
+        self.subblock, self.spec, self.inputs, self.ridge = subblock, spec, inputs, ridge
         self.form = None if spec.empty else spec.format
         self.stored: Matrices = {}
         """What was rounded, by names relative to the layer."""
@@ -273,6 +277,10 @@ class Correction:
         subblock = self.subblock
         if self.form is not None:
             self._round_inside(hidden)
+            if isinstance(self.spec, Mixture):
+                read_ND = torch.cat([subblock.read(h).flatten(0, 1) for h in hidden])
+                importance_N = torch.cat([inverse_norm(wanted.flatten(0, 1), 2) for wanted in goal])
+                self.stored |= round_experts(subblock, self.form, read_ND, importance_N)
         if (matrix := subblock.last) is None or (self.ridge is None and self.form is None):
             return [h + subblock.added(h, self.inputs) for h in hidden]
         found = [subblock.with_last_input(subblock.read(h), self.inputs) for h in hidden]
@@ -312,11 +320,11 @@ class Correction:
     def _round_inside(self, hidden: list[torch.Tensor]) -> None:
         """Round all matrices of the mixer but the last one."""
         last = self.subblock.last
-        inner = [m for m in self.subblock.mixer.modules() if isinstance(m, nn.Linear) and m is not last]
+        inner = [m for m in self.subblock.matrices.values() if isinstance(m, nn.Linear) and m is not last]
         grams: dict[int, torch.Tensor] = {}
         shared: dict[int, int] = {}
         """Of each matrix the first one that receives the same."""
-        for h in hidden:
+        for h in hidden if inner else ():
             received: dict[int, torch.Tensor] = {}
             note = partial(_note, received, len(inner))
             hooks = [m.register_forward_pre_hook(partial(note, place)) for place, m in enumerate(inner)]

@@ -187,17 +187,27 @@ def test_one_permuted_weight_is_caught_and_its_layer_named(exporter, per_layer, 
     assert_a_permuted_weight_is_caught(exporter, child, layer, tmp_path, prompts)
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "smollm3", "olmo2", "granite"])
-def test_one_permuted_weight_of_a_parents_own_layers_is_caught(name, tmp_path, prompts):
-    assert_a_permuted_weight_is_caught(GGUFExporter, without_layers(name), 4, tmp_path, prompts)
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("gemma3_text", "self_attn."),
+        ("smollm3", "self_attn."),
+        ("olmo2", "self_attn."),
+        ("granite", "self_attn."),
+        ("qwen3_moe", "mlp.experts.down_proj"),
+    ],
+)
+def test_one_permuted_weight_of_a_parents_own_layers_is_caught(name, part, tmp_path, prompts):
+    """Of experts, two of them."""
+    assert_a_permuted_weight_is_caught(GGUFExporter, without_layers(name), 4, tmp_path, prompts, part)
 
 
-def assert_a_permuted_weight_is_caught(exporter, child, layer, folder, prompts):
+def assert_a_permuted_weight_is_caught(exporter, child, layer, folder, prompts, part=""):
     class Broken(exporter):
         def write(self, child, folder, dtype):
             if any(name.startswith(f"model.layers.{layer}.") for name in child.model.state_dict()):
                 weights = child.model.state_dict()
-                name = next(n for n in weights if n.startswith(f"model.layers.{layer}.") and weights[n].ndim == 2)
+                name = next(n for n in weights if n.startswith(f"model.layers.{layer}.{part}") and weights[n].ndim > 1)
                 weights = {n: w.clone() for n, w in weights.items()}
                 weights[name][[3, 5]] = weights[name][[5, 3]]
                 child = Child(build(child.config, weights), child.tokenizer)
@@ -305,7 +315,9 @@ def test_times_and_memory_come_from_the_engine(name, exporter, itemsize, tmp_pat
     assert json.dumps(memory)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("qwen3", 8 * 4 * 16 * 2 * 2), ("gemma3_text", None)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("qwen3", 8 * 4 * 16 * 2 * 2), ("qwen3_moe", 8 * 4 * 16 * 2 * 2), ("gemma3_text", None)]
+)
 def test_caches_of_parents_own_layers_have_a_size_unless_there_are_windows(name, expected, tmp_path):
     EXPORTERS["gguf"].write(own_layers_of(name), tmp_path, "float32")
     engine = SERVING_ENGINES["llama.cpp"]

@@ -1,5 +1,6 @@
 """Small random children of every shape, with a byte-level BPE tokenizer."""
 
+import copy
 import functools
 import itertools
 from dataclasses import replace
@@ -94,10 +95,18 @@ MULTIPLIERS = {
     "logits_scaling": 2.0,
 }
 CAPS = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True}
 OWN_LAYERS = {
     "qwen3": {},
     "qwen3, tied, wide heads": {"tie_word_embeddings": True, "head_dim": 32},
     "qwen3, YaRN": {"rope_parameters": YARN},
+    "qwen3_moe": EXPERTS,
+    "qwen3_moe, tied, wide heads, YaRN": {
+        **EXPERTS,
+        "tie_word_embeddings": True,
+        "head_dim": 32,
+        "rope_parameters": YARN,
+    },
     "gemma2": {**MIXED, **CAPS},
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 16, "rope_parameters": TWO_ROPES},
     "gemma3_text, other layers, cap": {**MIXED, "rope_parameters": TWO_ROPES, "final_logit_softcapping": 3.0},
@@ -162,7 +171,8 @@ def sentencepiece_tokenizer(as_normaliser):
 def child_of(per_layer=None, family="llama", **changes):
     """A random child in which no weight is left at a value that hides its absence; `per_layer` holds specs."""
     torch.manual_seed(0)
-    sizes = {**SIZES, **changes}
+    # Some configurations write into what they are given.
+    sizes = copy.deepcopy({**SIZES, **changes})
     if family in ("qwen2", "phi3"):
         # Their heads have no size of their own.
         sizes.pop("head_dim")
@@ -172,6 +182,9 @@ def child_of(per_layer=None, family="llama", **changes):
         for spec in specs:
             if isinstance(spec, GroupedAttention):
                 spec = replace(spec, window=architecture.layers[layer][spec.slot].window)
+            if spec.slot not in architecture.slots:
+                # A mixture in place of the FFN.
+                spec = replace(spec, slot="experts")
             architecture = architecture.replaced(layer, spec)
     model = AutoModelForCausalLM.from_config(child_config(parent, architecture)).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():

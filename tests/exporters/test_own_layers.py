@@ -1,5 +1,6 @@
 """GGUF files of a family's own architecture: what they say is read again, what they cannot say is refused by name."""
 
+import gguf
 import pytest
 import torch
 
@@ -8,7 +9,7 @@ from puzzle_nas.exporters import EXPORTERS, Child
 from puzzle_nas.families import build
 from puzzle_nas.families.loading import load_with_tokenizer
 from puzzle_nas.machine import Machine
-from puzzle_nas.specs import GatedFFN, GroupedAttention, NoOp
+from puzzle_nas.specs import GatedFFN, GroupedAttention, Mixture, NoOp
 from tests.exporters.children import EMPTY, OWN_LAYERS, in_formats, own_layers_of, without_layers
 
 MACHINE = Machine(torch.device("cpu"), torch.float32)
@@ -77,6 +78,12 @@ def test_files_in_formats_hold_the_childs_codes(name, tmp_path):
         ("granite", {"attention_multiplier": 0.0}, "attention_multiplier = 0.0, where .*granite would take 0.25"),
         ("granite", {"residual_multiplier": 0.0}, "residual_multiplier = 0.0, where .*granite would take 1.0"),
         ("granite", {"embedding_multiplier": 0.0}, "embedding_multiplier = 0.0, where .*granite would take 1.0"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob = False, where .*qwen3moe would take True"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\], where .*qwen3moe would take \[\]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2, where .*qwen3moe would take 1"),
+        ("qwen3_moe", {"hidden_act": "gelu"}, "hidden_act = gelu, where .*qwen3moe would take silu"),
+        ("qwen3_moe", {"num_experts": 1, "num_experts_per_tok": 1}, "a single expert, which llama.cpp takes for none"),
+        ("qwen3_moe", {"router_aux_loss_coef": 0.5, "output_router_logits": True}, None),
     ],
 )
 def test_what_the_architecture_cannot_say_is_refused(name, changes, reason, tmp_path):
@@ -96,10 +103,26 @@ def test_layers_whose_number_would_give_them_other_positions_are_refused(removed
     EXPORTERS["gguf"].refuse(own_layers_of("smollm3", dict.fromkeys((4, 5, 6, 7), EMPTY)))
 
 
-@pytest.mark.parametrize("spec", [GatedFFN(48), GroupedAttention(2), NoOp("ffn")])
-def test_other_sizes_are_refused(spec):
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        *(("qwen3", spec) for spec in (GatedFFN(48), GroupedAttention(2), NoOp("ffn"))),
+        *(("qwen3_moe", spec) for spec in (Mixture(4, 3, 32), Mixture(8, 2, 32), Mixture(8, 3, 16), NoOp("experts"))),
+    ],
+)
+def test_other_sizes_are_refused(name, spec):
     with pytest.raises(ExportError, match=rf"in the parent's sizes only, and no {spec.id} \(layer 2\)"):
-        EXPORTERS["gguf"].refuse(own_layers_of("qwen3", {2: [spec]}))
+        EXPORTERS["gguf"].refuse(own_layers_of(name, {2: [spec]}))
+
+
+def test_routers_stay_in_float32_whatever_the_rest_is_in(tmp_path):
+    """As llama.cpp's own converter leaves them; experts are split into its three tensors of them."""
+    child = in_formats(own_layers_of("qwen3_moe"), ["q8_0"])
+    EXPORTERS["gguf"].write(child, tmp_path, "bfloat16")
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert types["blk.3.ffn_gate_inp.weight"] == "F32" and types["token_embd.weight"] == "BF16"
+    assert {types[f"blk.3.ffn_{part}_exps.weight"] for part in ("gate", "up", "down")} == {"Q8_0"}
+    assert EXPORTERS["gguf"].differing(child, tmp_path, "bfloat16") == []
 
 
 def test_norms_are_as_llama_cpp_multiplies_by_them(tmp_path):

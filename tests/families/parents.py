@@ -1,5 +1,6 @@
 """Tiny random parents: several of every family in the registry, with nothing at its neutral value."""
 
+import copy
 import functools
 
 import torch
@@ -111,7 +112,7 @@ PARENTS = {
 
 def config_of(name):
     """The configuration of a parent of `PARENTS`."""
-    return AutoConfig.for_model(name.split(",")[0], **{**SIZES, **PARENTS[name]})
+    return AutoConfig.for_model(name.split(",")[0], **copy.deepcopy({**SIZES, **PARENTS[name]}))
 
 
 @functools.cache

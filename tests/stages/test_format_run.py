@@ -87,7 +87,7 @@ def test_the_child_is_stored_in_the_formats_that_were_searched(run):
         assert stored == wanted and stored
         weights = load_file(run / folder / "model.safetensors")
         for name, matrix in read_matrices(run / folder / FILE).items():
-            assert torch.equal(weights[name], matrix.weight_OI.to(weights[name].dtype))
+            assert torch.equal(weights[name], matrix.weight.to(weights[name].dtype))
 
 
 def _formats_of(child):
