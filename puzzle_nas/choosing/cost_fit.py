@@ -61,7 +61,7 @@ def uniform_models(space: SearchSpace, whole_layers: bool = False) -> dict[str, 
     """
     parent = space.parent
     layers = range(len(parent.layers))
-    fewer = {f"1 layer of {n}": parent.without(layers[math.ceil(len(layers) / n) :]) for n in KEPT_LAYERS}
+    fewer = {f"first part of {n}": parent.without(layers[math.ceil(len(layers) / n) :]) for n in KEPT_LAYERS}
     models = {**(fewer if whole_layers else {EMPTY: parent.without(layers)}), PARENT: parent}
     for part in parts_of(space):
         if whole_layers and part.spec.empty:

@@ -67,8 +67,8 @@ class _Vllm(ServingEngine):
             return
         if kv_format in SERVERS["vllm"].kv_formats and not has_wide_registers():
             raise ExportError(
-                f"vLLM keeps KV caches in {kv_format} on processors with AVX-512 or AMX only; this one has "
-                "neither: leave kv_format out here, or go to a machine that has it."
+                f"vLLM keeps KV caches in {kv_format} on processors with AVX-512 or AMX only, and this "
+                "one has neither; leave kv_format out, or go to a machine that has one of them."
             )
         if "int8" in formats and int8_sums_saturate():
             raise ExportError(

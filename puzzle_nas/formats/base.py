@@ -83,7 +83,7 @@ class Rounded:
         """The matrix as an engine reads it, float32 [O, I], bit for bit."""
         if self.grid is None:
             return self.codes_OI.float()
-        # A copy, since float32 codes do not exist: in place, for heads are large.
+        # Codes are integers, so this is a copy, and large where the matrix is a head.
         values = self.codes_OI.float().unflatten(1, (self.grid.step_OG.shape[1], -1))
         values.mul_(self.grid.step_OG.unsqueeze(-1))
         if self.grid.offset_OG is not None:

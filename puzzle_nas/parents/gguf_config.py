@@ -111,7 +111,7 @@ def _every(file: GGUFFile) -> Fields:
 
 
 def as_written(value: float) -> float:
-    """A number that GGUF keeps as a float32, in the fewest digits: 1e-5 comes back as 9.99e-06."""
+    """A number that GGUF keeps as a float32, in the fewest digits that say which: 1e-05, not 9.99999974e-06."""
     return float(str(np.float32(value)))
 
 
